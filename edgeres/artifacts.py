@@ -1,0 +1,250 @@
+"""The nouns that flow through edgeres: frozen records of files and of facts, never a file's content.
+
+::
+
+    Recipe ─export─▶ ExportedModel ─calibrate─▶ CalibrationTable ─quantize─▶ QuantizedModel ─compile─▶ Engine
+                          └─ FP32 reference logits ──────────▶ validate ◀── engine logits ◀── load ──────┘
+                                                                  └─▶ Report;   Manifest binds them all, written last
+
+Each converts to JSON and back by msgspec (:func:`to_json`, :func:`from_json`); unknown fields are refused, so that a
+file from a newer edgeres is named as that instead of being half understood. Paths are relative to the bundle.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar, Union
+
+import msgspec
+
+from edgeres.errors import BundleError
+
+# Python 3.8 (JetPack 5) evaluates these annotations through typing, so they are spelled the old way.
+
+
+class FileRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file in a bundle: its path relative to the bundle, its SHA-256 (hex) and its size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a camera frame becomes the network's input; the same for calibration, validation and serving.
+
+    ``size`` is (height, width) in pixels. ``resize`` scales the short side to so many pixels before the centre crop
+    (None: frames are cropped only). ``mean`` and ``std`` are per channel, in units of 0…1, in the network's ``color``
+    order; frames themselves are always RGB.
+    """
+
+    size: Tuple[int, int]
+    resize: Optional[int] = None
+    mean: Tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: Tuple[float, float, float] = (0.229, 0.224, 0.225)
+    color: str = "rgb"
+
+    @property
+    def batch_size(self) -> int:
+        """How many samples to run at once: enough to keep a few cores busy, few enough that every activation of a
+        ResNet-50 batch, exposed for calibration, fits in a few hundred megabytes. Results do not depend on it."""
+        return max(1, min(64, 400_000 // (self.size[0] * self.size[1])))
+
+
+class SampleSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which samples were used, in order: ``names`` and ``sha256`` run in parallel; ``digest`` covers both."""
+
+    source: str
+    digest: str
+    names: Tuple[str, ...]
+    sha256: Tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+
+class ExportedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The FP32 ONNX. ``modules`` maps each node's name to the torch module (or source node) that it came from."""
+
+    file: FileRef
+    opset: int
+    input_name: str
+    output_name: str
+    input_shape: Tuple[int, int, int]
+    num_classes: int
+    modules: Dict[str, str]
+    max_relative_error: Optional[float] = None
+    """Largest |onnx − torch| over the largest |torch| on a batch; None where there was no torch model to compare."""
+
+
+class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor's range and the statistics that it was chosen from; everything in the tensor's own units.
+
+    ``scale`` is ``amax / 127``. ``clipped`` is the share of elements beyond ``amax``; ``sqnr_db`` is the expected
+    signal-to-quantization-noise ratio of the tensor alone.
+    """
+
+    amax: float
+    scale: float
+    method: str
+    minimum: float
+    maximum: float
+    elements: int
+    zeros: float
+    clipped: float
+    sqnr_db: Optional[float]
+
+
+class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The ranges of every tensor that will be quantized, bound to the model, samples and preprocessing they are for."""
+
+    model_sha256: str
+    preprocessing: Preprocessing
+    samples: SampleSet
+    method: str
+    percentile: float
+    tensors: Dict[str, TensorRange]
+    format: int = 1
+
+
+class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was decided for one node and why, in a sentence that ``edgeres inspect`` prints."""
+
+    node: str
+    op: str
+    module: str
+    precision: str
+    reason: str
+
+
+class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The Q/DQ (or FP16) ONNX, and the decision taken for each layer."""
+
+    file: FileRef
+    precision: str
+    layers: Tuple[LayerPlan, ...]
+
+
+class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a backend compiled. The CPU's engine is the ONNX file itself, and session options that keep its meaning."""
+
+    target: str
+    backend: str
+    precision: str
+    file: FileRef
+    built_for: Dict[str, str]
+    options: Dict[str, str]
+
+
+class Discordant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Samples on which exactly one of the two is right."""
+
+    only_reference_correct: int
+    only_engine_correct: int
+
+
+class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The comparison of an engine with the FP32 reference on the same samples; field names are the contract's.
+
+    Accuracy fields are None where the samples have no labels; percentage points (``_pp``) are 100 × a share.
+    """
+
+    samples: int
+    agreement: float
+    sqnr_db: Optional[float]
+    max_drop_pp: float
+    verdict: str
+    backend: str
+    precision: str
+    policy: str = "ci"
+    top1_reference: Optional[float] = None
+    top1_engine: Optional[float] = None
+    drop_pp: Optional[float] = None
+    drop_ci95_pp: Optional[Tuple[float, float]] = None
+    discordant: Optional[Discordant] = None
+    mcnemar_p: Optional[float] = None
+    samples_to_decide: Optional[int] = None
+    samples_source: str = "validation"
+    interval_method: str = "Tango 1998"
+
+
+class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One finished stage: ``key`` hashes everything that its result depends on; ``facts`` is its noun, as JSON data."""
+
+    key: str
+    files: Tuple[FileRef, ...]
+    seconds: float
+    facts: Dict[str, Any]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Written last: what was wanted, what was made, with which tools, and how it was judged."""
+
+    name: str
+    precision: str
+    recipe: Dict[str, Any]
+    preprocessing: Preprocessing
+    files: Tuple[FileRef, ...]
+    stages: Dict[str, StageRecord]
+    provenance: Dict[str, Any]
+    engines: Tuple[Engine, ...] = ()
+    report: Optional[Report] = None
+    warnings: Tuple[str, ...] = ()
+    format: int = 1
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """A finished bundle: its folder and its manifest. ``report`` is the comparison with FP32, if there was one."""
+
+    path: str
+    manifest: Manifest
+
+    @property
+    def report(self) -> Optional[Report]:
+        return self.manifest.report
+
+
+T = TypeVar("T")
+JsonSource = Union[bytes, str]
+
+
+def to_json(noun: Any) -> bytes:
+    """Return a noun as indented UTF-8 JSON that ends in a newline; equal nouns give equal bytes."""
+    return msgspec.json.format(msgspec.json.encode(noun, order="deterministic"), indent=2) + b"\n"
+
+
+def from_json(content: JsonSource, kind: Type[T], where: str) -> T:
+    """Return the noun of ``kind`` that JSON holds.
+
+    Raises:
+        BundleError: it is not JSON, or not such a noun; ``where`` names the file in the message.
+    """
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as problem:
+        raise BundleError(
+            f"{where}: not a {kind.__name__} that this edgeres understands ({problem}). "
+            "It is damaged or was written by another version: build it again."
+        ) from None
+
+
+def to_data(noun: Any) -> Any:
+    """Return a noun as plain dicts, lists, strings and numbers."""
+    return msgspec.to_builtins(noun)
+
+
+def from_data(data: Any, kind: Type[T], where: str) -> T:
+    """Return the noun of ``kind`` that plain data holds.
+
+    Raises:
+        BundleError: the data is not such a noun; ``where`` names its place in the message.
+    """
+    try:
+        return msgspec.convert(data, type=kind)
+    except msgspec.ValidationError as problem:
+        raise BundleError(f"{where}: {problem}. Build the bundle again.") from None
+
+
+def layer_lines(layers: Tuple[LayerPlan, ...]) -> List[str]:
+    """Return one sentence per layer, for logs and messages."""
+    return [f"{layer.module or layer.node} ({layer.op}): {layer.precision}, {layer.reason}" for layer in layers]

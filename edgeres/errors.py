@@ -1,0 +1,119 @@
+"""Every error that edgeres raises on purpose.
+
+::
+
+    EdgeresError                    something the user can act on (exit code 1)
+    ├── RecipeError                 a recipe or an option is wrong; lists every mistake
+    ├── MissingPackageError         an optional package is needed; names the command that installs it
+    ├── ModelError                  a model cannot be found, built or understood
+    │   └── CheckpointError         weights do not fit; lists every tensor that does not
+    ├── SampleError                 images, lists or arrays cannot be read
+    ├── ExportError                 ONNX export failed, or does not agree with torch
+    ├── CalibrationError            ranges cannot be found, or belong to another model
+    ├── QuantizationError           the graph cannot be quantized
+    │   └── LintError               a written graph breaks a rule that TensorRT depends on
+    ├── BackendError                an engine cannot be compiled, opened or run
+    ├── BundleError                 a bundle is missing, incomplete or busy
+    │   └── IntegrityError          a bundle's file is not the one its manifest binds
+    └── GateError                   an accuracy gate did not pass; carries the report
+
+A message says what is wrong, where, and what to do next. Anything else that escapes is a bug in edgeres.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterable, List, Tuple, Type
+
+
+class EdgeresError(Exception):
+    """The base of everything that edgeres raises on purpose. It can be pickled: worker processes raise it too."""
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return _restored, (type(self), self.args), self.__dict__
+
+
+def _restored(kind: Type[EdgeresError], arguments: Tuple[Any, ...]) -> EdgeresError:
+    """Return an error with its message; ``__init__`` would want what the message was made from."""
+    return kind.__new__(kind, *arguments)
+
+
+class RecipeError(EdgeresError):
+    """A recipe or an option is wrong. ``problems`` lists every mistake found, one sentence each."""
+
+    def __init__(self, where: str, problems: Iterable[str]) -> None:
+        self.where = where
+        self.problems: List[str] = list(problems)
+        super().__init__(numbered(where, self.problems))
+
+
+class MissingPackageError(EdgeresError):
+    """An optional package is needed. Build it with :meth:`for_extra`, so that the message names the command."""
+
+    @classmethod
+    def for_extra(cls, package: str, purpose: str, extra: str) -> MissingPackageError:
+        return cls(f"{purpose} needs the package {package}. Install it: pip install 'edgeres[{extra}]'")
+
+
+class ModelError(EdgeresError):
+    """A model cannot be found, built or understood."""
+
+
+class CheckpointError(ModelError):
+    """Weights do not fit the model, or are not weights. ``problems`` lists every one."""
+
+    def __init__(self, where: str, problems: Iterable[str]) -> None:
+        self.where = where
+        self.problems: List[str] = list(problems)
+        super().__init__(numbered(where, self.problems))
+
+
+class SampleError(EdgeresError):
+    """Images, lists or arrays cannot be read."""
+
+
+class ExportError(EdgeresError):
+    """ONNX export failed, or its result does not agree with torch."""
+
+
+class CalibrationError(EdgeresError):
+    """Ranges cannot be found, or belong to another model, other samples or another preprocessing."""
+
+
+class QuantizationError(EdgeresError):
+    """The graph cannot be quantized."""
+
+
+class LintError(QuantizationError):
+    """A written graph breaks a rule that TensorRT depends on. ``problems`` lists every breach."""
+
+    def __init__(self, where: str, problems: Iterable[str]) -> None:
+        self.where = where
+        self.problems: List[str] = list(problems)
+        super().__init__(numbered(where, self.problems))
+
+
+class BackendError(EdgeresError):
+    """An engine cannot be compiled, opened or run."""
+
+
+class BundleError(EdgeresError):
+    """A bundle is missing, incomplete, or being written by somebody else."""
+
+
+class IntegrityError(BundleError):
+    """A bundle's file is not the one that its manifest binds."""
+
+
+class GateError(EdgeresError):
+    """An accuracy gate did not pass. ``report`` is the :class:`edgeres.artifacts.Report` that says why."""
+
+    def __init__(self, message: str, report: object) -> None:
+        self.report = report
+        super().__init__(message)
+
+
+def numbered(where: str, problems: List[str]) -> str:
+    """Join a place and what is wrong there into one message; several problems stand on lines of their own."""
+    if len(problems) == 1:
+        return f"{where}: {problems[0]}"
+    return "\n".join([f"{where}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])

@@ -1,0 +1,76 @@
+"""Files: hashes, atomic writes, and the names of a bundle's files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+from typing import Union
+
+from edgeres.artifacts import FileRef
+from edgeres.errors import BundleError
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.toml"
+FP32_MODEL = "model.fp32.onnx"
+TABLE = "calibration.json"
+STATISTICS = "statistics.npz"
+REFERENCE = "reference.npz"
+REPORT = "report.json"
+
+CHUNK = 1 << 20
+
+
+def model_file(precision: str) -> str:
+    """Return the name of the ONNX file that holds the model in ``precision``."""
+    return f"model.{precision}.onnx"
+
+
+def sha256_bytes(content: bytes) -> str:
+    """Return the SHA-256 of bytes, as 64 hex digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: Union[str, Path]) -> str:
+    """Return the SHA-256 of a file's content, as 64 hex digits, in constant memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for chunk in iter(lambda: stream.read(CHUNK), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_ref(folder: Union[str, Path], path: str) -> FileRef:
+    """Return the record of ``folder/path``."""
+    full = Path(folder) / path
+    return FileRef(path, sha256_file(full), full.stat().st_size)
+
+
+def write_atomic(path: Union[str, Path], content: bytes) -> None:
+    """Write a file so that a reader sees the old content or all of the new one, whatever happens in between.
+
+    Raises:
+        BundleError: the folder cannot be written, or the disk is full; the old file is whole.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        attempt = str(path.parent / f".{path.name}.{os.urandom(8).hex()}")
+        # Unlike tempfile's private files, a bundle's are as open as the user's umask says.
+        descriptor = os.open(attempt, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        temporary = attempt
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, str(path))
+        temporary = None
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise BundleError(f"cannot write {path}: {reason}. Free space or choose another folder.") from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)

@@ -1,0 +1,22 @@
+"""What long work tells whoever watches: a class of methods that do nothing, to be overridden."""
+
+from __future__ import annotations
+
+
+class Progress:
+    """A silent watcher. The command line overrides it with bars and lines; a library user may do the same."""
+
+    def stage(self, name: str, text: str) -> None:
+        """A stage begins; ``text`` says in a few words on what."""
+
+    def advance(self, done: int, total: int) -> None:
+        """The running stage has done ``done`` of ``total`` samples."""
+
+    def finished(self, name: str, seconds: float, text: str) -> None:
+        """A stage ended; ``text`` says what it made."""
+
+    def reused(self, name: str, text: str) -> None:
+        """A stage was not run: its inputs are those of an earlier result, which is taken over."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know, though the work goes on."""
