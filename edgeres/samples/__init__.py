@@ -1,0 +1,87 @@
+"""Samples: folders of images, list files and arrays, in a fixed order, as uint8 RGB frames and as network inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Optional, Union
+
+import numpy as np
+
+from edgeres.errors import MissingPackageError, SampleError
+from edgeres.samples.arrays import from_arrays, open_array
+from edgeres.samples.collection import Samples, Source
+from edgeres.samples.listing import IMAGE_ENDINGS, Listing, list_file, list_folder
+
+__all__ = ["Samples", "open_samples", "samples_from_arrays"]
+
+LIST_ENDINGS = (".txt", ".lst")
+ARRAY_ENDINGS = (".npy", ".npz")
+
+
+def open_samples(source: Union[str, Path], *, count: Optional[int] = None, labelled: bool = False) -> Samples:
+    """Return the samples of a folder, a list file or an array file, in an order that depends on nothing but them.
+
+    - A folder is read recursively and sorted by relative path; hidden files and folders are left out. With
+      ``labelled`` it has one subfolder per class, whose sorted names are the labels 0, 1, …; images that lie in no
+      subfolder have no labels.
+    - A list file (.txt, .lst) names one image per line, relative to itself, with an integer label behind it or without;
+      ``#`` begins a comment. Its order is kept.
+    - ``.npy`` holds uint8 (N, H, W, 3), RGB; ``.npz`` holds such an array as ``images`` and, if any, ``labels``.
+
+    Labels of list files and of ``.npz`` are read whether ``labelled`` is set or not.
+
+    Args:
+        count: take so many, spread evenly over the order, so that classes stay in balance; all if there are fewer.
+
+    Raises:
+        SampleError: there is no such source, it holds no sample, or what it holds is ambiguous or malformed.
+        MissingPackageError: images need Pillow.
+    """
+    path = Path(source)
+    samples = Samples(str(source), _source(path, labelled))
+    return samples if count is None else samples.subset(count)
+
+
+def samples_from_arrays(images: np.ndarray, labels: Optional[np.ndarray] = None) -> Samples:
+    """Return samples of frames that are already in memory; they are not copied.
+
+    Args:
+        images: uint8 (N, H, W, 3), RGB, 0…255.
+        labels: integers (N,), 0 or more.
+
+    Raises:
+        SampleError: the arrays are not such.
+    """
+    return Samples("images", from_arrays(images, labels, "images"))
+
+
+def _source(path: Path, labelled: bool) -> Source:
+    ending = path.suffix.lower()
+    try:
+        if path.is_dir():
+            return _images(list_folder(path, labelled))
+        if not path.exists():
+            raise SampleError(
+                f"{path} does not exist. Name a folder of images, a list file (.txt) or an array file (.npy, .npz)."
+            )
+    except OSError as problem:
+        raise SampleError(f"cannot read {path}: {problem.strerror or problem}. Check its permissions.") from None
+    if ending in LIST_ENDINGS:
+        return _images(list_file(path))
+    if ending in ARRAY_ENDINGS:
+        return open_array(path)
+    if ending in IMAGE_ENDINGS:
+        raise SampleError(f"{path} is a single image. Name the folder that it lies in, or a list file (.txt).")
+    raise SampleError(
+        f"{path} is none of the sources that edgeres reads. Name a folder of images, a list file "
+        f"({', '.join(LIST_ENDINGS)}) or an array file ({', '.join(ARRAY_ENDINGS)})."
+    )
+
+
+def _images(listing: Listing) -> Source:
+    # Entered late: a robot that serves arrays has no Pillow.
+    try:
+        from edgeres.samples.images import ImageSource
+    except ImportError:
+        raise MissingPackageError.for_extra("Pillow", "reading image files", "images") from None
+    return ImageSource(listing)

@@ -1,0 +1,191 @@
+"""Samples in order: lazily decoded frames, their hashes, and batches of network inputs prepared in threads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Deque, Dict, Generator, List, Optional, Protocol, Sequence, Tuple, TypeVar
+
+import numpy as np
+
+from edgeres.artifacts import Preprocessing, SampleSet
+from edgeres.errors import RecipeError, SampleError
+from edgeres.preprocess import output_shape, prepare, problems
+
+T = TypeVar("T")
+MOST_THREADS = 8
+
+
+class Source(Protocol):
+    """Where samples come from: image files, or an array. Every method may be called from any thread."""
+
+    names: Tuple[str, ...]
+    labels: Optional[np.ndarray]
+    classes: Optional[Tuple[str, ...]]
+
+    def frame(self, index: int) -> np.ndarray:
+        """Return uint8 (H, W, 3), RGB."""
+
+    def sha256(self, index: int) -> str:
+        """Return the hash of what the sample was stored as."""
+
+    def problem(self, index: int) -> Optional[str]:
+        """Return what is wrong with a sample, in a sentence, or None."""
+
+
+class Samples:
+    """Samples in a fixed order; nothing is decoded until it is asked for.
+
+    ``source`` is what they were opened from; ``available`` is how many there are, of which these are the ones taken.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        content: Source,
+        taken: Optional[Sequence[int]] = None,
+        hashes: Optional[Dict[int, str]] = None,
+    ) -> None:
+        self.source = source
+        self.available = len(content.names)
+        self.classes = content.classes
+        self._content = content
+        self._taken = tuple(range(self.available)) if taken is None else tuple(taken)
+        # Shared with every subset: dict operations on distinct keys are safe between threads.
+        self._hashes: Dict[int, str] = {} if hashes is None else hashes
+        self.names: Tuple[str, ...] = tuple(content.names[index] for index in self._taken)
+        self.labels: Optional[np.ndarray] = None
+        """int64 (N,), from 0 on; None where the source has none."""
+        if content.labels is not None:
+            self.labels = content.labels[list(self._taken)]
+            self.labels.flags.writeable = False
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def __repr__(self) -> str:
+        labels = "no labels" if self.labels is None else "labelled"
+        return f"<Samples {self.source}: {len(self)} of {self.available}, {labels}>"
+
+    def frame(self, index: int) -> np.ndarray:
+        """Return one sample as uint8 (H, W, 3), RGB, 0…255.
+
+        Raises:
+            SampleError: its file cannot be read.
+        """
+        return self._content.frame(self._taken[index])
+
+    def subset(self, count: int) -> Samples:
+        """Return ``count`` of these samples, spread evenly over their order, or all of them if there are fewer.
+
+        Raises:
+            SampleError: ``count`` is below 1.
+        """
+        if count < 1:
+            raise SampleError(f"{self.source}: {count} samples were asked for. Ask for at least 1.")
+        total = len(self)
+        count = min(count, total)
+        taken = [self._taken[index * total // count] for index in range(count)]
+        return Samples(self.source, self._content, taken, self._hashes)
+
+    def sha256(self, threads: Optional[int] = None) -> Tuple[str, ...]:
+        """Return one hash (64 hex digits) per sample: of a file's bytes, or of a frame's shape and bytes.
+
+        Raises:
+            SampleError: a file cannot be read.
+        """
+        missing = [index for index in dict.fromkeys(self._taken) if index not in self._hashes]
+        for index, digest in zip(missing, in_order(self._content.sha256, missing, threads)):
+            self._hashes[index] = digest
+        return tuple(self._hashes[index] for index in self._taken)
+
+    def sample_set(self) -> SampleSet:
+        """Return the record of which samples these are; its digest covers names, hashes and labels, and their order.
+
+        Raises:
+            SampleError: a file cannot be read.
+        """
+        hashes = self.sha256()
+        columns: List[Sequence[object]] = [self.names, hashes]
+        if self.labels is not None:
+            columns.append(self.labels.tolist())
+        # JSON quotes every name, so that no two different sets are written alike.
+        text = json.dumps(list(zip(*columns)), separators=(",", ":"))
+        return SampleSet(self.source, hashlib.sha256(text.encode("ascii")).hexdigest(), self.names, hashes)
+
+    def check(self, threads: Optional[int] = None) -> List[str]:
+        """Return one sentence for every sample whose header cannot be read; an empty list where all can."""
+        found = in_order(self._content.problem, self._taken, threads)
+        return [problem for problem in found if problem is not None]
+
+    def batches(
+        self, preprocessing: Preprocessing, batch_size: int, threads: Optional[int] = None
+    ) -> Generator[np.ndarray, None, None]:
+        """Yield all samples as network inputs, float32 (n, 3, h, w), in order; the last batch may be smaller.
+
+        Threads decode and prepare at most about one batch ahead of the one being filled, so memory stays bounded.
+        Closing the iterator early stops them.
+
+        Raises:
+            SampleError: a sample cannot be read, or does not cover the crop; ``batch_size`` is below 1.
+            RecipeError: the preprocessing is mistaken.
+        """
+        if batch_size < 1:
+            raise SampleError(f"{self.source}: batches of {batch_size} were asked for. Ask for at least 1.")
+        mistakes = problems(preprocessing)
+        if mistakes:
+            raise RecipeError("preprocessing", mistakes)
+        return self._batches(preprocessing, batch_size, _threads(threads))
+
+    def _batches(
+        self, preprocessing: Preprocessing, batch_size: int, threads: int
+    ) -> Generator[np.ndarray, None, None]:
+        def prepared(position: int) -> np.ndarray:
+            try:
+                return prepare(self.frame(position), preprocessing)
+            except SampleError as problem:
+                if self.names[position] in str(problem):
+                    raise
+                raise SampleError(f"{self.source}, {self.names[position]}: {problem}") from None
+
+        inputs = in_order(prepared, range(len(self)), threads, max(2 * threads, batch_size))
+        try:
+            for start in range(0, len(self), batch_size):
+                batch = np.empty((min(batch_size, len(self) - start), *output_shape(preprocessing)), np.float32)
+                for position in range(len(batch)):
+                    batch[position] = next(inputs)
+                yield batch
+        finally:
+            inputs.close()
+
+
+def in_order(
+    function: Callable[[int], T], items: Sequence[int], threads: Optional[int] = None, ahead: int = 256
+) -> Generator[T, None, None]:
+    """Yield ``function(item)`` in the items' order, computed in threads, at most ``ahead`` of them before their turn.
+
+    An exception comes out where its result would have. Closing the generator cancels what has not begun, and waits
+    for the rest.
+    """
+    pending: Deque[Any] = deque()
+    pool = ThreadPoolExecutor(_threads(threads), thread_name_prefix="edgeres-samples")
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+        pool.shutdown(wait=True)
+
+
+def _threads(threads: Optional[int]) -> int:
+    if threads is None:
+        return min(MOST_THREADS, os.cpu_count() or 1)
+    return max(1, threads)

@@ -1,0 +1,113 @@
+"""Samples that are image files, decoded by Pillow. The only file that imports it."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from edgeres.errors import SampleError
+from edgeres.files import sha256_file
+from edgeres.samples.listing import Listing
+
+FULL_SCALE = 65535
+
+
+class ImageSource:
+    """Frames of image files."""
+
+    def __init__(self, listing: Listing) -> None:
+        self.names = listing.names
+        self.labels = listing.labels
+        self.classes = listing.classes
+        self._paths = listing.paths
+
+    def frame(self, index: int) -> np.ndarray:
+        """Return uint8 (H, W, 3), RGB.
+
+        The orientation that a camera wrote into EXIF is not applied: torchvision's and timm's loaders do not apply it
+        either, so networks were trained, and their accuracy was published, on pixels as they are stored.
+
+        Raises:
+            SampleError: the file is missing, damaged, too large or of a kind without a meaning as RGB.
+        """
+        path = self._paths[index]
+        try:
+            with Image.open(path) as image:
+                _check_size(image)
+                return _rgb(image)
+        except Exception as problem:
+            # Decoders fail on damaged files with nearly every kind of exception; each of them means this file.
+            raise SampleError(f"cannot read {path}: {_words(problem)}. Repair or remove it.") from None
+
+    def sha256(self, index: int) -> str:
+        """Return the hash of the file's bytes.
+
+        Raises:
+            SampleError: the file cannot be read.
+        """
+        try:
+            return sha256_file(self._paths[index])
+        except OSError as problem:
+            raise SampleError(f"cannot read {self._paths[index]}: {_words(problem)}. Repair or remove it.") from None
+
+    def problem(self, index: int) -> Optional[str]:
+        """Return what is wrong with a file, in a sentence, or None.
+
+        Checksums are checked where a format has them (PNG); a JPEG, which has none, is decoded at an eighth of its
+        size: that reads all of it, at a fraction of the time.
+        """
+        path = self._paths[index]
+        try:
+            with Image.open(path) as image:
+                _check_size(image)
+                _check_mode(image)
+                if image.format == "JPEG":
+                    image.draft("RGB", (1, 1))
+                    image.load()
+                else:
+                    image.verify()
+        except Exception as problem:  # as in frame()
+            return f"cannot read {path}: {_words(problem)}. Repair or remove it."
+        return None
+
+
+def _check_size(image: Image.Image) -> None:
+    # Pillow itself only warns up to twice its limit; a warning in a thread helps nobody.
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise SampleError(f"{image.width} x {image.height} pixels are more than Pillow's limit of {limit:,}")
+
+
+def _check_mode(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise SampleError("its pixels are floating-point numbers, which have no fixed range; save it with 8 bits")
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Return uint8 (H, W, 3) of an image of any mode; transparency is dropped, as torchvision's loader drops it."""
+    _check_mode(image)
+    if image.mode.startswith("I"):
+        return _from_16_bits(np.asarray(image))
+    if image.mode == "P" and "transparency" in image.info:
+        # Straight to RGB, Pillow warns about the transparency that it drops; the colours are the same.
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def _from_16_bits(values: np.ndarray) -> np.ndarray:
+    """Return uint8 (H, W, 3) of greyscale 0…65535 (H, W). Pillow's own conversion would clip it at 255."""
+    if values.min() < 0 or values.max() > FULL_SCALE:
+        raise SampleError(f"its pixels go from {values.min()} to {values.max()}, beyond 16 bits; save it with 8 bits")
+    grey = (values.astype(np.uint32) * 255 + FULL_SCALE // 2) // FULL_SCALE
+    return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def _words(problem: Exception) -> str:
+    if isinstance(problem, UnidentifiedImageError):
+        return "it is not an image, or its header is damaged"
+    if isinstance(problem, Image.DecompressionBombError):
+        return f"it has more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}"
+    reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+    return str(reason).rstrip(".")

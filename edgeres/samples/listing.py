@@ -1,0 +1,168 @@
+"""Which image files a folder or a list file names, in which order, with which labels. No image is opened here."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import FrozenSet, Iterator, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+
+from edgeres.errors import SampleError, numbered
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+LARGEST_LABEL = 2**31 - 1
+# Python refuses to read numbers of thousands of digits, with an error of its own.
+LONGEST_LABEL = 20
+SHOWN = 10
+
+LABELLED_LINE = re.compile(r"(?P<path>.*[^\s,])(?:\s*,\s*|\s+)(?P<label>[^\s,]+)")
+
+
+class Listing(NamedTuple):
+    """Image files in order. ``names`` say which file it is, without the machine's own folders where possible."""
+
+    paths: Tuple[Path, ...]
+    names: Tuple[str, ...]
+    labels: Optional[np.ndarray]
+    """int64 (N,), or None."""
+    classes: Optional[Tuple[str, ...]]
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file's name ends like that of an image which edgeres reads, in either case."""
+    return name.lower().endswith(IMAGE_ENDINGS)
+
+
+def list_folder(folder: Path, labelled: bool) -> Listing:
+    """Return the images under a folder, sorted by relative path; with ``labelled``, one class per subfolder.
+
+    Raises:
+        SampleError: there is no image, a folder cannot be read, or it is not clear what the classes are.
+    """
+    try:
+        names = sorted(_images_below(folder, "", frozenset()))
+        subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_visible(entry.name))
+    except OSError as problem:
+        raise SampleError(
+            f"cannot read {problem.filename or folder}: {problem.strerror or problem}. Check its permissions."
+        ) from None
+    if not names:
+        raise SampleError(
+            f"{folder} holds no image ({', '.join(ending[1:] for ending in IMAGE_ENDINGS)}). Name a folder that does."
+        )
+    paths = tuple(folder / name for name in names)
+    classes = _classes(folder, names, subfolders) if labelled else None
+    labels = None
+    if classes is not None:
+        number = {name: label for label, name in enumerate(classes)}
+        labels = np.array([number[name.split("/")[0]] for name in names], np.int64)
+        classes = tuple(map(_printable, classes))
+    return Listing(paths, tuple(map(_printable, names)), labels, classes)
+
+
+def _images_below(folder: Path, prefix: str, ancestors: FrozenSet[Tuple[int, int]]) -> Iterator[str]:
+    """Yield relative paths with forward slashes. Links are followed, except back to a folder that they lie in."""
+    status = os.stat(folder)
+    identity = status.st_dev, status.st_ino
+    if identity in ancestors:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not _is_visible(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _images_below(Path(entry.path), f"{prefix}{entry.name}/", ancestors | {identity})
+            elif is_image(entry.name):
+                yield prefix + entry.name
+
+
+def _classes(folder: Path, names: List[str], subfolders: List[str]) -> Optional[Tuple[str, ...]]:
+    """Return the class folders, sorted, or None where the folder is flat.
+
+    A label is a position among the folders' names, so one folder too many or too few would shift all labels behind it
+    without a trace: whatever is not plainly one folder per class is refused.
+    """
+    loose = [name for name in names if "/" not in name]
+    if len(loose) == len(names):
+        return None
+    if loose:
+        raise SampleError(
+            f"{folder} holds both images ({loose[0]}) and folders with images, so it is not clear which classes there "
+            "are. Move the images into their class folders, or name a list file with labels."
+        )
+    deeper = [name for name in names if name.count("/") > 1]
+    if deeper:
+        raise SampleError(
+            f"{folder} should hold one folder per class, but {deeper[0]} lies deeper than that. Name the folder whose "
+            "subfolders are the classes, or a list file with labels."
+        )
+    filled = {name.split("/")[0] for name in names}
+    empty = [name for name in subfolders if name not in filled]
+    if empty:
+        raise SampleError(
+            f"{folder} should hold one folder per class, but {', '.join(map(_printable, empty[:SHOWN]))} "
+            f"hold{'s' if len(empty) == 1 else ''} no image, and labels are positions among the folders' names. Add an "
+            "image, remove what is no class, or name a list file with labels."
+        )
+    return tuple(subfolders)
+
+
+def list_file(path: Path) -> Listing:
+    """Return the images that a list file names, in its order: one path per line, relative to it, label or none behind.
+
+    Raises:
+        SampleError: it is no text, names no image or missing ones, or its labels are malformed; every line is told.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise SampleError(f"{path} is not UTF-8 text. A list file names one image per line.") from None
+    except OSError as problem:
+        raise SampleError(f"cannot read {path}: {problem.strerror or problem}. Check its permissions.") from None
+    names: List[str] = []
+    labels: List[int] = []
+    problems: List[str] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, word = _split(line)
+        names.append(name)
+        # os.path.isfile answers False to names that no file system can hold, where Path.is_file raises.
+        if not os.path.isfile(os.path.join(path.parent, name)):
+            problems.append(f"line {number}: there is no file {name}; paths are relative to the list file")
+        if word is not None and not re.fullmatch(r"\+?\d+", word):
+            problems.append(f"line {number}: label {word} is not a whole number from 0 on")
+        elif word is not None and (len(word) > LONGEST_LABEL or int(word) > LARGEST_LABEL):
+            problems.append(f"line {number}: label {word} is larger than {LARGEST_LABEL}")
+        elif word is not None:
+            labels.append(int(word))
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise SampleError(numbered(str(path), problems[:SHOWN] + more))
+    if not names:
+        raise SampleError(f"{path} names no image. Write one path per line, relative to the list file.")
+    if labels and len(labels) != len(names):
+        raise SampleError(f"{path} gives labels to {len(labels)} of {len(names)} images. Give one to each, or to none.")
+    paths = tuple(path.parent / name for name in names)
+    return Listing(paths, tuple(names), np.array(labels, np.int64) if labels else None, None)
+
+
+def _split(line: str) -> Tuple[str, Optional[str]]:
+    """Return a line's path and its label, if any. Paths may hold spaces, commas and numbers."""
+    found = LABELLED_LINE.fullmatch(line)
+    if found is None or is_image(line):
+        return line, None
+    is_number = re.fullmatch(r"[+-]?\d+", found["label"]) is not None
+    return (found["path"], found["label"]) if is_number or is_image(found["path"]) else (line, None)
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".")
+
+
+def _printable(name: str) -> str:
+    """Return a file's name as text that JSON can hold, also where its bytes are not UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
