@@ -1,0 +1,117 @@
+"""The CPU engine: ONNX Runtime, set up so that it computes what the ONNX file says.
+
+By default ONNX Runtime fuses Q/DQ into int8 kernels. On x86 processors without VNNI their 8-bit multiply–add saturates
+at 16 bits, and everywhere their fused requantization rounds at other places than the file does; either costs accuracy
+that no other runtime of the same file loses. So Q/DQ stays in float here: the weights are dequantized once, activations
+are rounded to their grid where the file says so, and everything else is optimized as usual.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Dict, FrozenSet, Optional
+
+import numpy as np
+import onnxruntime as ort
+
+from edgeres.artifacts import Engine, FileRef
+from edgeres.errors import BackendError
+
+EXACT = {"session.disable_quant_qdq": "1"}
+VNNI = frozenset({"avx512_vnni", "avx_vnni", "avx512vnni", "avxvnni"})
+
+
+class CpuRunner:
+    """An open CPU engine; see :data:`edgeres.backends.Runner`. Any thread may call it, as ONNX Runtime's sessions."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session: Optional[ort.InferenceSession] = session
+        self._input = session.get_inputs()[0].name
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        session = self._session
+        if session is None:
+            raise BackendError("this engine is closed. Load the bundle again.")
+        try:
+            logits: np.ndarray = session.run(None, {self._input: batch})[0]
+        except Exception as problem:  # onnxruntime's exceptions share no base but Exception
+            raise BackendError(
+                f"onnxruntime failed on a batch of shape {batch.shape}: {_first_line(problem)}"
+            ) from problem
+        return logits
+
+    def close(self) -> None:
+        """Free the session; calling it twice is fine."""
+        self._session = None
+
+
+def compile_engine(file: FileRef, precision: str) -> Engine:
+    """Return the CPU engine of a model: the ONNX file itself and the session options that keep its meaning."""
+    return Engine(
+        target="cpu",
+        backend="cpu",
+        precision=precision,
+        file=file,
+        built_for={"onnxruntime": ort.__version__, "machine": platform.machine()},
+        options=dict(EXACT),
+    )
+
+
+def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] = None) -> CpuRunner:
+    """Return a runner of an ONNX model.
+
+    Args:
+        content: the ONNX file's bytes, already verified.
+        options: session configuration entries, as the Engine holds them.
+        threads: for one operator; None leaves it to onnxruntime (one per core).
+
+    Raises:
+        BackendError: onnxruntime does not accept the model.
+    """
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    if threads is not None:
+        settings.intra_op_num_threads = threads
+    for key, value in options.items():
+        settings.add_session_config_entry(key, value)
+    try:
+        return CpuRunner(ort.InferenceSession(content, settings, providers=["CPUExecutionProvider"]))
+    except Exception as problem:  # onnxruntime's exceptions share no base but Exception
+        raise BackendError(f"onnxruntime does not accept this model: {_first_line(problem)}") from problem
+
+
+def open_model(path: Path, threads: Optional[int] = None) -> CpuRunner:
+    """Return a runner of an ONNX file with the exact options; for the FP32 reference and for stages that build."""
+    return open_engine(path.read_bytes(), EXACT, threads)
+
+
+def cpu_flags() -> FrozenSet[str]:
+    """Return the processor's feature flags as the kernel names them; empty where it does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def describe(precision: str = "int8") -> str:
+    """Return in words how a model of this precision is run here."""
+    if precision == "fp32":
+        return "float32"
+    if precision == "fp16":
+        return "float16 weights, computed in float32 where this CPU has no float16"
+    flags = cpu_flags()
+    machine = platform.machine()
+    if machine in ("x86_64", "AMD64") and not VNNI & flags:
+        return "no VNNI: fused int8 kernels would saturate, so Q/DQ is computed in float (exact)"
+    return "Q/DQ is computed in float (exact)"
+
+
+def _first_line(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__

@@ -1,0 +1,87 @@
+"""The calibration pass: run the FP32 model over the samples and count the tensors that will be quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import helper
+
+from edgeres.calibrate.statistics import Statistics
+from edgeres.errors import CalibrationError
+
+
+def observe(
+    model: Path,
+    tensors: Iterable[str],
+    batches: Iterable[np.ndarray],
+    progress: Callable[[int], None] = lambda done: None,
+) -> Statistics:
+    """Return the statistics of ``tensors`` over all batches, from one pass, in memory that does not grow with it.
+
+    Args:
+        model: the FP32 ONNX.
+        tensors: names of the network's input or of any activation in the graph.
+        batches: float32 ``(n, 3, h, w)`` each, normalized.
+        progress: called with the number of samples done so far.
+
+    Raises:
+        CalibrationError: a tensor does not exist, there were no samples, the model does not run on them, or an
+            activation is NaN or infinite.
+    """
+    names = sorted(set(tensors))
+    session, exposed = _exposing_session(model, names)
+    input_name = session.get_inputs()[0].name
+    statistics = Statistics.empty(names)
+    for batch in batches:
+        arrays = {input_name: batch}
+        if exposed:
+            arrays.update(zip(exposed, _run(session, exposed, batch), strict=True))
+        statistics.update(arrays, len(batch))
+        progress(statistics.samples)
+    if not statistics.samples:
+        raise CalibrationError("there are no calibration samples. Name a folder with images: --calibration FOLDER")
+    broken = [name for name in (input_name, *exposed) if name in names and statistics.tensors[name].not_finite]
+    if broken:
+        raise CalibrationError(
+            f"{len(broken)} tensors became NaN or infinite during calibration, the first is {broken[0]}. "
+            "The model overflows on these samples: check its weights and the mean and std of the recipe."
+        )
+    return statistics
+
+
+def _run(session: ort.InferenceSession, exposed: list[str], batch: np.ndarray) -> list[np.ndarray]:
+    """Return the exposed activations of one batch."""
+    try:
+        activations: list[np.ndarray] = session.run(exposed, {session.get_inputs()[0].name: batch})
+    except Exception as problem:  # onnxruntime's exceptions share no base but Exception
+        raise CalibrationError(
+            f"the model does not run on samples of shape {batch.shape}: {str(problem).splitlines()[0]}. "
+            "Check that the recipe's input size is the model's."
+        ) from problem
+    return activations
+
+
+def _exposing_session(path: Path, names: list[str]) -> tuple[ort.InferenceSession, list[str]]:
+    """Return a session whose outputs are the wanted activations, and their names in graph order (without the input)."""
+    model = onnx.load(path)
+    inputs = [value.name for value in model.graph.input]
+    made = [output for node in model.graph.node for output in node.output if output]
+    missing = [name for name in names if name not in (*inputs, *made)]
+    if missing:
+        raise CalibrationError(f"{path.name} has no tensor named {missing[0]!r}: the plan belongs to another model")
+    exposed = [name for name in made if name in names]
+    outputs = exposed or made[-1:]  # a session needs an output: any will do, it is never asked for
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as problem:  # onnxruntime's exceptions share no base but Exception
+        reason = str(problem).splitlines()[0]
+        raise CalibrationError(f"onnxruntime does not accept {path.name}: {reason}. Export it again.") from problem
+    return session, exposed

@@ -1,0 +1,200 @@
+"""Range methods: from a tensor's histogram to the largest |x| that its int8 grid should reach.
+
+All of them read the same statistics, so none needs a pass of its own. Within a histogram bin values are taken as evenly
+spread; a bin is at most 1/128 as wide as its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeres.affine import QMAX, QMIN
+from edgeres.calibrate.statistics import INFINITE, MAGNITUDES, TensorStatistics
+
+ENTROPY_BINS = 2048
+ENTROPY_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """The bins that were hit, one sign folded onto the other.
+
+    ``low`` and ``high`` are float64 ``(B,)``, edges of |x| in the tensor's own units, ascending; ``positive`` and
+    ``negative`` are float64 ``(B,)`` counts of x ≥ 0 and x < 0 there. Exact zeros are left out: every grid has them.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    positive: np.ndarray
+    negative: np.ndarray
+    amax: float
+    elements: int
+
+    @classmethod
+    def of(cls, statistics: TensorStatistics) -> Histogram:
+        positive = statistics.counts[1:INFINITE]
+        negative = statistics.counts[MAGNITUDES + 1 : MAGNITUDES + INFINITE]
+        hit = np.flatnonzero(positive + negative)
+        # the last edge is 2^128, one above float32's largest: its pattern is infinity's, so it is clipped by amax
+        edges = (np.arange(1, INFINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+        amax = statistics.amax
+        return cls(
+            low=np.minimum(edges[hit], amax),
+            high=np.minimum(edges[hit + 1], amax),
+            positive=positive[hit].astype(np.float64),
+            negative=negative[hit].astype(np.float64),
+            amax=amax,
+            elements=statistics.elements,
+        )
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self.positive + self.negative
+
+    def beyond(self, amax: float) -> float:
+        """Return how many elements lie beyond ``amax`` in magnitude."""
+        whole = (self.low >= amax) & (self.high > amax)
+        cut = (self.low < amax) & (self.high > amax)
+        share = (self.high[cut] - amax) / (self.high[cut] - self.low[cut])
+        return float(self.counts[whole].sum() + (self.counts[cut] * share).sum())
+
+    def power(self) -> float:
+        """Return the sum of x² over all elements."""
+        return float((self.counts * (self.low**2 + self.low * self.high + self.high**2) / 3).sum())
+
+
+def minmax(histogram: Histogram, _percentile: float) -> float:
+    """Return the largest |x| ever seen: nothing is clipped.
+
+    Source: Jacob et al. 2018 (arXiv:1712.05877), section 3.1, for symmetric ranges.
+    """
+    return histogram.amax
+
+
+def percentile(histogram: Histogram, share: float) -> float:
+    """Return the |x| that ``share`` percent of all elements do not exceed; 0.0 where these are all exact zeros.
+
+    Source: Wu et al., "Integer Quantization for Deep Learning Inference", 2020 (arXiv:2004.09602), section 5.
+    """
+    counts = histogram.counts
+    if not counts.size:
+        return histogram.amax
+    zeros = histogram.elements - counts.sum()
+    wanted = share / 100 * histogram.elements
+    cumulative = zeros + np.concatenate([[0.0], np.cumsum(counts)])
+    if wanted <= zeros:
+        return 0.0
+    i = min(int(np.searchsorted(cumulative, wanted)) - 1, counts.size - 1)
+    inside = (wanted - cumulative[i]) / counts[i]
+    return float(histogram.low[i] + min(inside, 1.0) * (histogram.high[i] - histogram.low[i]))
+
+
+def entropy(histogram: Histogram, _percentile: float) -> float:
+    """Return the range whose 128 levels keep the distribution of |x| best, by Kullback–Leibler divergence.
+
+    Exact zeros do not count: they are exact on every grid, and after a ReLU they would drown everything else.
+
+    Source: Migacz, "8-bit Inference with TensorRT", GTC 2017, slides 31–40.
+    """
+    if histogram.counts.size == 0:
+        return histogram.amax
+    edges = np.linspace(0.0, histogram.amax, ENTROPY_BINS + 1)
+    linear = np.diff(_cumulative_at(histogram, edges))
+    tails = linear.sum() - np.cumsum(linear)
+    best, best_bins = np.inf, ENTROPY_BINS
+    for bins in range(QMAX + 1, ENTROPY_BINS + 1, ENTROPY_STRIDE):
+        divergence = _divergence(linear[:bins], tails[bins - 1])
+        if divergence < best:
+            best, best_bins = divergence, bins
+    return float((best_bins + 0.5) * histogram.amax / ENTROPY_BINS) if best_bins < ENTROPY_BINS else histogram.amax
+
+
+def _cumulative_at(histogram: Histogram, points: np.ndarray) -> np.ndarray:
+    """Return how many non-zero elements lie below each point, float64 ``(P,)``."""
+    edges = np.stack([histogram.low, histogram.high], 1).reshape(-1)
+    cumulative = np.cumsum(np.stack([np.zeros_like(histogram.counts), histogram.counts], 1).reshape(-1))
+    return np.interp(points, edges, cumulative, left=0.0)
+
+
+def _divergence(inside: np.ndarray, tail: float) -> float:
+    """Return KL(P‖Q) in nats: P is the histogram clipped here, Q its 128-level version spread over P's own support."""
+    p = inside.copy()
+    p[-1] += tail
+    starts = (np.arange(QMAX + 1) * inside.size) // (QMAX + 1)
+    support = inside > 0
+    level = np.add.reduceat(inside, starts)
+    hits = np.add.reduceat(support.astype(np.float64), starts)
+    q = np.repeat(level / np.maximum(hits, 1.0), np.diff(np.append(starts, inside.size))) * support
+    if q.sum() == 0:
+        return np.inf
+    occupied = p > 0
+    if not support[-1] and tail > 0:
+        return np.inf  # Q has nothing where P has the clipped mass: infinitely far apart
+    p, q = p[occupied] / p.sum(), q[occupied] / q.sum()
+    return float((p * np.log(p / q)).sum())
+
+
+def mse(histogram: Histogram, _percentile: float) -> float:
+    """Return the range with the least mean squared error of quantizing, rounding and clipping together.
+
+    Log-spaced candidates over eight octaves below the largest |x|, then a fine search around the best.
+
+    Source: Nagel et al. 2021 (arXiv:2106.08295), section 3.1, equation 23.
+    """
+    if histogram.amax == 0.0:
+        return 0.0
+    coarse = histogram.amax * 2.0 ** (-np.arange(0, 8, 0.125))
+    best = coarse[int(np.argmin(squared_error(histogram, coarse)))]
+    fine = np.minimum(best * 2.0 ** np.linspace(-0.125, 0.125, 65), histogram.amax)
+    return float(fine[int(np.argmin(squared_error(histogram, fine)))])
+
+
+def squared_error(histogram: Histogram, amax: np.ndarray) -> np.ndarray:
+    """Return the summed squared error of int8 at each candidate range.
+
+    Exact for values evenly spread within their bin: the squared distance to the nearest grid point, or beyond the grid
+    to its last point, is integrated in closed form.
+
+    Args:
+        amax: float64 ``(A,)``, candidate ranges, in the tensor's own units.
+
+    Returns:
+        float64 ``(A,)``, squared units.
+    """
+    width = np.maximum(histogram.high - histogram.low, np.finfo(np.float64).tiny)
+    total = np.zeros(len(amax))
+    sides = [(c, last) for c, last in ((histogram.positive, QMAX), (histogram.negative, -QMIN)) if c.any()]
+    for i, candidate in enumerate(amax):
+        scale = candidate / QMAX
+        for counts, last in sides:
+            error = _integral(histogram.high / scale, last) - _integral(histogram.low / scale, last)
+            # where a bin has no width (all its elements are the maximum itself) its single value's error counts
+            point = _point_error(histogram.high / scale, last)
+            mean = np.where(histogram.high > histogram.low, error * scale / width, point)
+            total[i] += scale**2 * float((counts * mean).sum())
+    return total
+
+
+def _integral(x: np.ndarray, last: int) -> np.ndarray:
+    """Return ∫₀ˣ (t − q(t))² dt, in steps³, for the grid 0, 1, …, ``last``."""
+    inside = np.minimum(x, last + 0.5)
+    whole = np.floor(inside + 0.5)
+    rounding = whole / 12 + (inside - whole) ** 3 / 3
+    clipping = np.where(x > last + 0.5, ((x - last) ** 3 - 0.125) / 3, 0.0)
+    return np.asarray(rounding + clipping)
+
+
+def _point_error(x: np.ndarray, last: int) -> np.ndarray:
+    """Return (x − q(x))², in steps², for the grid 0, 1, …, ``last``."""
+    return np.asarray((x - np.minimum(np.rint(x), last)) ** 2)
+
+
+METHODS: dict[str, Callable[[Histogram, float], float]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "entropy": entropy,
+    "mse": mse,
+}

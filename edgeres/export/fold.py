@@ -1,0 +1,185 @@
+"""Passes over an ONNX graph that change its form and not its meaning. Each states what holds afterwards."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from edgeres.errors import ExportError
+from edgeres.export.words import first_line
+
+LARGEST_FOLDED = 1 << 24  # elements: folding an Expand into something huge would only bloat the file
+RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+
+
+def simplify(model: onnx.ModelProto) -> None:
+    """Fold constants and batch norms, drop what does nothing at inference; in place.
+
+    Afterwards: no node has only constant inputs, no Identity or Dropout is left, no BatchNormalization follows a
+    convolution that it alone reads, every node has a unique name, and every initializer is used.
+    """
+    drop_identities(model)
+    fold_constants(model)
+    drop_identities(model)  # again: whether a Dropout is in training mode may have become a constant just now
+    fold_batch_norms(model)
+    name_nodes(model)
+    drop_unused(model)
+
+
+def name_nodes(model: onnx.ModelProto) -> None:
+    """Give every node a unique name; those that have one keep it."""
+    taken = {node.name for node in model.graph.node}
+    seen = {""}
+    for i, node in enumerate(model.graph.node):
+        if node.name in seen:
+            node.name = f"{node.op_type}_{i}"
+            while node.name in taken:
+                node.name += "_"
+            taken.add(node.name)
+        seen.add(node.name)
+
+
+def drop_identities(model: onnx.ModelProto) -> None:
+    """Remove Identity and Dropout nodes (at inference both pass their input on) that do not make a graph output.
+
+    A Dropout stays that is in training mode, or whose mask is read.
+    """
+    graph = model.graph
+    outputs = {value.name for value in graph.output}
+    read = {name for node in graph.node for name in node.input} | outputs
+    off = {tensor.name for tensor in graph.initializer if not numpy_helper.to_array(tensor).any()} | {""}
+    alias: dict[str, str] = {}
+    kept = []
+    for node in graph.node:
+        node.input[:] = [alias.get(name, name) for name in node.input]
+        passes_on = node.op_type == "Identity" or (
+            node.op_type == "Dropout" and off.issuperset(node.input[2:]) and read.isdisjoint(node.output[1:])
+        )
+        if passes_on and node.output[0] not in outputs:
+            alias[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def fold_constants(model: onnx.ModelProto) -> None:
+    """Replace every node whose inputs are all constant by its value, as onnx's reference evaluator computes it."""
+    graph = model.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    kept = []
+    for node in graph.node:
+        foldable = (
+            node.op_type not in ("QuantizeLinear", "DequantizeLinear", *RANDOM)
+            and not any(
+                found.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for found in node.attribute
+            )
+            and all(not name or name in constants for name in node.input)
+            and not outputs.intersection(node.output)
+        )
+        values = _evaluate(node, constants, model) if foldable else None
+        if values is None or any(value.size > LARGEST_FOLDED for value in values):
+            kept.append(node)
+        else:
+            constants.update(zip(node.output, values, strict=True))
+            graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in zip(node.output, values, strict=True))
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _evaluate(
+    node: onnx.NodeProto, constants: dict[str, np.ndarray], model: onnx.ModelProto
+) -> list[np.ndarray] | None:
+    """Return a node's outputs from constant inputs; None where the evaluator does not know the operator."""
+    initializers = [numpy_helper.from_array(constants[name], name) for name in dict.fromkeys(node.input) if name]
+    outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in node.output]
+    single = helper.make_model(
+        helper.make_graph([node], "constant", [], outputs, initializers),
+        opset_imports=model.opset_import,
+        ir_version=model.ir_version,
+    )
+    try:
+        return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, {})]
+    except Exception:  # the evaluator raises whatever an operator's own code raises; the node then simply stays
+        return None
+
+
+def fold_batch_norms(model: onnx.ModelProto) -> None:
+    """Fold each BatchNormalization into the convolution in front of it, where nothing else reads that convolution.
+
+    y = γ (Wx + b − μ) / √(σ² + ε) + β is a convolution with weights W γ/√(σ² + ε); computed in float64.
+    """
+    graph = model.graph
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, int] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers[name] = readers.get(name, 0) + 1
+    outputs = {value.name for value in graph.output}
+    producers = {output: node for node in graph.node for output in node.output}
+    kept = []
+    for node in graph.node:
+        inference = node.op_type == "BatchNormalization" and not any(
+            found.name == "training_mode" and found.i for found in node.attribute
+        )
+        conv = producers.get(node.input[0]) if inference else None
+        alone = conv is not None and conv.op_type == "Conv" and readers[node.input[0]] == 1
+        if conv is None or not alone or node.input[0] in outputs:
+            kept.append(node)
+            continue
+        names = [*conv.input[1:], *node.input[1:5]]
+        if any(name and name not in initializers for name in names):
+            kept.append(node)
+            continue
+        _fold_one(graph, conv, node, initializers)
+        producers[node.output[0]] = conv  # another batch norm may follow
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _fold_one(
+    graph: onnx.GraphProto, conv: onnx.NodeProto, norm: onnx.NodeProto, initializers: dict[str, onnx.TensorProto]
+) -> None:
+    """Write the folded weights under new names (an old one may be shared) and let the convolution make the output."""
+    gamma, beta, mean, variance = (numpy_helper.to_array(initializers[n]).astype(np.float64) for n in norm.input[1:5])
+    epsilon = next((found.f for found in norm.attribute if found.name == "epsilon"), 1e-5)
+    weights = numpy_helper.to_array(initializers[conv.input[1]]).astype(np.float64)
+    has_bias = len(conv.input) > 2 and conv.input[2]
+    bias = numpy_helper.to_array(initializers[conv.input[2]]).astype(np.float64) if has_bias else 0.0
+    factor = gamma / np.sqrt(variance + epsilon)
+    folded = {
+        f"{norm.output[0]}_weight": weights * factor.reshape(-1, *[1] * (weights.ndim - 1)),
+        f"{norm.output[0]}_bias": (bias - mean) * factor + beta,
+    }
+    for name, values in folded.items():
+        tensor = numpy_helper.from_array(values.astype(np.float32), name)
+        initializers[name] = tensor
+        graph.initializer.append(tensor)
+    conv.input[:] = [conv.input[0], *folded]
+    conv.output[0] = norm.output[0]
+
+
+def drop_unused(model: onnx.ModelProto) -> None:
+    """Remove initializers that nothing reads, and all intermediate type annotations (they may be stale)."""
+    graph = model.graph
+    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    inputs = [value for value in graph.input if value.name not in {tensor.name for tensor in graph.initializer}]
+    del graph.initializer[:], graph.value_info[:], graph.input[:]
+    graph.initializer.extend(kept)
+    graph.input.extend(inputs)
+
+
+def check_model(model: onnx.ModelProto, where: str) -> None:
+    """Let onnx's own checker and shape inference judge a graph.
+
+    Raises:
+        ExportError: it is not valid ONNX; ``where`` names it.
+    """
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as problem:  # damaged names make the checker's bindings raise other kinds than its own two
+        raise ExportError(f"{where} is not valid ONNX: {first_line(problem)}") from None

@@ -1,0 +1,59 @@
+"""What an ONNX file says about itself: each layer's precision, as its Q/DQ pairs and types have it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from edgeres.errors import ExportError
+from edgeres.quantize.graph import Graph
+from edgeres.quantize.lint import lint
+
+PLUMBING = ("QuantizeLinear", "DequantizeLinear", "Constant")
+TYPES = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+    TensorProto.DOUBLE: "fp64",
+}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return an ONNX file's opset, input, layers (name, type, precision) and breaches of the TensorRT rules.
+
+    Raises:
+        ExportError: the file cannot be read as ONNX.
+    """
+    try:
+        model = onnx.load(path)
+    except Exception as problem:  # protobuf's, onnx's and the file system's errors share no base but Exception
+        raise ExportError(f"{path} cannot be read as ONNX: {str(problem).splitlines()[0]}") from None
+    if not model.graph.node:
+        raise ExportError(f"{path} holds no operators: it is empty or not an ONNX model")
+    graph = Graph(model)
+    layers = [
+        {"name": node.name, "type": node.op_type, "precision": _precision(graph, node)}
+        for node in graph.nodes
+        if node.op_type not in PLUMBING
+    ]
+    return {
+        "opset": next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None),
+        "inputs": graph.inputs,
+        "outputs": graph.outputs,
+        "layers": layers,
+        "lint": lint(model),
+    }
+
+
+def _precision(graph: Graph, node: onnx.NodeProto) -> str:
+    """Return ``int8`` where the data comes from DequantizeLinear, else the type of a float initializer, or ``fp32``."""
+    made = [graph.producer.get(name) for name in node.input[:2] if name]
+    quantized = [pair is not None and pair.op_type == "DequantizeLinear" for pair in made]
+    if any(quantized):
+        return "int8" if all(quantized) or node.op_type not in ("Conv", "Gemm", "MatMul", "Add") else "mixed"
+    kinds = {graph.initializers[name].data_type for name in node.input if name in graph.initializers}
+    found = [TYPES[kind] for kind in kinds if kind in TYPES]
+    return found[0] if found else "follows"

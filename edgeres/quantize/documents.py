@@ -1,0 +1,29 @@
+"""The room's door for the pipeline: ONNX files in, ONNX content and decisions out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+
+from edgeres.artifacts import LayerPlan, TensorRange
+from edgeres.quantize.half import write_fp16
+from edgeres.quantize.insert import write_int8
+from edgeres.quantize.placement import Placement, plan
+
+
+def plan_file(fp32: Path, modules: Mapping[str, str], keep_float: Sequence[str]) -> Placement:
+    """Return the plan for an FP32 file; see :func:`edgeres.quantize.placement.plan`."""
+    return plan(onnx.load(fp32), modules, keep_float)
+
+
+def int8_content(fp32: Path, placement: Placement, ranges: Mapping[str, TensorRange]) -> bytes:
+    """Return the Q/DQ model of an FP32 file; see :func:`edgeres.quantize.insert.write_int8`."""
+    return write_int8(onnx.load(fp32), placement, ranges).SerializeToString(deterministic=True)
+
+
+def fp16_content(fp32: Path, modules: Mapping[str, str]) -> tuple[bytes, tuple[LayerPlan, ...]]:
+    """Return the float16 model of an FP32 file; see :func:`edgeres.quantize.half.write_fp16`."""
+    model, layers = write_fp16(onnx.load(fp32), dict(modules))
+    return model.SerializeToString(deterministic=True), layers

@@ -1,0 +1,54 @@
+"""Questions about an ONNX graph: who makes a tensor, who reads it, which tensors are constant."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+
+class Graph:
+    """An index of a model's graph. It does not follow later changes: build a new one after surgery."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self.producer = {output: node for node in self.nodes for output in node.output if output}
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.inputs = [value.name for value in model.graph.input if value.name not in self.initializers]
+        self.outputs = [value.name for value in model.graph.output]
+        self.consumers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+        for node in self.nodes:
+            for index, name in enumerate(node.input):
+                if name:
+                    self.consumers.setdefault(name, []).append((node, index))
+
+    def readers(self, tensor: str) -> list[onnx.NodeProto]:
+        """Return the nodes that read ``tensor``, in graph order."""
+        return [node for node, _ in self.consumers.get(tensor, [])]
+
+    def constant(self, tensor: str) -> np.ndarray | None:
+        """Return an initializer's values, or None where ``tensor`` is computed."""
+        found = self.initializers.get(tensor)
+        return None if found is None else numpy_helper.to_array(found)
+
+    def is_activation(self, tensor: str) -> bool:
+        """Whether ``tensor`` depends on the network's input (a name that nobody makes is not)."""
+        return bool(tensor) and tensor not in self.initializers and (tensor in self.producer or tensor in self.inputs)
+
+    def convolutions_above(self) -> dict[str, int]:
+        """Return, for each tensor, the most convolutions on any path from the input to it."""
+        depth: dict[str, int] = dict.fromkeys(self.inputs, 0)
+        for node in self.nodes:
+            above = max((depth.get(name, 0) for name in node.input), default=0)
+            for output in node.output:
+                depth[output] = above + (node.op_type in ("Conv", "ConvTranspose"))
+        return depth
+
+
+def attribute(node: onnx.NodeProto, name: str, default: object) -> object:
+    """Return an attribute's value, or ``default`` where the node does not set it."""
+    for found in node.attribute:
+        if found.name == name:
+            return onnx.helper.get_attribute_value(found)
+    return default

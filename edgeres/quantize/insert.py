@@ -1,0 +1,94 @@
+"""Write a plan into the graph: QuantizeLinear and DequantizeLinear pairs, in the form every TensorRT from 8.5 reads.
+
+Weights stay float initializers behind Q and DQ, zero points are written out, scales are float32 and biases are left
+alone: TensorRT 8.5 wants three inputs on Q and DQ, and no version before 10 is known to read int8 initializers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from edgeres.affine import channel_amax, scale_from_amax
+from edgeres.artifacts import TensorRange
+from edgeres.errors import QuantizationError
+from edgeres.quantize.graph import Graph
+from edgeres.quantize.lint import check
+from edgeres.quantize.placement import Placement
+
+
+def write_int8(model: onnx.ModelProto, placement: Placement, ranges: Mapping[str, TensorRange]) -> onnx.ModelProto:
+    """Return a copy of ``model`` with the plan's Q/DQ pairs, linted.
+
+    Args:
+        model: the FP32 graph that the plan was made for.
+        ranges: by tensor name; every tensor of ``placement.tensors`` must be there.
+
+    Raises:
+        QuantizationError: a range is missing.
+        LintError: the result breaks a rule (a bug in a plan, never the user's fault).
+    """
+    missing = [name for name in placement.tensors if name not in ranges]
+    if missing:
+        raise QuantizationError(f"the calibration table has no range for {', '.join(missing)}. Calibrate again.")
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = Graph(result)
+    nodes = {node.name: node for node in graph.nodes}
+    behind: dict[str, list[onnx.NodeProto]] = {}
+    front: list[onnx.NodeProto] = []
+    for weight in placement.weights:
+        values = numpy_helper.to_array(graph.initializers[weight.tensor]).astype(np.float32)
+        scale = scale_from_amax(channel_amax(values, weight.axis))
+        pair, output = _pair(result, weight.tensor, scale, weight.axis)
+        front.extend(pair)
+        for name, index in weight.readers:
+            nodes[name].input[index] = output
+    for point in placement.points:
+        pair, output = _pair(result, point.tensor, np.float32(ranges[point.range_of].scale), None)
+        behind.setdefault(point.tensor, []).extend(pair)
+        for name, index in point.readers:
+            nodes[name].input[index] = output
+    _rewrite(result, graph, front, behind)
+    check(result, "model.int8.onnx")
+    return result
+
+
+def _pair(model: onnx.ModelProto, tensor: str, scale: np.ndarray, axis: int | None) -> tuple[list[onnx.NodeProto], str]:
+    """Add scale and zero point of one Q/DQ pair to the initializers; return its nodes and its output's name."""
+    names = {part: f"{tensor}_{part}" for part in ("scale", "zero_point", "quantized", "dequantized")}
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.asarray(scale, np.float32), names["scale"]),
+            numpy_helper.from_array(np.zeros_like(scale, dtype=np.int8), names["zero_point"]),
+        ]
+    )
+    attributes = {} if axis is None else {"axis": axis}
+    parameters = [names["scale"], names["zero_point"]]
+    quantize = helper.make_node(
+        "QuantizeLinear", [tensor, *parameters], [names["quantized"]], name=f"{tensor}_QuantizeLinear", **attributes
+    )
+    dequantize = helper.make_node(
+        "DequantizeLinear",
+        [names["quantized"], *parameters],
+        [names["dequantized"]],
+        name=f"{tensor}_DequantizeLinear",
+        **attributes,
+    )
+    return [quantize, dequantize], names["dequantized"]
+
+
+def _rewrite(
+    model: onnx.ModelProto, graph: Graph, front: list[onnx.NodeProto], behind: dict[str, list[onnx.NodeProto]]
+) -> None:
+    """Put the new nodes where the graph stays in topological order: each pair right behind what it reads."""
+    ordered = [*front, *(node for name in graph.inputs for node in behind.get(name, []))]
+    for node in graph.nodes:
+        ordered.append(node)
+        ordered.extend(new for output in node.output for new in behind.get(output, []))
+    del model.graph.node[:]
+    model.graph.node.extend(ordered)
+    del model.graph.value_info[:]

@@ -1,0 +1,211 @@
+"""Where int8 goes in a graph, and why: the plan that calibration and insertion both follow.
+
+The rules are TensorRT's own for explicit quantization (NVIDIA, "Working with Quantized Types", section "Q/DQ Placement
+Recommendations"): quantize the inputs of weighted layers, not their outputs; leave Conv–ReLU–Add alone so that it fuses;
+of a residual addition quantize the skip input, never the convolution's; a layer without weights has int8 on both sides
+or on neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import onnx
+
+from edgeres.artifacts import LayerPlan
+from edgeres.quantize.graph import Graph, attribute
+
+POOLS = ("GlobalAveragePool", "AveragePool", "ReduceMean")
+RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
+MOVES = ("Pad", "Slice")  # they move values (and put zeros between them), so a grid of their input fits their output
+FREE = {
+    "Relu": "fused behind the convolution or addition in front of it",
+    "MaxPool": "picks values, so it runs on whatever its neighbours use",
+    "Pad": "moves values, so it runs on whatever its neighbours use",
+    "Slice": "moves values, so it runs on whatever its neighbours use",
+    **dict.fromkeys(RESHAPES, "moves no data"),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One Q/DQ pair on an activation: ``tensor`` is quantized with the range of ``range_of``, for these readers.
+
+    ``readers`` are (node name, input index). ``range_of`` differs from ``tensor`` behind a Slice or Pad, where the
+    values are already on the source's grid and a second rounding with the same scale changes nothing.
+    """
+
+    tensor: str
+    range_of: str
+    readers: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One Q/DQ pair on a weight: output channels lie along ``axis``; ``readers`` as in :class:`Point`."""
+
+    tensor: str
+    axis: int
+    readers: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The whole plan. ``tensors`` are what calibration must observe."""
+
+    points: tuple[Point, ...]
+    weights: tuple[Weight, ...]
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(sorted({point.range_of for point in self.points}))
+
+
+@dataclass
+class _Draft:
+    """The plan while it grows: which (node, input) reads which quantized tensor, and what was said of each node."""
+
+    activations: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    ranges: dict[str, str] = field(default_factory=dict)
+    weights: dict[tuple[str, int], list[tuple[str, int]]] = field(default_factory=dict)
+    said: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def quantize(self, tensor: str, node: onnx.NodeProto, index: int, range_of: str | None = None) -> None:
+        self.activations.setdefault(tensor, []).append((node.name, index))
+        self.ranges.setdefault(tensor, range_of or tensor)
+
+
+def plan(model: onnx.ModelProto, modules: Mapping[str, str], keep_float: Sequence[str] = ()) -> Placement:
+    """Return where int8 goes in ``model``, with a reason for every node.
+
+    Args:
+        model: the FP32 graph, batch norms folded, every node named.
+        modules: node name → torch module, for reasons and for ``keep_float``.
+        keep_float: shell patterns of torch modules (or node names) that stay in float.
+    """
+    graph, draft = Graph(model), _Draft()
+    for node in graph.nodes:
+        if node.op_type in ("Conv", "Gemm", "MatMul", "ConvTranspose"):
+            _weighted(graph, node, _kept(node, modules, keep_float), draft)
+    for node in graph.nodes:
+        if node.op_type == "Add":
+            _residual(graph, node, _kept(node, modules, keep_float), draft)
+        elif node.op_type in POOLS:
+            _pool(graph, node, draft)
+    layers = tuple(
+        LayerPlan(node.name, node.op_type, modules.get(node.name, ""), *draft.said.get(node.name, _default(node)))
+        for node in graph.nodes
+    )
+    order = {name: i for i, name in enumerate([*graph.inputs, *graph.producer])}
+    points = tuple(
+        Point(tensor, draft.ranges[tensor], tuple(readers))
+        for tensor, readers in sorted(draft.activations.items(), key=lambda item: order[item[0]])
+    )
+    weights = tuple(Weight(name, axis, tuple(readers)) for (name, axis), readers in draft.weights.items())
+    return Placement(points, weights, layers)
+
+
+def _kept(node: onnx.NodeProto, modules: Mapping[str, str], patterns: Sequence[str]) -> str | None:
+    """Return the pattern that keeps this node in float, if one does."""
+    names = (node.name, modules.get(node.name, ""))
+    return next((p for p in patterns if any(fnmatchcase(name, p) for name in names)), None)
+
+
+def _default(node: onnx.NodeProto) -> tuple[str, str]:
+    if node.op_type in FREE:
+        return "follows", FREE[node.op_type]
+    return "float", "TensorRT has no int8 form of this operator that pays"
+
+
+def _weighted(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draft) -> None:
+    """Quantize both inputs of a weighted layer, or neither: one alone would silently run in float."""
+    axis, obstacle = _weight_axis(graph, node)
+    if kept is not None:
+        draft.said[node.name] = ("float", f"the recipe keeps {kept!r} in float")
+    elif obstacle:
+        draft.said[node.name] = ("float", obstacle)
+    else:
+        draft.quantize(node.input[0], node, 0)
+        draft.weights.setdefault((node.input[1], axis), []).append((node.name, 1))
+        draft.said[node.name] = ("int8", "weighted layer: input per tensor, weights per output channel, bias in float")
+
+
+def _weight_axis(graph: Graph, node: onnx.NodeProto) -> tuple[int, str]:
+    """Return the output channels' axis of a node's weights, and what stands in the way of int8 (empty: nothing)."""
+    weights = graph.constant(node.input[1])
+    if weights is None or not graph.is_activation(node.input[0]):
+        return 0, "its weights are computed, not constant: TensorRT quantizes constant weights only"
+    if node.op_type == "ConvTranspose":
+        return 1, "per-channel int8 transposed convolutions fail to build in several TensorRT versions"
+    if node.op_type == "Conv":
+        return (0, "") if weights.ndim == 4 else (0, f"{weights.ndim - 2}-D convolution: only 2-D is quantized")
+    if weights.ndim != 2:
+        return 0, "its weights are not a matrix"
+    if node.op_type == "Gemm":
+        if attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0:
+            return 0, "a Gemm with transA or alpha is not fused with Q/DQ"
+        return (0, "") if attribute(node, "transB", 0) else (1, "")
+    return 1, ""
+
+
+def _residual(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draft) -> None:
+    """Quantize the skip input of a residual addition; the deeper input is the branch, and fuses in high precision."""
+    if not all(graph.is_activation(name) for name in node.input):
+        draft.said[node.name] = ("float", "adds a constant")
+        return
+    if kept is not None:
+        draft.said[node.name] = ("float", f"the recipe keeps {kept!r} in float")
+        return
+    depth = graph.convolutions_above()
+    shallow = 1 if depth[node.input[0]] >= depth[node.input[1]] else 0
+    branch, skip = node.input[1 - shallow], node.input[shallow]
+    made_by = graph.producer[branch].op_type if branch in graph.producer else "the input"
+    if made_by not in ("Conv", "BatchNormalization", "Mul"):
+        draft.said[node.name] = ("float", f"not a residual block's addition: its branch ends in {made_by}")
+        return
+    source = skip
+    while source in graph.producer and graph.producer[source].op_type in MOVES:
+        source = graph.producer[source].input[0]
+    if source != skip and source not in draft.activations:
+        source = skip  # nobody else quantizes the source: give the moved tensor a range of its own
+    draft.quantize(skip, node, shallow, range_of=source)
+    if source != skip:
+        _move_on_grid(graph, skip, draft)
+    shared = len(draft.activations[skip]) > 1 or source != skip
+    draft.said[node.name] = (
+        "int8 skip",
+        "skip input in int8"
+        + (", one scale with the block's first convolution" if shared else "")
+        + "; the branch stays in high precision so that Conv–Add–ReLU fuses",
+    )
+
+
+def _move_on_grid(graph: Graph, skip: str, draft: _Draft) -> None:
+    """Let the Slice or Pad behind a quantized tensor read its int8 form, so that only one form of it is stored."""
+    node = graph.producer[skip]
+    while node.op_type in MOVES:
+        source = node.input[0]
+        if source in draft.activations:
+            draft.quantize(source, node, 0)
+            draft.said[node.name] = ("int8", "moves int8 values of the block's input")
+            return
+        node = graph.producer[source]
+
+
+def _pool(graph: Graph, node: onnx.NodeProto, draft: _Draft) -> None:
+    """Quantize an average pool's input where everything behind it is quantized: int8 on both sides, or on neither."""
+    behind, tensor = node, node.output[0]
+    while tensor not in draft.activations:
+        readers = graph.readers(tensor)
+        if len(readers) != 1 or readers[0].op_type not in RESHAPES:
+            draft.said[node.name] = ("float", "what reads it is not in int8, and int8 on one side only would not fuse")
+            return
+        behind, tensor = readers[0], readers[0].output[0]
+    if len(graph.readers(tensor)) != len(draft.activations[tensor]):
+        draft.said[node.name] = ("float", f"{behind.name} is also read in float")
+        return
+    draft.quantize(node.input[0], node, 0)
+    draft.said[node.name] = ("int8", "int8 on both sides: its input and its output are quantized")
