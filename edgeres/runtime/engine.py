@@ -1,0 +1,114 @@
+"""A loaded engine: camera frames in, logits out."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Optional, Protocol, Tuple, Type
+
+import numpy as np
+
+from edgeres.artifacts import Engine, Manifest
+from edgeres.bundle import Folder, read_manifest, verify_and_read
+from edgeres.errors import BackendError, BundleError
+from edgeres.preprocess import prepare_batch
+
+
+class OpenEngine(Protocol):
+    """What every backend's ``open_engine`` returns."""
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        """Return logits float32 ``(N, K)`` of float32 ``(N, 3, h, w)``."""
+
+    def close(self) -> None:
+        """Free the engine."""
+
+
+class LoadedEngine:
+    """An open engine of a verified bundle; made by :func:`load`. Any number of threads may call it.
+
+    ``manifest`` is the bundle's, ``record`` says which engine runs and what it was built for.
+    """
+
+    def __init__(self, runner: OpenEngine, manifest: Manifest, record: Engine) -> None:
+        self._runner = runner
+        self.manifest = manifest
+        self.record = record
+
+    @property
+    def input_shape(self) -> Tuple[int, int, int]:
+        """The shape of one normalized input: (3, height, width)."""
+        return (3, *self.manifest.preprocessing.size)
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        """Return the logits of some frames.
+
+        Args:
+            frames: uint8 ``(N, H, W, 3)``, RGB camera frames of any size, which are resized, cropped and normalized as
+                at calibration; or float32 ``(N, 3, h, w)``, normalized already.
+
+        Returns:
+            float32 ``(N, K)``.
+
+        Raises:
+            BackendError: the array is neither, or the engine is closed.
+        """
+        batch = self._normalized(frames)
+        step = self.manifest.preprocessing.batch_size
+        if len(batch) <= step:
+            return self._runner(batch)
+        return np.concatenate([self._runner(batch[i : i + step]) for i in range(0, len(batch), step)])
+
+    def _normalized(self, frames: np.ndarray) -> np.ndarray:
+        if isinstance(frames, np.ndarray) and frames.ndim == 4 and len(frames):
+            if frames.dtype == np.uint8 and frames.shape[3] == 3:
+                return prepare_batch(frames, self.manifest.preprocessing)
+            if frames.dtype == np.float32 and frames.shape[1:] == self.input_shape:
+                return np.ascontiguousarray(frames)
+        found = f"{frames.dtype} {frames.shape}" if isinstance(frames, np.ndarray) else type(frames).__name__
+        _, height, width = self.input_shape
+        raise BackendError(
+            f"an engine takes uint8 frames (N, H, W, 3) or normalized float32 (N, 3, {height}, {width}), not {found}"
+        )
+
+    def close(self) -> None:
+        """Free the engine; calling it twice is fine, running it afterwards is refused."""
+        self._runner.close()
+
+    def __enter__(self) -> LoadedEngine:
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self.close()
+
+
+def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None) -> LoadedEngine:
+    """Return a bundle's engine, after every file of the bundle has been checked against its manifest.
+
+    Args:
+        bundle: its folder.
+        backend: ``auto`` (the bundle's own first engine) or the name of one; there is never a silent change to another.
+        threads: for one operator; None leaves it to the backend.
+
+    Raises:
+        BundleError: there is no bundle, or it has no engine of that backend.
+        IntegrityError: a file is not the one that the manifest binds; nothing was opened.
+        BackendError: the engine cannot be opened.
+    """
+    record = _choose(bundle, read_manifest(bundle), backend)
+    manifest, contents = verify_and_read(bundle, (record.file.path,))
+    if record != _choose(bundle, manifest, backend) or record.file.path not in contents:
+        raise BundleError(f"{bundle} changed while it was being read. Load it again.")
+    from edgeres.backends import cpu  # entered late: importing edgeres.runtime loads no engine's library
+
+    return LoadedEngine(cpu.open_engine(contents[record.file.path], record.options, threads), manifest, record)
+
+
+def _choose(bundle: Folder, manifest: Manifest, backend: str) -> Engine:
+    for engine in manifest.engines:
+        if backend in ("auto", engine.backend):
+            return engine
+    there = ", ".join(engine.backend for engine in manifest.engines) or "none"
+    wanted = "an engine" if backend == "auto" else f"an engine for {backend}"
+    raise BundleError(f"{bundle} does not have {wanted} (it has: {there}). Compile one: edgeres compile {bundle}")

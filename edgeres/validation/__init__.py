@@ -1,0 +1,8 @@
+"""Two sets of logits → statistics → a Report, and its words."""
+
+from __future__ import annotations
+
+from edgeres.validation.compare import compare
+from edgeres.validation.words import advice, headline
+
+__all__ = ["advice", "compare", "headline"]

@@ -1,0 +1,180 @@
+"""Compare an engine's logits with the FP32 reference's."""
+
+from __future__ import annotations
+
+import math
+from typing import Iterator, Optional, Tuple
+
+import numpy as np
+
+from edgeres.artifacts import Discordant, Report
+from edgeres.errors import BackendError, ModelError, RecipeError, SampleError
+from edgeres.validation.statistics import mcnemar_exact, paired_difference_interval, samples_to_decide
+
+POLICIES = ("ci", "point")
+
+# Logits widened to float64 at a time: 32 MiB per array, however many samples there are.
+CHUNK_VALUES = 1 << 22
+
+
+def compare(
+    reference: np.ndarray,
+    engine: np.ndarray,
+    labels: Optional[np.ndarray],
+    *,
+    max_drop_pp: float,
+    policy: str = "ci",
+    backend: str,
+    precision: str,
+    samples_source: str = "validation",
+) -> Report:
+    """Return the comparison of two networks' answers to the same samples, and its verdict.
+
+    With the policy ``ci`` the verdict is ``pass`` where the whole 95 % interval of the paired accuracy drop lies under
+    the budget, ``fail`` where it lies above, else ``inconclusive``; with ``point`` the drop itself decides. Without
+    labels it is ``unlabelled``.
+
+    Args:
+        reference: float (N, K), the FP32 model's logits.
+        engine: float (N, K), the engine's.
+        labels: integers (N,), 0…K-1, or None.
+        max_drop_pp: the budget, percentage points of top-1.
+
+    Raises:
+        RecipeError: the budget or the policy is none.
+        ModelError: the reference is not (N, K) finite numbers.
+        BackendError: the engine's logits are not finite, or of another shape than the reference's.
+        SampleError: there are no samples, or labels do not fit them.
+    """
+    _check_rules(max_drop_pp, policy)
+    reference, engine = np.asarray(reference), np.asarray(engine)
+    labels = None if labels is None else np.asarray(labels)
+    _check_logits(reference, engine)
+    if labels is not None:
+        _check_labels(labels, *reference.shape)
+    # argmax takes the first of equal logits, in both alike.
+    top_reference, top_engine = reference.argmax(axis=1), engine.argmax(axis=1)
+    report = Report(
+        samples=len(reference),
+        agreement=float(np.mean(top_reference == top_engine)),
+        sqnr_db=_sqnr_db(reference, engine),
+        max_drop_pp=float(max_drop_pp),
+        verdict="unlabelled",
+        backend=backend,
+        precision=precision,
+        policy=policy,
+        samples_source=samples_source,
+    )
+    if labels is None:
+        return report
+    return _judged(report, top_reference == labels, top_engine == labels)
+
+
+def _judged(report: Report, reference: np.ndarray, engine: np.ndarray) -> Report:
+    """Return the report with accuracies and verdict, from which answers of the two are right, bool (N,)."""
+    n = report.samples
+    b, c = int(np.sum(reference & ~engine)), int(np.sum(engine & ~reference))
+    # One division of whole numbers, so that 3 of 1000 are the very float that a budget of 0.3 is.
+    drop = 100 * (b - c) / n
+    lower, upper = (100.0 * limit for limit in paired_difference_interval(b, c, n))
+    verdict = _verdict(report, drop, lower, upper)
+    needed = samples_to_decide(b, c, n, report.max_drop_pp / 100.0) if verdict == "inconclusive" else None
+    return Report(
+        samples=n,
+        agreement=report.agreement,
+        sqnr_db=report.sqnr_db,
+        max_drop_pp=report.max_drop_pp,
+        verdict=verdict,
+        backend=report.backend,
+        precision=report.precision,
+        policy=report.policy,
+        top1_reference=int(np.sum(reference)) / n,
+        top1_engine=int(np.sum(engine)) / n,
+        drop_pp=drop,
+        drop_ci95_pp=(lower, upper),
+        discordant=Discordant(b, c),
+        mcnemar_p=mcnemar_exact(b, c),
+        samples_to_decide=needed,
+        samples_source=report.samples_source,
+    )
+
+
+def _verdict(report: Report, drop: float, lower: float, upper: float) -> str:
+    if report.policy == "point":
+        return "pass" if drop <= report.max_drop_pp else "fail"
+    if upper < report.max_drop_pp:
+        return "pass"
+    return "fail" if lower > report.max_drop_pp else "inconclusive"
+
+
+def _sqnr_db(reference: np.ndarray, engine: np.ndarray) -> Optional[float]:
+    """Return signal over noise of all logits, in decibels; None where the noise, or the signal, is nothing."""
+    signal = noise = 0.0
+    for rows in _chunks(reference):
+        wide = reference[rows].astype(np.float64)
+        signal += float(np.vdot(wide, wide))
+        wide -= engine[rows]
+        noise += float(np.vdot(wide, wide))
+    if signal == 0.0 or noise == 0.0:
+        return None
+    return 10.0 * math.log10(signal / noise)
+
+
+def _chunks(logits: np.ndarray) -> Iterator[slice]:
+    step = max(1, CHUNK_VALUES // logits.shape[1])
+    return (slice(start, start + step) for start in range(0, len(logits), step))
+
+
+def _check_rules(max_drop_pp: float, policy: str) -> None:
+    problems = []
+    if not (math.isfinite(max_drop_pp) and max_drop_pp >= 0.0):
+        problems.append(f"max_drop is {max_drop_pp}: give percentage points of top-1, 0 or more")
+    if policy not in POLICIES:
+        problems.append(f"policy is {policy!r}: choose one of {', '.join(POLICIES)}")
+    if problems:
+        raise RecipeError("validation", problems)
+
+
+def _check_logits(reference: np.ndarray, engine: np.ndarray) -> None:
+    if reference.ndim != 2 or reference.shape[1] == 0 or not np.issubdtype(reference.dtype, np.floating):
+        raise ModelError(
+            f"the reference's logits are {reference.dtype} {reference.shape}: a classifier answers float (N, K)."
+        )
+    if len(reference) == 0:
+        raise SampleError("there are no samples to compare on. Name some: --validation FOLDER")
+    if engine.shape != reference.shape or not np.issubdtype(engine.dtype, np.floating):
+        raise BackendError(
+            f"the engine answered {engine.dtype} {engine.shape} where the reference answered {reference.dtype} "
+            f"{reference.shape}. Run both on the same samples, and compile the engine from this model."
+        )
+    strange = _first_not_finite(reference)
+    if strange is not None:
+        raise ModelError(
+            f"the reference's logits of {strange[0]} samples are not finite, the first of them sample {strange[1]}. "
+            "The FP32 model itself is broken on it: check its weights and the preprocessing."
+        )
+    strange = _first_not_finite(engine)
+    if strange is not None:
+        raise BackendError(
+            f"the engine's logits of {strange[0]} samples are not finite, the first of them sample {strange[1]}. "
+            "Its precision overflows where FP32 does not: keep the layers with the largest activations in float."
+        )
+
+
+def _first_not_finite(logits: np.ndarray) -> Optional[Tuple[int, int]]:
+    """Return how many rows hold NaN or infinity, and the first of them; None where all are finite."""
+    good = np.concatenate([np.isfinite(logits[rows]).all(axis=1) for rows in _chunks(logits)])
+    return None if good.all() else (int(np.sum(~good)), int(np.argmin(good)))
+
+
+def _check_labels(labels: np.ndarray, count: int, classes: int) -> None:
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise SampleError(
+            f"labels are {labels.dtype} {labels.shape} for {count} samples. Give one integer to each, shape ({count},)."
+        )
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        raise SampleError(
+            f"{len(wrong)} labels are none of the model's {classes} classes (0 to {classes - 1}), the first of them "
+            f"labels[{wrong[0]}] = {labels[wrong[0]]}. Give labels of the same classes, in the model's order."
+        )

@@ -1,0 +1,104 @@
+"""A report in plain words, for terminals, logs and pages."""
+
+from __future__ import annotations
+
+from typing import List
+
+from edgeres.artifacts import Report
+
+# Right on fewer than this, the reference is hardly the model that its user means.
+DOUBTFUL_TOP1 = 0.1
+# Logits whose noise is this near to their size answer by chance.
+DOUBTFUL_SQNR_DB = 5.0
+
+
+def headline(report: Report) -> str:
+    """Return the verdict in one sentence, with the numbers that it rests on."""
+    precision = report.precision.upper()
+    if report.drop_pp is None or report.drop_ci95_pp is None:
+        return (
+            f"{precision} gives the answer of FP32 on {100 * report.agreement:.2f} % of {_samples(report.samples)}; "
+            "without labels its accuracy cannot be judged."
+        )
+    lower, upper = report.drop_ci95_pp
+    change = f"{precision} {_change(report.drop_pp)} (95 % interval of the loss {lower:.2f} to {upper:.2f})"
+    return f"{change} against a budget of {report.max_drop_pp:.2f}: {_verdict(report)}."
+
+
+def advice(report: Report) -> List[str]:
+    """Return what to do next, one sentence each; an empty list where there is nothing to be done."""
+    steps = []
+    if report.verdict == "unlabelled":
+        steps.append(
+            "Give validation samples with labels, one subfolder per class, to judge accuracy by: --validation FOLDER."
+        )
+    if report.verdict == "inconclusive":
+        steps.append(_more_samples(report))
+    if report.samples_source == "calibration" and report.verdict != "unlabelled":
+        steps.append(
+            "The engine was judged on the samples that it was calibrated with, which flatters it: name others with "
+            "--validation FOLDER."
+        )
+    if report.top1_reference is not None and report.top1_reference < DOUBTFUL_TOP1:
+        steps.append(
+            f"FP32 itself is right on only {100 * report.top1_reference:.2f} % of the samples: check that the labels "
+            "(sorted folder names) are in the model's order, and mean, std and size."
+        )
+    if report.verdict == "fail":
+        steps.extend(_repairs(report))
+    return steps
+
+
+def _change(drop_pp: float) -> str:
+    if f"{abs(drop_pp):.2f}" == "0.00":
+        return "keeps top-1"
+    return f"{'loses' if drop_pp > 0 else 'gains'} {abs(drop_pp):.2f} pp of top-1"
+
+
+def _verdict(report: Report) -> str:
+    if report.verdict != "inconclusive":
+        basis = " by the point estimate alone" if report.policy == "point" else ""
+        return f"{'passes' if report.verdict == 'pass' else 'fails'} with {_samples(report.samples)}{basis}"
+    undecided = f"cannot be decided with {_samples(report.samples)}"
+    if report.samples_to_decide is None:
+        return f"{undecided}; at the observed rates no practical number would decide it"
+    return f"{undecided}; about {_about(report.samples_to_decide):,} would"
+
+
+def _more_samples(report: Report) -> str:
+    if report.samples_to_decide is None:
+        return (
+            "The observed loss is the budget itself, so more samples alone will not decide: choose another budget with "
+            "--max-drop, or let the point estimate decide with --policy point."
+        )
+    return (
+        f"Validate on about {_about(report.samples_to_decide):,} samples, which would decide if the rates stay as "
+        "observed; or raise --max-drop; or accept the point estimate with --policy point."
+    )
+
+
+def _repairs(report: Report) -> List[str]:
+    if report.precision != "int8":
+        return [
+            f"{report.precision.upper()} loses more than it should: check that the engine was compiled from this very "
+            "model and is fed by the same preprocessing."
+        ]
+    steps = []
+    if report.sqnr_db is not None and report.sqnr_db < DOUBTFUL_SQNR_DB:
+        steps.append(
+            f"The logits' signal stands only {report.sqnr_db:.1f} dB above the quantization noise: check that the "
+            "calibration images look like the validation images and go through the same preprocessing."
+        )
+    steps.append("Calibrate with more images, or choose ranges by another --method (entropy, mse, percentile).")
+    steps.append("Keep the most sensitive layers in float, or build with --precision fp16.")
+    return steps
+
+
+def _samples(count: int) -> str:
+    return f"{count:,} sample{'' if count == 1 else 's'}"
+
+
+def _about(count: int) -> int:
+    """Return a count rounded up to two digits."""
+    unit = int(10 ** max(0, len(str(count)) - 2))
+    return -(-count // unit) * unit

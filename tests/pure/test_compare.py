@@ -1,0 +1,252 @@
+"""Comparisons of logits, their verdicts, and their words."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tracemalloc
+from typing import Optional, Tuple, Type
+
+import numpy as np
+import pytest
+
+from edgeres.artifacts import Report, from_json, to_json
+from edgeres.errors import BackendError, EdgeresError, ModelError, RecipeError, SampleError
+from edgeres.validation import advice, compare, headline
+from edgeres.validation.statistics import mcnemar_exact, paired_difference_interval, samples_to_decide
+
+
+def answers(classes: np.ndarray, count: int = 10) -> np.ndarray:
+    """Return logits float32 (N, count) whose largest is that of ``classes``."""
+    logits: np.ndarray = np.eye(count, dtype=np.float32)[classes] * np.float32(4) + np.float32(0.5)
+    return logits
+
+
+def experiment(b: int, c: int, n: int, both_wrong: int = 0) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return reference, engine and labels of ``n`` samples with ``b`` and ``c`` discordant ones."""
+    labels = np.arange(n) % 10
+    reference, engine = labels.copy(), labels.copy()
+    engine[:b] = (labels[:b] + 1) % 10
+    reference[b : b + c] = (labels[b : b + c] + 1) % 10
+    for wrong in (reference, engine):
+        wrong[b + c : b + c + both_wrong] = (labels[b + c : b + c + both_wrong] + 2) % 10
+    return answers(reference), answers(engine), labels
+
+
+def judge(b: int, c: int, n: int, budget: float = 0.5, policy: str = "ci", precision: str = "int8") -> Report:
+    reference, engine, labels = experiment(b, c, n, n // 20)
+    return compare(reference, engine, labels, max_drop_pp=budget, policy=policy, backend="cpu", precision=precision)
+
+
+def test_the_numbers_of_a_report() -> None:
+    report = judge(5, 2, 400)
+    assert report.samples == 400
+    assert report.top1_reference == (400 - 20 - 2) / 400
+    assert report.top1_engine == (400 - 20 - 5) / 400
+    assert report.drop_pp == 0.75
+    assert report.discordant is not None
+    assert (report.discordant.only_reference_correct, report.discordant.only_engine_correct) == (5, 2)
+    assert report.agreement == (400 - 7) / 400
+    lower, upper = paired_difference_interval(5, 2, 400)
+    assert report.drop_ci95_pp == pytest.approx((100 * lower, 100 * upper))
+    assert report.mcnemar_p == mcnemar_exact(5, 2)
+    assert (report.backend, report.precision, report.policy) == ("cpu", "int8", "ci")
+    assert (report.samples_source, report.interval_method) == ("validation", "Tango 1998")
+    assert from_json(to_json(report), Report, "report.json") == report
+
+
+def test_samples_that_both_get_wrong_differently_lower_agreement_only() -> None:
+    reference, engine, labels = experiment(0, 0, 100)
+    reference[:3], engine[:3] = answers((labels[:3] + 1) % 10), answers((labels[:3] + 2) % 10)
+    report = compare(reference, engine, labels, max_drop_pp=0.5, backend="cpu", precision="int8")
+    assert report.agreement == 0.97
+    assert report.drop_pp == 0.0
+    assert report.top1_reference == report.top1_engine == 0.97
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "n", "budget", "verdict"),
+    [
+        # With nothing discordant the upper limit is z^2 / (n + z^2): below 0.5 % from n = 765 on.
+        (0, 0, 764, 0.5, "inconclusive"),
+        (0, 0, 765, 0.5, "pass"),
+        (40, 10, 1000, 0.5, "fail"),
+        (40, 10, 1000, 3.0, "inconclusive"),
+        (40, 10, 1000, 5.0, "pass"),
+        (2, 300, 5000, 0.0, "pass"),
+        (0, 0, 50_000, 0.0, "inconclusive"),
+    ],
+)
+def test_verdicts_by_interval(b: int, c: int, n: int, budget: float, verdict: str) -> None:
+    report = judge(b, c, n, budget)
+    assert report.verdict == verdict
+    wanted = samples_to_decide(b, c, n, budget / 100) if verdict == "inconclusive" else None
+    assert report.samples_to_decide == wanted
+    if wanted is not None:
+        assert wanted > n
+
+
+def test_the_verdict_flips_where_the_budget_passes_a_limit() -> None:
+    interval = judge(30, 12, 2000).drop_ci95_pp
+    assert interval is not None
+    lower, upper = interval
+    verdicts = [judge(30, 12, 2000, budget).verdict for budget in (lower - 1e-9, lower, upper, upper + 1e-9)]
+    assert verdicts == ["fail", "inconclusive", "inconclusive", "pass"]
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "n", "budget", "verdict"),
+    [(3, 0, 1000, 0.3, "pass"), (4, 0, 1000, 0.3, "fail"), (0, 9, 1000, 0.0, "pass"), (7, 0, 100, 7.0, "pass")],
+)
+def test_the_point_policy_decides_by_the_drop_alone(b: int, c: int, n: int, budget: float, verdict: str) -> None:
+    report = judge(b, c, n, budget, "point")
+    assert report.verdict == verdict
+    assert report.samples_to_decide is None
+
+
+def test_without_labels_there_is_no_accuracy() -> None:
+    reference, engine, _ = experiment(5, 2, 400)
+    report = compare(reference, engine, None, max_drop_pp=0.5, backend="cpu", precision="fp16")
+    assert report.verdict == "unlabelled"
+    assert report.agreement == (400 - 7) / 400
+    assert report.sqnr_db is not None
+    empty = ("top1_reference", "top1_engine", "drop_pp", "drop_ci95_pp", "discordant", "mcnemar_p", "samples_to_decide")
+    assert [getattr(report, name) for name in empty] == [None] * 7
+
+
+def sqnr(reference: np.ndarray, engine: np.ndarray) -> Optional[float]:
+    return compare(reference, engine, None, max_drop_pp=0.5, backend="cpu", precision="int8").sqnr_db
+
+
+def test_sqnr() -> None:
+    rng = np.random.default_rng(3)
+    reference = rng.normal(size=(300, 17)).astype(np.float32)
+    engine = reference + rng.normal(scale=0.03, size=reference.shape).astype(np.float32)
+    wide = reference.astype(np.float64)
+    wanted = 10 * math.log10((wide**2).sum() / ((wide - engine) ** 2).sum())
+    assert sqnr(reference, engine) == pytest.approx(wanted, rel=1e-12)
+    assert sqnr(reference, reference * np.float32(1.5)) == pytest.approx(20 * math.log10(2), abs=1e-5)
+
+
+def test_sqnr_that_is_no_number_is_none() -> None:
+    reference = answers(np.arange(10))
+    assert sqnr(reference, reference.copy()) is None
+    assert sqnr(np.zeros_like(reference), reference) is None
+    assert sqnr(reference, np.zeros_like(reference)) == 0.0
+
+
+def test_sqnr_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    reference = rng.normal(size=(101, 7)).astype(np.float32)
+    engine = (reference + rng.normal(scale=0.1, size=reference.shape)).astype(np.float32)
+    whole = sqnr(reference, engine)
+    # By its name alone, the module is hidden behind the function that the room exposes.
+    monkeypatch.setattr(sys.modules["edgeres.validation.compare"], "CHUNK_VALUES", 50)
+    assert sqnr(reference, engine) == pytest.approx(whole, rel=1e-12)
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    reference = np.full((4, 3), np.finfo(np.float32).max, np.float32)
+    assert sqnr(reference, reference * np.float32(-1)) == pytest.approx(-20 * math.log10(2))
+
+
+def test_the_first_of_equal_logits_is_the_answer() -> None:
+    tied = np.array([[1, 1, 0], [0, 2, 2]], np.float32)
+    report = compare(tied, tied, np.array([0, 1]), max_drop_pp=0.5, backend="cpu", precision="int8")
+    assert report.top1_reference == 1.0
+
+
+def test_memory_stays_bounded() -> None:
+    reference = np.zeros((20_000, 1000), np.float32)
+    reference[:, 3] = 1
+    engine = reference.copy()
+    engine[:, 4] = 0.5
+    labels = np.full(20_000, 3)
+    tracemalloc.start()
+    try:
+        compare(reference, engine, labels, max_drop_pp=0.5, backend="cpu", precision="int8")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 200e6  # the two arrays in float64 would be 320 MB
+
+
+GOOD = answers(np.arange(6) % 3, 3)
+LABELS = np.arange(6) % 3
+
+
+def with_value(value: float) -> np.ndarray:
+    logits: np.ndarray = GOOD.copy()
+    logits[4, 1] = value
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("reference", "engine", "labels", "error", "said"),
+    [
+        (GOOD, GOOD[:5], LABELS, BackendError, r"\(5, 3\) .* \(6, 3\)"),
+        (GOOD, GOOD[:, :2], LABELS, BackendError, "same samples"),
+        (GOOD, GOOD.astype(np.int32), LABELS, BackendError, "int32"),
+        (GOOD, with_value(np.nan), LABELS, BackendError, "engine's logits of 1 samples .* sample 4"),
+        (GOOD, with_value(-np.inf), LABELS, BackendError, "not finite"),
+        (with_value(np.nan), GOOD, LABELS, ModelError, "reference's logits of 1 samples .* sample 4"),
+        (GOOD[0], GOOD[0], LABELS, ModelError, r"\(3,\)"),
+        (GOOD[:0], GOOD[:0], LABELS[:0], SampleError, "no samples"),
+        (GOOD, GOOD, LABELS[:5], SampleError, r"\(5,\) for 6"),
+        (GOOD, GOOD, LABELS[:, None], SampleError, "shape"),
+        (GOOD, GOOD, LABELS.astype(float), SampleError, "float64"),
+        (GOOD, GOOD, LABELS - 1, SampleError, r"2 labels .* labels\[0\] = -1"),
+        (GOOD, GOOD, LABELS + 1, SampleError, r"2 labels .* 3 classes \(0 to 2\), .* labels\[2\] = 3"),
+    ],
+)
+def test_what_cannot_be_compared(
+    reference: np.ndarray, engine: np.ndarray, labels: np.ndarray, error: Type[EdgeresError], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        compare(reference, engine, labels, max_drop_pp=0.5, backend="cpu", precision="int8")
+
+
+@pytest.mark.parametrize("budget", [-0.1, math.nan, math.inf])
+def test_a_budget_is_a_number(budget: float) -> None:
+    with pytest.raises(RecipeError) as caught:
+        compare(GOOD, GOOD, LABELS, max_drop_pp=budget, policy="mean", backend="cpu", precision="int8")
+    assert len(caught.value.problems) == 2
+
+
+def test_headlines() -> None:
+    assert headline(judge(3, 2, 423, 0.5)) == (
+        "INT8 loses 0.24 pp of top-1 (95 % interval of the loss -1.08 to 1.65) against a budget of 0.50: "
+        "cannot be decided with 423 samples; about 7,100 would."
+    )
+    assert headline(judge(40, 10, 1000, 0.5)).endswith("against a budget of 0.50: fails with 1,000 samples.")
+    assert headline(judge(0, 0, 1000, 0.5)).startswith("INT8 keeps top-1 (95 % interval of the loss -0.38 to 0.38)")
+    assert headline(judge(0, 5, 1000, 0.5)).startswith("INT8 gains 0.50 pp of top-1")
+    assert headline(judge(1, 0, 1000, 0.5, "point")).endswith("passes with 1,000 samples by the point estimate alone.")
+    assert headline(judge(5, 0, 1000, 0.5)).endswith("no practical number would decide it.")
+    assert headline(judge(0, 0, 1, 0.5)).endswith("cannot be decided with 1 sample; about 770 would.")
+    unlabelled = compare(GOOD, GOOD, None, max_drop_pp=0.5, backend="cpu", precision="fp16")
+    assert headline(unlabelled).startswith("FP16 gives the answer of FP32 on 100.00 % of 6 samples;")
+
+
+def test_advice_says_what_to_do() -> None:
+    assert advice(judge(0, 0, 1000)) == []
+    (more,) = advice(judge(3, 2, 423))
+    assert "about 7,100 samples" in more
+    (same,) = advice(judge(5, 0, 1000))
+    assert "--policy point" in same
+    assert any("--method" in step for step in advice(judge(40, 10, 1000)))
+    (other,) = advice(judge(40, 10, 1000, precision="fp16"))
+    assert "preprocessing" in other
+    unlabelled = compare(GOOD, GOOD, None, max_drop_pp=0.5, backend="cpu", precision="fp16")
+    assert "--validation" in advice(unlabelled)[0]
+
+
+def test_advice_doubts_labels_that_the_reference_gets_wrong_and_samples_seen_before() -> None:
+    labels = np.arange(1000) % 10
+    logits = answers((labels + 1) % 10)
+    report = compare(
+        logits, logits, labels, max_drop_pp=0.5, backend="cpu", precision="int8", samples_source="calibration"
+    )
+    flattered, doubted = advice(report)
+    assert "calibrated" in flattered
+    assert "0.00 %" in doubted
