@@ -1,0 +1,126 @@
+"""edgeres: a PyTorch ResNet becomes a verified INT8 bundle, and the bundle runs on a robot.
+
+::
+
+    bundle = edgeres.build("recipe.toml")            # export, calibrate, quantize, compile, validate (extra [host])
+    with edgeres.load("build/digits-int8") as engine:
+        logits = engine(frames)                      # uint8 (N, H, W, 3) frames; no torch, no onnx
+    report = edgeres.validate("build/digits-int8", images, labels)
+
+Rooms are entered when they are needed: importing edgeres loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Optional
+
+from edgeres.errors import EdgeresError
+
+if TYPE_CHECKING:
+    import os
+    from types import ModuleType
+    from typing import Union
+
+    import numpy as np
+
+    from edgeres.artifacts import Bundle, Report
+    from edgeres.progress import Progress
+    from edgeres.runtime import LoadedEngine
+
+    Path = Union[str, os.PathLike[str]]
+
+__version__ = "0.1.0"
+__all__ = ["EdgeresError", "__version__", "build", "load", "models", "validate"]
+
+OPTIONS = {
+    "model": "model.source",
+    "weights": "model.weights",
+    "num_classes": "model.num_classes",
+    "seed": "model.seed",
+    "precision": "precision",
+    "name": "name",
+    "input_size": "input.size",
+    "resize": "input.resize",
+    "mean": "input.mean",
+    "std": "input.std",
+    "calibration": "calibration.samples",
+    "calibration_count": "calibration.count",
+    "method": "calibration.method",
+    "percentile": "calibration.percentile",
+    "keep_float": "quantization.keep_float",
+    "validation": "validation.samples",
+    "max_drop": "validation.max_drop",
+    "policy": "validation.policy",
+    "backend": "engine.backend",
+}
+"""The flags of ``edgeres build`` and the recipe's keys that they override."""
+
+
+def build(
+    recipe: Optional[Path] = None, *, out: Optional[Path] = None, progress: Optional[Progress] = None, **options: Any
+) -> Bundle:
+    """Run the whole pipeline and return the finished bundle.
+
+    Args:
+        recipe: a TOML file, or a bundle to build again; None for the embedded default, or for ``options`` alone where
+            they name a model.
+        out: the bundle's folder; by default ``build/<name>-<precision>``.
+        progress: is told what happens; silent by default.
+        options: the flags of ``edgeres build`` with underscores, such as ``model="resnet50"``, ``max_drop=0.3``. Paths
+            are relative to the current folder.
+
+    Raises:
+        EdgeresError: with what is wrong and what to do next. An earlier bundle at ``out`` is then untouched.
+        TypeError: there is no such option.
+    """
+    import os
+    from pathlib import Path as FilePath
+
+    from edgeres.pipeline import build as run
+    from edgeres.recipe import load_recipe
+
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise TypeError(f"build() has no option {unknown[0]!r}; it has {', '.join(OPTIONS)}")
+    overrides = {OPTIONS[name]: _plain(value) for name, value in options.items()}
+    wanted = load_recipe(None if recipe is None else os.fspath(recipe), overrides)
+    return run(wanted, None if out is None else FilePath(out), progress=progress)
+
+
+def load(bundle: Path, *, backend: str = "auto", threads: Optional[int] = None) -> LoadedEngine:
+    """Return a bundle's engine, verified; see :func:`edgeres.runtime.load`."""
+    from edgeres.runtime import load as open_bundle
+
+    return open_bundle(bundle, backend, threads)
+
+
+def validate(
+    bundle: Path,
+    images: Union[np.ndarray, Path, None] = None,
+    labels: Optional[np.ndarray] = None,
+    *,
+    max_drop: Optional[float] = None,
+    policy: Optional[str] = None,
+) -> Report:
+    """Return the comparison of a bundle's engine with FP32; see :func:`edgeres.judge.validate_bundle`."""
+    from edgeres.judge import validate_bundle
+
+    return validate_bundle(bundle, images, labels, max_drop=max_drop, policy=policy)
+
+
+def _plain(value: Any) -> Any:
+    """Turn paths into text and lists into what TOML would have held."""
+    import os
+
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Enter the models' room (torch) when ``edgeres.models`` is first used."""
+    if name == "models":
+        import importlib
+
+        return importlib.import_module("edgeres.models")
+    raise AttributeError(f"module 'edgeres' has no attribute {name!r}")

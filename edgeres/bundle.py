@@ -1,0 +1,145 @@
+"""Reading a bundle: its manifest, and the check that every file is the one the manifest binds.
+
+Nothing is parsed but the manifest itself until its files' hashes are known to be right, and what was hashed is what is
+used: :func:`read_verified` hands out the very bytes it checked.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Dict, List, Tuple, Union
+
+from edgeres.artifacts import FileRef, Manifest, from_json
+from edgeres.errors import BundleError, IntegrityError, numbered
+from edgeres.files import MANIFEST, sha256_bytes, sha256_file
+
+Folder = Union[str, "os.PathLike[str]"]
+LARGEST_MANIFEST = 256 << 20  # bytes: a manifest names files and samples, it does not hold them
+
+
+def read_manifest(folder: Folder) -> Manifest:
+    """Return a bundle's manifest; its files are not looked at.
+
+    Raises:
+        BundleError: there is no bundle, or its manifest cannot be understood.
+    """
+    path = Path(folder) / MANIFEST
+    how = f"Build one: edgeres build --out {folder}"
+    try:
+        if not Path(folder).is_dir():
+            raise BundleError(f"there is no bundle at {folder}. {how}")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BundleError(f"{path} is not an ordinary file, so {folder} is not a bundle. {how}")
+        with open(path, "rb") as stream:
+            content = stream.read(LARGEST_MANIFEST + 1)
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. {how}") from None
+    except OSError as problem:
+        raise BundleError(f"{path} cannot be read: {problem.strerror}") from None
+    if len(content) > LARGEST_MANIFEST:
+        raise BundleError(f"{path} is larger than any manifest (over {LARGEST_MANIFEST} bytes): it is not one")
+    return from_json(content, Manifest, str(path))
+
+
+def verify(folder: Folder) -> Manifest:
+    """Return a bundle's manifest after checking every file that it binds: present, regular, of that size and SHA-256.
+
+    Raises:
+        BundleError: there is no readable manifest.
+        IntegrityError: with every file that is missing, changed or outside the bundle.
+    """
+    manifest = read_manifest(folder)
+    problems = [problem for ref in manifest.files for problem in _problems(Path(folder), ref)]
+    if problems:
+        raise IntegrityError(numbered(str(folder), problems) + "\nDo not use it: build it again, or copy it again.")
+    return manifest
+
+
+def unlisted(folder: Folder, manifest: Manifest) -> List[str]:
+    """Return the files in a bundle's folder that its manifest does not know, relative to the folder."""
+    known = {ref.path for ref in manifest.files} | {MANIFEST}
+    folder = Path(folder)
+    entries = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    found = (path.relative_to(folder).as_posix() for path in entries)
+    return sorted(path for path in found if path not in known)
+
+
+def read_verified(folder: Folder, ref: FileRef) -> bytes:
+    """Return a file's bytes after checking them.
+
+    Raises:
+        IntegrityError: the file is not the one that ``ref`` describes.
+    """
+    path, problem = _place(Path(folder), ref)
+    if problem:
+        raise IntegrityError(f"{folder}: {problem}")
+    try:
+        with open(path, "rb") as stream:
+            content = stream.read(ref.bytes + 1)
+    except OSError as failure:
+        raise IntegrityError(f"{path} cannot be read: {failure.strerror}") from None
+    if len(content) != ref.bytes or sha256_bytes(content) != ref.sha256:
+        raise IntegrityError(
+            f"{path} is not the file that the manifest binds. Build the bundle again or copy it again."
+        )
+    return content
+
+
+def intact(folder: Folder, ref: FileRef) -> bool:
+    """Whether a file is the one that ``ref`` describes."""
+    return not _problems(Path(folder), ref)
+
+
+def verify_and_read(folder: Folder, wanted: Tuple[str, ...]) -> Tuple[Manifest, Dict[str, bytes]]:
+    """Return the manifest and the bytes of the ``wanted`` files, after checking every file of the bundle once."""
+    manifest = read_manifest(folder)
+    problems: List[str] = []
+    contents: Dict[str, bytes] = {}
+    for ref in manifest.files:
+        if ref.path not in wanted:
+            problems.extend(_problems(Path(folder), ref))
+            continue
+        try:
+            contents[ref.path] = read_verified(folder, ref)
+        except IntegrityError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise IntegrityError(numbered(str(folder), problems) + "\nDo not use it: build it again, or copy it again.")
+    return manifest, contents
+
+
+def _problems(folder: Path, ref: FileRef) -> List[str]:
+    path, problem = _place(folder, ref)
+    if problem:
+        return [problem]
+    try:
+        changed = sha256_file(path) != ref.sha256
+    except OSError as failure:
+        return [f"{ref.path} cannot be read: {failure.strerror}"]
+    return [f"{ref.path} has changed since it was built (its SHA-256 is another)"] if changed else []
+
+
+def _place(folder: Path, ref: FileRef) -> Tuple[Path, str]:
+    """Return where a file lies and what is wrong with that (empty: nothing); links are not followed anywhere."""
+    pure = PurePosixPath(ref.path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in ref.path or not pure.parts:
+        return folder, f"the manifest names {ref.path!r}, which is not a path inside the bundle"
+    path = folder
+    try:
+        for part in pure.parts:
+            path = path / part
+            mode = os.lstat(path).st_mode
+            if stat.S_ISLNK(mode):
+                return path, f"{ref.path} is a link; a bundle has ordinary files only"
+        if not stat.S_ISREG(mode):
+            return path, f"{ref.path} is not an ordinary file"
+        size = os.lstat(path).st_size
+    except FileNotFoundError:
+        return path, f"{ref.path} is missing"
+    except (OSError, ValueError) as failure:
+        return path, f"{ref.path} cannot be looked up: {failure}"
+    if size != ref.bytes:
+        return path, f"{ref.path} has {size} bytes instead of {ref.bytes}"
+    return path, ""

@@ -1,0 +1,381 @@
+"""The command line: flags become one call, exceptions become exit codes. The only file that imports click.
+
+Exit codes: 0 good; 1 an error the user can act on, or a gate that failed; 2 wrong usage; 3 a gate that these samples
+cannot decide; 70 a bug in edgeres; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, TypeVar
+
+import click
+
+import edgeres
+from edgeres.errors import EdgeresError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
+VERDICT_CODES = {"pass": OK, "unlabelled": OK, "fail": FAILED, "inconclusive": UNDECIDED}
+
+
+if TYPE_CHECKING:
+    from edgeres.artifacts import Bundle
+
+    Parameter = click.ParamType[Any]  # generic to the type checker, and not at run time before click 8.4
+else:
+    Parameter = click.ParamType
+
+
+class Size(Parameter):
+    """``224`` or ``224x160`` (height x width), in pixels."""
+
+    name = "HEIGHTxWIDTH"
+
+    def convert(self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]) -> List[int]:
+        parts = str(value).lower().replace("×", "x").replace(",", "x").split("x")
+        try:
+            numbers = [int(part) for part in parts]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2) or min(numbers) < 1:
+            self.fail(f"{value!r} is not a size such as 224 or 224x160", param, ctx)
+        return numbers * 2 if len(numbers) == 1 else numbers
+
+
+class Triple(Parameter):
+    """Three numbers, one per channel: ``0.485,0.456,0.406``; one number stands for all three."""
+
+    name = "R,G,B"
+
+    def convert(self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]) -> List[float]:
+        try:
+            numbers = [float(part) for part in str(value).replace(",", " ").split()]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 3):
+            self.fail(f"{value!r} is not three numbers such as 0.485,0.456,0.406", param, ctx)
+        return numbers * 3 if len(numbers) == 1 else numbers
+
+
+BUILD_OPTIONS = (
+    click.option(
+        "--model", metavar="NAME", help="A name from `edgeres models`, package.module:callable, or a .onnx file."
+    ),
+    click.option(
+        "--weights", metavar="FILE", help=".safetensors or a torch checkpoint (.pt .pth .th); tensors only, never code."
+    ),
+    click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Default: int8."),
+    click.option("--input-size", type=Size(), help="Where the model's own does not fit."),
+    click.option("--resize", type=int, metavar="PIXELS", help="Scale the short side to this before the centre crop."),
+    click.option("--mean", type=Triple(), help="Per channel, of pixels scaled to 0…1."),
+    click.option("--std", type=Triple(), help="Per channel, of pixels scaled to 0…1."),
+    click.option("--num-classes", type=int, help="Outputs of the classifier."),
+    click.option("--seed", type=int, help="Of random weights, where none are given."),
+    click.option(
+        "--calibration", metavar="PATH", help="A folder of images, a list file, or a .npy/.npz of uint8 (N, H, W, 3)."
+    ),
+    click.option(
+        "--calibration-count", type=int, help="How many samples to calibrate on, spread evenly. Default: 512."
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
+        help="Of finding ranges. Default: mse.",
+    ),
+    click.option("--percentile", type=float, help="For --method percentile. Default: 99.99."),
+    click.option(
+        "--keep-float",
+        multiple=True,
+        metavar="PATTERN",
+        help="Torch modules that stay in float, such as 'fc'. Repeatable.",
+    ),
+    click.option(
+        "--validation", metavar="PATH", help="A folder with one subfolder per class, or an .npz with images and labels."
+    ),
+    click.option(
+        "--max-drop", type=float, metavar="PP", help="Accuracy budget: points of top-1 against FP32. Default: 0.5."
+    ),
+    click.option(
+        "--policy",
+        type=click.Choice(["ci", "point"]),
+        help="Judge by the whole 95 % interval, or by the point estimate.",
+    ),
+    click.option("--backend", type=click.Choice(["auto", "cpu"]), help="What runs the model. Default: auto."),
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="The bundle's folder. Default: build/<name>-<precision>."
+    ),
+    click.option(
+        "--json", "as_json", is_flag=True, help="The result as one JSON object on stdout; everything else on stderr."
+    ),
+)
+
+
+def build_options(command: F) -> F:
+    """Give a command the options of ``build``."""
+    for option in reversed(BUILD_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(edgeres.__version__, prog_name="edgeres")
+def cli() -> None:
+    """From a PyTorch ResNet to a verified INT8 bundle, and onto the robot.
+
+    \b
+    edgeres build                                    the embedded default: handwritten digits
+    edgeres build --model resnet50 --weights w.pth --calibration images/ --validation labelled/
+    edgeres validate build/resnet50-int8             the gate: exit code 0, 1 or 3
+    """
+
+
+@cli.command()
+@click.argument("recipe", required=False)
+@build_options
+def build(recipe: Optional[str], out: Optional[Path], as_json: bool, **options: Any) -> int:
+    """The whole pipeline: export, calibrate, quantize, compile, validate; a bundle.
+
+    RECIPE is a TOML file or an earlier bundle; without one and without --model, the embedded default is built. Exit
+    code 1 where accuracy falls by more than the budget for certain; a verdict that is open is a warning.
+    """
+    bundle, code = _run(recipe, out, as_json, "validate", options)
+    report = bundle.report
+    return FAILED if report is not None and report.verdict == "fail" else code
+
+
+def _stage(name: str, until: str, text: str) -> None:
+    """Add a command that runs the pipeline up to one stage."""
+
+    @cli.command(name, help=text, short_help=text.split(".")[0] + ".")
+    @click.argument("recipe", metavar="RECIPE|BUNDLE", required=False)
+    @build_options
+    def command(recipe: Optional[str], out: Optional[Path], as_json: bool, **options: Any) -> int:
+        return _run(recipe, out, as_json, until, options)[1]
+
+
+_BUNDLE = " A bundle is continued in place: stages whose inputs are the same are reused, flags change its recipe."
+_stage("export", "export", "Write the FP32 ONNX, checked against torch." + _BUNDLE)
+_stage("calibrate", "calibrate", "Find the range of every tensor that will be quantized." + _BUNDLE)
+_stage("quantize", "quantize", "Write the model in the wanted precision." + _BUNDLE)
+_stage("compile", "compile", "Make the engine of this machine's backend." + _BUNDLE)
+
+
+@cli.command()
+@click.argument("bundle")
+@click.option("--validation", metavar="PATH", help="Other samples than the bundle was built with.")
+@click.option(
+    "--max-drop", type=click.FloatRange(0, 100), metavar="PP", help="Accuracy budget; default: the bundle's own."
+)
+@click.option("--policy", type=click.Choice(["ci", "point"]), help="Default: the bundle's own.")
+@click.option("--json", "as_json", is_flag=True, help="The report as one JSON object on stdout.")
+def validate(
+    bundle: str, validation: Optional[str], max_drop: Optional[float], policy: Optional[str], as_json: bool
+) -> int:
+    """The gate: the bundle's engine against FP32 on the same samples.
+
+    Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples. The bundle is not changed.
+    """
+    from edgeres.artifacts import to_data
+    from edgeres.judge import validate_bundle
+    from edgeres.terminal import TerminalProgress, show_report
+
+    progress = TerminalProgress()
+    progress.stage("validate", bundle)
+    try:
+        report = validate_bundle(
+            bundle, _absolute(validation), max_drop=max_drop, policy=policy, watch=progress.advance
+        )
+    finally:
+        progress.stop()
+    if as_json:
+        _print_json(to_data(report))
+    else:
+        show_report(report)
+    return VERDICT_CODES[report.verdict]
+
+
+@cli.command()
+@click.argument("path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
+def inspect(path: Path, as_json: bool) -> int:
+    """What is inside: layers and the reason for each, ranges, engines, provenance."""
+    from edgeres.bundle import read_manifest
+    from edgeres.inspection import inspect_bundle, inspect_file
+    from edgeres.terminal import show_manifest, show_rows
+
+    facts = inspect_file(path) if path.is_file() or path.suffix.lower() == ".onnx" else inspect_bundle(path)
+    if as_json:
+        _print_json(facts)
+        return OK
+    if "bundle" in facts:
+        show_manifest(str(path), read_manifest(path))
+        rows = [[x["module"] or x["name"], x["type"], x["precision"], x["reason"]] for x in facts["layers"]]
+        show_rows(["module", "type", "precision", "why"], rows, "layers")
+        show_rows(["tensor", "range"], _range_rows(facts["ranges"]), "ranges")
+    else:
+        rows = [[x["name"], x["type"], x["precision"]] for x in facts["layers"]]
+        show_rows(["layer", "type", "precision"], rows, f"{path}, opset {facts['opset']}")
+        for problem in facts["lint"]:
+            click.echo(f"TensorRT rule broken: {problem}")
+    return OK
+
+
+def _range_rows(ranges: Dict[str, Any]) -> List[List[str]]:
+    from edgeres.artifacts import TensorRange, from_data
+    from edgeres.inspection import range_words
+
+    return [[name, range_words(from_data(value, TensorRange, name))] for name, value in ranges.items()]
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
+def verify(bundle: Path, as_json: bool) -> int:
+    """Check the hash of every file of a bundle. Nothing is deserialized or run."""
+    from edgeres.bundle import unlisted
+    from edgeres.bundle import verify as check
+
+    manifest = check(bundle)
+    strangers = unlisted(bundle, manifest)
+    if as_json:
+        _print_json({"bundle": str(bundle), "files": len(manifest.files), "unlisted": strangers, "intact": True})
+    else:
+        click.echo(f"{bundle}: all {len(manifest.files)} files are as they were built")
+        for path in strangers:
+            click.echo(f"not part of the bundle, not checked: {path}")
+    return OK
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As a JSON list on stdout.")
+def models(as_json: bool) -> int:
+    """The architectures it knows, with parameters and multiply-accumulates (MACs) per image."""
+    from edgeres.catalog import catalog
+    from edgeres.terminal import show_rows
+
+    entries = catalog()
+    if as_json:
+        _print_json(entries)
+        return OK
+    rows = [
+        [
+            x["name"],
+            f"{x['parameters'] / 1e6:.3f} M",
+            f"{x['macs'] / 1e9:.3f} G",
+            f"{x['size']}×{x['size']}",
+            str(x["classes"]),
+            x["source"],
+        ]
+        for x in entries
+    ]
+    show_rows(["model", "parameters", "MACs", "input", "classes", "source"], rows)
+    return OK
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
+def doctor(as_json: bool) -> int:
+    """What this machine can build and run, and what to install for more."""
+    from edgeres.doctor import examine
+    from edgeres.terminal import show_rows
+
+    facts = examine()
+    if as_json:
+        _print_json(facts)
+        return OK
+    click.echo(
+        f"{facts['system']}, Python {facts['python']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.1f} GiB"
+    )
+    click.echo(f"int8 on this CPU: {facts['cpu_int8']}")
+    show_rows(["package", "version"], [[name, number or "not installed"] for name, number in facts["packages"].items()])
+    rows = [[x["what"], "yes" if x["can"] else "no", x["install"] or ""] for x in facts["abilities"]]
+    show_rows(["can it", "", "to make it so"], rows)
+    return OK
+
+
+def _run(
+    source: Optional[str], out: Optional[Path], as_json: bool, until: str, options: Dict[str, Any]
+) -> Tuple[Bundle, int]:
+    """Run the pipeline up to a stage, show what it did, and return the bundle and the exit code."""
+    from edgeres.pipeline import build as run
+    from edgeres.recipe import load_recipe
+    from edgeres.terminal import TerminalProgress, show_build
+
+    options["keep_float"] = list(options["keep_float"]) or None
+    overrides = {edgeres.OPTIONS[name]: value for name, value in options.items()}
+    recipe = load_recipe(source, overrides)
+    if out is None and source is not None and Path(source).is_dir():
+        out = Path(source)  # a bundle is continued where it is
+    progress = TerminalProgress()
+    try:
+        bundle = run(recipe, out, until, progress)
+    finally:
+        progress.stop()
+    if as_json:
+        _print_json(_build_json(bundle, progress.lines))
+    else:
+        show_build(bundle, progress.lines)
+    return bundle, OK
+
+
+def _build_json(bundle: Bundle, lines: List[Tuple[str, str, str]]) -> Dict[str, Any]:
+    from edgeres.artifacts import to_data
+
+    manifest = bundle.manifest
+    reused = {name for name, _, time in lines if time == "reused"}
+    return {
+        "bundle": str(bundle.path),
+        "name": manifest.name,
+        "precision": manifest.precision,
+        "stages": {
+            name: {"seconds": record.seconds, "reused": name in reused, "files": [ref.path for ref in record.files]}
+            for name, record in manifest.stages.items()
+        },
+        "files": {ref.path: ref.sha256 for ref in manifest.files},
+        "warnings": list(manifest.warnings),
+        "validation": to_data(manifest.report) if manifest.report is not None else None,
+    }
+
+
+def _absolute(path: Optional[str]) -> Optional[str]:
+    return None if path is None else str(Path(path).absolute())
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    """Run the command line and exit with its code: the one door from exception to exit code."""
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: Optional[List[str]]) -> int:
+    try:
+        return int(cli.main(args=arguments, prog_name="edgeres", standalone_mode=False) or OK)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as problem:
+        problem.show()
+        return USAGE
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(
+            "interrupted; an earlier bundle is untouched, and the next build goes on where this one stopped", err=True
+        )
+        return INTERRUPTED
+    except EdgeresError as problem:
+        click.echo(f"error: {problem}", err=True)
+        return FAILED
+    except BrokenPipeError:  # the reader of our output (a pager, head) has gone: nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception:
+        traceback.print_exc()
+        click.echo("this is a bug in edgeres; please report it with the lines above", err=True)
+        return BUG

@@ -1,0 +1,94 @@
+"""What is inside a bundle or an ONNX file, as plain data: for ``edgeres inspect`` and for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Dict, List
+
+from edgeres import files
+from edgeres.artifacts import (
+    CalibrationTable,
+    ExportedModel,
+    QuantizedModel,
+    TensorRange,
+    from_data,
+    from_json,
+    to_data,
+)
+from edgeres.bundle import unlisted, verify_and_read
+from edgeres.errors import BundleError, MissingPackageError
+
+
+def inspect_bundle(folder: Path) -> Dict[str, Any]:
+    """Return a verified bundle's layers with the reason for each, its ranges, engines, provenance and verdict."""
+    manifest, contents = verify_and_read(folder, (files.TABLE,))
+    table = None
+    if files.TABLE in contents:
+        table = from_json(contents[files.TABLE], CalibrationTable, str(folder / files.TABLE))
+    exported = quantized = None
+    if "export" in manifest.stages:
+        exported = from_data(manifest.stages["export"].facts, ExportedModel, "stage export")
+    if "quantize" in manifest.stages:
+        quantized = from_data(manifest.stages["quantize"].facts, QuantizedModel, "stage quantize")
+    return {
+        "bundle": str(folder),
+        "name": manifest.name,
+        "precision": manifest.precision,
+        "preprocessing": to_data(manifest.preprocessing),
+        "opset": exported.opset if exported else None,
+        "layers": _layers(quantized),
+        "ranges": {name: to_data(value) for name, value in table.tensors.items()} if table else {},
+        "calibration": _calibration(table),
+        "engines": [to_data(engine) for engine in manifest.engines],
+        "validation": to_data(manifest.report) if manifest.report else None,
+        "provenance": manifest.provenance,
+        "files": [to_data(ref) for ref in manifest.files],
+        "unlisted": unlisted(folder, manifest),
+        "warnings": list(manifest.warnings),
+    }
+
+
+def inspect_file(path: Path) -> Dict[str, Any]:
+    """Return what an ONNX file says about itself.
+
+    Raises:
+        MissingPackageError: onnx is not installed.
+        BundleError: the file is not ONNX by its name.
+        ExportError: the file cannot be read as ONNX.
+    """
+    if path.suffix.lower() != ".onnx":
+        raise BundleError(f"{path} is neither a bundle's folder nor an .onnx file")
+    try:
+        from edgeres.quantize.describe import describe_file
+    except ImportError:
+        raise MissingPackageError.for_extra("onnx", "looking into an .onnx file", "host") from None
+    return {"file": str(path), **describe_file(path)}
+
+
+def _layers(quantized: Any) -> List[Dict[str, str]]:
+    if quantized is None:
+        return []
+    return [
+        {"name": x.node, "type": x.op, "precision": x.precision, "module": x.module, "reason": x.reason}
+        for x in quantized.layers
+    ]
+
+
+def _calibration(table: Any) -> Any:
+    if table is None:
+        return None
+    return {
+        "method": table.method,
+        "samples": table.samples.count,
+        "source": table.samples.source,
+        "digest": table.samples.digest,
+    }
+
+
+def range_words(value: TensorRange) -> str:
+    """Return one tensor's range in a line."""
+    sqnr = "" if value.sqnr_db is None else f", {value.sqnr_db:.1f} dB alone"
+    return (
+        f"±{value.amax:.4g} by {value.method} (seen {value.minimum:.4g} to {value.maximum:.4g}, "
+        f"{100 * value.zeros:.0f} % zeros, {100 * value.clipped:.3g} % clipped{sqnr})"
+    )

@@ -1,0 +1,170 @@
+"""Run samples through engines, and compare with the FP32 reference: what ``build`` ends with and ``validate`` is."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from pathlib import Path
+from typing import Callable, Dict, Optional, Tuple, Union
+
+import numpy as np
+
+from edgeres import files
+from edgeres.artifacts import Engine, Manifest, Preprocessing, Report
+from edgeres.backends import Runner
+from edgeres.bundle import verify_and_read
+from edgeres.errors import BundleError, SampleError
+from edgeres.recipe import locate
+from edgeres.runtime import load
+from edgeres.samples import Samples, open_samples, samples_from_arrays
+from edgeres.validation import compare
+
+Watch = Callable[[int, int], None]
+
+
+def run_samples(run: Runner, samples: Samples, preprocessing: Preprocessing, watch: Watch) -> np.ndarray:
+    """Return a runner's logits of all samples, float32 ``(N, K)``, in the samples' order."""
+    parts, done = [], 0
+    for batch in samples.batches(preprocessing, preprocessing.batch_size):
+        parts.append(run(batch))
+        done += len(batch)
+        watch(done, len(samples))
+    if not parts:
+        raise SampleError(f"{samples.source} has no samples")
+    return np.concatenate(parts)
+
+
+def reference_content(logits: np.ndarray, samples: Samples) -> bytes:
+    """Return ``reference.npz``: FP32 logits, labels where there are any, and which samples they belong to.
+
+    Arrays: ``logits`` float32 ``(N, K)``; ``labels`` int64 ``(N,)``; ``names`` and ``sha256`` text ``(N,)``.
+    """
+    chosen = samples.sample_set()
+    arrays: Dict[str, np.ndarray] = {
+        "logits": np.asarray(logits, np.float32),
+        "names": np.array(chosen.names, dtype=np.str_),
+        "sha256": np.array(chosen.sha256, dtype=np.str_),
+    }
+    if samples.labels is not None:
+        arrays["labels"] = np.asarray(samples.labels, np.int64)
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def read_reference(content: bytes, where: str) -> Dict[str, np.ndarray]:
+    """Return the arrays that :func:`reference_content` wrote.
+
+    Raises:
+        BundleError: the content is something else.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as problem:
+        raise BundleError(f"{where} is not a reference file ({problem}). Build the bundle again.") from None
+    if not {"logits", "names", "sha256"} <= arrays.keys():
+        raise BundleError(f"{where} lacks logits, names or sha256. Build the bundle again.")
+    return arrays
+
+
+def judge(
+    content: bytes, logits: np.ndarray, engine: Engine, budget: Tuple[float, str], source: str = "validation"
+) -> Report:
+    """Return the comparison of an engine's logits with a stored reference of the same samples.
+
+    Args:
+        content: ``reference.npz``.
+        logits: the engine's, float32 ``(N, K)``.
+        budget: percentage points that may be lost, and the policy (``ci`` or ``point``).
+        source: what the samples are: ``validation`` or ``calibration``.
+    """
+    reference = read_reference(content, files.REFERENCE)
+    return compare(
+        reference["logits"],
+        logits,
+        reference.get("labels"),
+        max_drop_pp=budget[0],
+        policy=budget[1],
+        backend=engine.backend,
+        precision=engine.precision,
+        samples_source=source,
+    )
+
+
+def stored_logits(content: Optional[bytes], samples: Samples) -> Optional[np.ndarray]:
+    """Return the FP32 logits that a bundle holds of exactly these samples, in order; None where it holds others."""
+    if content is None:
+        return None
+    reference = read_reference(content, files.REFERENCE)
+    same = list(reference["sha256"]) == list(samples.sha256())
+    return reference["logits"] if same else None
+
+
+def open_file(path: Path) -> Runner:
+    """Return a runner of an ONNX file, on the CPU and exact."""
+    from edgeres.backends import cpu
+
+    return cpu.open_model(path)
+
+
+def validate_bundle(
+    bundle: Union[str, os.PathLike[str]],
+    images: Union[np.ndarray, str, os.PathLike[str], None] = None,
+    labels: Optional[np.ndarray] = None,
+    *,
+    max_drop: Optional[float] = None,
+    policy: Optional[str] = None,
+    watch: Watch = lambda done, total: None,
+) -> Report:
+    """Return the comparison of a bundle's engine with FP32 on some samples. The bundle is verified and not changed.
+
+    The FP32 logits that the bundle holds are used where the samples are the very same; otherwise its FP32 model is run.
+
+    Args:
+        images: uint8 frames ``(N, H, W, 3)``; or a folder, list or array file; None for the samples that the bundle was
+            built with, where they still are.
+        labels: int64 ``(N,)``, with an array of images; a folder's are its subfolders.
+        max_drop: the accuracy budget in percentage points; None for the bundle's own.
+        policy: ``ci`` or ``point``; None for the bundle's own.
+
+    Raises:
+        BundleError: the bundle is damaged or has no engine.
+        SampleError: the samples cannot be read, or labels do not fit them.
+    """
+    with load(os.fspath(bundle)) as engine:
+        manifest = engine.manifest
+        samples = _samples(manifest, images, labels)
+        contents = verify_and_read(bundle, (files.REFERENCE, files.FP32_MODEL))[1]
+        reference = stored_logits(contents.get(files.REFERENCE), samples)
+        if reference is None:
+            from edgeres.backends import cpu
+
+            fp32 = cpu.open_engine(contents[files.FP32_MODEL], cpu.EXACT)
+            reference = run_samples(fp32, samples, manifest.preprocessing, watch)
+        logits = run_samples(engine, samples, manifest.preprocessing, watch)
+        judged = manifest.recipe["validation"]
+        return compare(
+            reference,
+            logits,
+            samples.labels,
+            max_drop_pp=judged["max_drop"] if max_drop is None else max_drop,
+            policy=judged["policy"] if policy is None else policy,
+            backend=engine.record.backend,
+            precision=engine.record.precision,
+        )
+
+
+def _samples(
+    manifest: Manifest, images: Union[np.ndarray, str, os.PathLike[str], None], labels: Optional[np.ndarray]
+) -> Samples:
+    """Return the samples to judge on, from whatever the caller has."""
+    if isinstance(images, np.ndarray):
+        return samples_from_arrays(images, labels)
+    if labels is not None:
+        raise SampleError("labels go with an array of images; a folder's labels are the names of its subfolders")
+    source = os.fspath(images) if images is not None else manifest.recipe["validation"].get("samples")
+    if source is None:
+        raise SampleError("this bundle was built without validation samples. Name some: --validation FOLDER")
+    return open_samples(locate(source), labelled=True)

@@ -1,0 +1,355 @@
+"""The order of the work, top to bottom: export → observe → calibrate → quantize → compile → reference → validate.
+
+Each stage turns one noun into the next, leaves files in the workspace, and is skipped where a hash of everything it
+depends on says that its result is there already. Rooms are entered late, so that a robot that only validates needs
+none of the tools that build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+
+from edgeres import files
+from edgeres.artifacts import (
+    Bundle,
+    CalibrationTable,
+    Engine,
+    ExportedModel,
+    FileRef,
+    Manifest,
+    QuantizedModel,
+    Report,
+    StageRecord,
+    from_data,
+    from_json,
+    to_data,
+    to_json,
+)
+from edgeres.errors import BundleError, CalibrationError
+from edgeres.progress import Progress
+from edgeres.provenance import provenance, versions
+from edgeres.recipe import Recipe, locate, recipe_data
+from edgeres.workspace import Workspace, stage_key
+
+if TYPE_CHECKING:
+    from edgeres.export.exported import Exported
+    from edgeres.samples import Samples
+
+STAGES = ("export", "observe", "calibrate", "quantize", "compile", "reference", "validate")
+FORMAT = 1  # part of every key: raise it when a stage's result changes with the same inputs
+
+Made = Tuple[Any, Tuple[str, ...], str]
+"""What a stage's work returns: its noun (or plain data), the files it wrote, and a few words on what it made."""
+
+
+class _Reached(Exception):
+    """The last stage that was wanted is done, and the next has no earlier result to take over."""
+
+
+class Build:
+    """One run of the pipeline over one recipe; a method per stage, called in order by :func:`build`."""
+
+    def __init__(self, recipe: Recipe, workspace: Workspace, until: str, progress: Progress) -> None:
+        self.recipe = recipe
+        self.workspace = workspace
+        self.last = STAGES.index(until)
+        self.progress = progress
+        self.engine: Optional[Engine] = None
+        self.report: Optional[Report] = None
+        self.warnings: List[str] = []
+        self.calibration: Optional[Samples] = None
+        self.validation: Optional[Samples] = None
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.progress.warn(text)
+
+    def stage(self, name: str, inputs: Dict[str, Any], text: str, work: Callable[[], Made]) -> StageRecord:
+        """Run a stage, or take its earlier result over where ``inputs`` say that it would come out the same."""
+        key = stage_key(name, {**inputs, "format": FORMAT})
+        earlier = self.workspace.reuse(name, key)
+        if earlier is not None:
+            self.progress.reused(name, text)
+            return earlier
+        if STAGES.index(name) > self.last:
+            raise _Reached
+        self.progress.stage(name, text)
+        start = time.perf_counter()
+        noun, paths, made = work()
+        seconds = time.perf_counter() - start
+        record = self.workspace.finish(name, key, paths, seconds, to_data(noun))
+        self.progress.finished(name, seconds, made)
+        return record
+
+    def open_samples(self) -> None:
+        """Find the calibration and validation samples and refuse what is wrong with them; nothing is decoded yet."""
+        from edgeres.preflight import open_inputs, require_host_packages
+
+        require_host_packages(self.recipe)
+        self.calibration, self.validation = open_inputs(self.recipe)
+        wanted = self.recipe.calibration.count
+        if self.calibration is not None and self.recipe.precision == "int8" and len(self.calibration) < wanted:
+            self.warn(f"{len(self.calibration)} calibration samples were found; {wanted} were asked for")
+
+    def export(self) -> ExportedModel:
+        """Write the FP32 ONNX."""
+        model, size = self.recipe.model, self.recipe.input.size
+
+        def work() -> Made:
+            exported = _exported(self.recipe)
+            self.workspace.write(files.FP32_MODEL, exported.content)
+            noun = exported.record(files.file_ref(self.workspace.folder, files.FP32_MODEL))
+            made = f"{files.FP32_MODEL}, opset {noun.opset}, within {noun.max_relative_error:.0e} of the original"
+            return noun, (files.FP32_MODEL,), made
+
+        inputs = {"model": to_data(model), "size": size, "tools": versions(("torch", "onnx", "onnxruntime"))}
+        if model.source.lower().endswith(".onnx"):
+            inputs["file"] = files.sha256_file(model.source)
+        elif self.recipe.architecture is None:
+            inputs["once"] = os.urandom(16).hex()  # a callable's code may change in ways that no hash of ours sees
+        if model.weights is not None:
+            inputs["weights"] = files.sha256_file(locate(model.weights))
+        elif self.recipe.architecture is not None:
+            self.warn(
+                f"NO WEIGHTS: {model.source} has random ones (seed {model.seed}), so its answers mean nothing. "
+                "For a trained network: --weights FILE"
+            )
+        exported = from_data(self.stage("export", inputs, model.source, work).facts, ExportedModel, "stage export")
+        if size is None:
+            self.recipe = self.recipe.with_size((exported.input_shape[1], exported.input_shape[2]))
+        return exported
+
+    def observe(self, exported: ExportedModel, tensors: Tuple[str, ...]) -> FileRef:
+        """Run the calibration samples through the FP32 model and keep the statistics."""
+        samples = self.calibration
+        if samples is None:
+            raise CalibrationError("int8 needs calibration samples. Name a folder of images: --calibration FOLDER")
+        preprocessing, chosen = self.recipe.preprocessing, samples.sample_set()
+        inputs = {
+            "model": exported.file.sha256,
+            "tensors": tensors,
+            "samples": chosen.digest,
+            "preprocessing": to_data(preprocessing),
+            "tools": versions(("onnxruntime", "numpy")),
+        }
+
+        def work() -> Made:
+            from edgeres.calibrate import observe
+
+            statistics = observe(
+                self.workspace.folder / files.FP32_MODEL,
+                tensors,
+                samples.batches(preprocessing, preprocessing.batch_size),
+                lambda done: self.progress.advance(done, len(samples)),
+            )
+            self.workspace.write(files.STATISTICS, statistics.to_bytes())
+            return {"tensors": len(tensors), "samples": len(samples)}, (files.STATISTICS,), f"{len(tensors)} tensors"
+
+        return self.stage("observe", inputs, f"{len(samples)} samples", work).files[0]
+
+    def calibrate(self, exported: ExportedModel, statistics: FileRef) -> CalibrationTable:
+        """Choose each tensor's range from the statistics."""
+        plan = self.recipe.calibration
+        inputs = {"statistics": statistics.sha256, "method": plan.method, "percentile": plan.percentile}
+
+        def work() -> Made:
+            from edgeres.calibrate import Statistics, choose
+
+            path = self.workspace.folder / files.STATISTICS
+            ranges = choose(Statistics.from_bytes(path.read_bytes(), str(path)), plan.method, plan.percentile)
+            assert self.calibration is not None  # observe() has refused that
+            table = CalibrationTable(
+                model_sha256=exported.file.sha256,
+                preprocessing=self.recipe.preprocessing,
+                samples=self.calibration.sample_set(),
+                method=plan.method,
+                percentile=plan.percentile,
+                tensors=ranges,
+            )
+            self.workspace.write(files.TABLE, to_json(table))
+            return {"method": plan.method}, (files.TABLE,), f"{len(ranges)} ranges by {plan.method}"
+
+        self.stage("calibrate", inputs, f"method {plan.method}", work)
+        return self.table(exported)
+
+    def table(self, exported: ExportedModel) -> CalibrationTable:
+        """Return the calibration table, refusing one that belongs to something else."""
+        path = self.workspace.folder / files.TABLE
+        table = from_json(path.read_bytes(), CalibrationTable, str(path))
+        samples = self.calibration.sample_set() if self.calibration is not None else None
+        for what, same in (
+            ("model", table.model_sha256 == exported.file.sha256),
+            ("preprocessing", table.preprocessing == self.recipe.preprocessing),
+            ("set of samples", samples is None or table.samples.digest == samples.digest),
+        ):
+            if not same:
+                raise CalibrationError(f"{path} belongs to another {what}. Calibrate again: edgeres calibrate")
+        return table
+
+    def quantize(self, exported: ExportedModel) -> QuantizedModel:
+        """Write the model in the wanted precision; int8 calibrates first."""
+        precision, keep = self.recipe.precision, self.recipe.quantization.keep_float
+        name = files.model_file(precision)
+        if precision == "fp32":
+            return QuantizedModel(exported.file, "fp32", ())
+        inputs: Dict[str, Any] = {"model": exported.file.sha256, "precision": precision, "keep_float": keep}
+        if precision == "fp16":
+
+            def work() -> Made:
+                from edgeres.quantize import fp16_content
+
+                content, layers = fp16_content(self.workspace.folder / files.FP32_MODEL, exported.modules)
+                self.workspace.write(name, content)
+                ref = files.file_ref(self.workspace.folder, name)
+                return QuantizedModel(ref, precision, layers), (name,), f"{name}, all layers in float16"
+
+        else:
+            from edgeres.quantize import int8_content, plan_file
+
+            placement = plan_file(self.workspace.folder / files.FP32_MODEL, exported.modules, keep)
+            statistics = self.observe(exported, placement.tensors)
+            table = self.calibrate(exported, statistics)
+            inputs["ranges"] = to_data(table.tensors)
+
+            def work() -> Made:
+                content = int8_content(self.workspace.folder / files.FP32_MODEL, placement, table.tensors)
+                self.workspace.write(name, content)
+                ref = files.file_ref(self.workspace.folder, name)
+                count = sum(layer.precision == "int8" for layer in placement.layers)
+                return QuantizedModel(ref, precision, placement.layers), (name,), f"{name}, {count} layers in int8"
+
+        record = self.stage("quantize", inputs, precision, work)
+        return from_data(record.facts, QuantizedModel, "stage quantize")
+
+    def compile(self, model: QuantizedModel) -> Engine:
+        """Make the backend's engine."""
+        inputs = {"model": model.file.sha256, "backend": "cpu", "tools": versions(("onnxruntime",))}
+
+        def work() -> Made:
+            from edgeres.backends import cpu
+
+            cpu.open_model(self.workspace.folder / model.file.path).close()
+            return cpu.compile_engine(model.file, model.precision), (), f"cpu: {cpu.describe(model.precision)}"
+
+        record = self.stage("compile", inputs, "cpu", work)
+        self.engine = from_data(record.facts, Engine, "stage compile")
+        return self.engine
+
+    def validate(self, exported: ExportedModel, engine: Engine) -> None:
+        """Compare the engine with the FP32 model, on the validation samples or else on those of calibration."""
+        from edgeres.judge import judge, open_file, reference_content, run_samples
+
+        samples, source = self.validation, "validation"
+        if samples is None:
+            samples, source = self.calibration, "calibration"
+        if samples is None:
+            self.warn("no validation samples were given, so nothing was compared. Name a folder: --validation FOLDER")
+            return
+        if samples.labels is None:
+            self.warn("the samples have no labels, so agreement and SQNR are measured, not accuracy")
+        preprocessing, chosen = self.recipe.preprocessing, samples.sample_set()
+        watch = self.progress.advance
+        data = {"samples": chosen.digest, "preprocessing": to_data(preprocessing), "tools": versions(("onnxruntime",))}
+
+        def refer() -> Made:
+            fp32 = open_file(self.workspace.folder / files.FP32_MODEL)
+            logits = run_samples(fp32, samples, preprocessing, watch)
+            self.workspace.write(files.REFERENCE, reference_content(logits, samples))
+            return {"samples": len(samples)}, (files.REFERENCE,), f"FP32 logits of {len(samples)} samples"
+
+        reference = self.stage(
+            "reference", {"model": exported.file.sha256, **data}, f"FP32 on {len(samples)} {source} samples", refer
+        )
+        judged = self.recipe.validation
+        inputs = {
+            "reference": reference.files[0].sha256,
+            "engine": engine.file.sha256,
+            "options": engine.options,
+            "max_drop": judged.max_drop,
+            "policy": judged.policy,
+            "source": source,
+            **data,
+        }
+
+        def work() -> Made:
+            logits = run_samples(open_file(self.workspace.folder / engine.file.path), samples, preprocessing, watch)
+            reference = (self.workspace.folder / files.REFERENCE).read_bytes()
+            report = judge(reference, logits, engine, (judged.max_drop, judged.policy), source)
+            self.workspace.write(files.REPORT, to_json(report))
+            return report, (files.REPORT,), report.verdict
+
+        text = f"{engine.precision} on {engine.backend}"
+        self.report = from_data(self.stage("validate", inputs, text, work).facts, Report, "stage validate")
+
+
+def build(
+    recipe: Recipe, out: Optional[Path] = None, until: str = "validate", progress: Optional[Progress] = None
+) -> Bundle:
+    """Run the pipeline and return the finished bundle; an earlier bundle at ``out`` is replaced only at the very end.
+
+    Args:
+        out: the bundle's folder; by default ``build/<name>-<precision>``.
+        until: the last stage to run, of ``STAGES``; results of later ones are kept only where they still hold.
+
+    Raises:
+        EdgeresError: with what is wrong and what to do; the earlier bundle, if any, is whole.
+    """
+    if until not in STAGES:
+        raise BundleError(f"there is no stage {until!r}. The stages are {', '.join(STAGES)}")
+    place = out or default_out(recipe)
+    with Workspace(place) as workspace:
+        job = Build(recipe, workspace, until, progress or Progress())
+        job.open_samples()
+        with contextlib.suppress(_Reached):
+            exported = job.export()
+            job.validate(exported, job.compile(job.quantize(exported)))
+        manifest = _manifest(job)
+        workspace.commit(manifest)
+    return Bundle(str(place), manifest)
+
+
+def _exported(recipe: Recipe) -> Exported:
+    """Return the model of a recipe, exported; the one place where the models' room and the export's room meet."""
+    from edgeres.export import adopt_onnx, export_module
+
+    model = recipe.model
+    if model.source.lower().endswith(".onnx"):
+        return adopt_onnx(Path(model.source), recipe.input.size)
+    from edgeres import models
+
+    if recipe.architecture is not None:
+        module = models.create(model.source, model.num_classes, model.seed)
+    else:
+        module = models.from_callable(model.source, model.num_classes)
+    if model.weights is not None:
+        models.load_weights(module, locate(model.weights))
+    return export_module(module, recipe.preprocessing.size)
+
+
+def default_out(recipe: Recipe) -> Path:
+    """Return the folder that a recipe's bundle goes to unless told otherwise."""
+    return Path("build") / f"{recipe.name}-{recipe.precision}"
+
+
+def _manifest(job: Build) -> Manifest:
+    """Bind everything that was made; the resolved recipe goes into the bundle too."""
+    from edgeres.recipe_file import recipe_toml
+
+    job.workspace.write(files.RECIPE, recipe_toml(job.recipe))
+    paths = sorted({ref.path for record in job.workspace.records.values() for ref in record.files} | {files.RECIPE})
+    return Manifest(
+        name=job.recipe.name,
+        precision=job.recipe.precision,
+        recipe=recipe_data(job.recipe),
+        preprocessing=job.recipe.preprocessing,
+        files=tuple(files.file_ref(job.workspace.folder, path) for path in paths),
+        stages=job.workspace.records,
+        provenance=provenance(Path.cwd()),
+        engines=() if job.engine is None else (job.engine,),
+        report=job.report,
+        warnings=tuple(job.warnings),
+    )

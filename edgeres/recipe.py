@@ -1,0 +1,344 @@
+"""The recipe: what the user wants, from TOML and flags, with every mistake reported at once.
+
+A TOML file has the sections below as tables; a flag is an override with a dotted name, such as
+``{"calibration.method": "entropy"}``. Paths are relative to the file that names them (for flags, to the current
+folder); ``edgeres:`` in front of a path means the dossier that comes with edgeres.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+
+import msgspec
+
+from edgeres.architectures import ARCHITECTURES, Architecture
+from edgeres.artifacts import Preprocessing, to_data
+from edgeres.errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRECISIONS = ("fp32", "fp16", "int8")
+METHODS = ("minmax", "percentile", "entropy", "mse")
+POLICIES = ("ci", "point")
+BACKENDS = ("auto", "cpu")
+DOSSIER_PREFIX = "edgeres:"
+DEFAULT_RECIPE = DOSSIER_PREFIX + "recipes/digits-int8.toml"
+IMAGENET_SIZE, IMAGENET_RESIZE = 224, 256
+
+
+class ModelSection(msgspec.Struct, frozen=True):
+    """``source`` is a name from ``edgeres models``, ``package.module:callable``, or an ``.onnx`` file."""
+
+    source: str = ""
+    weights: Optional[str] = None
+    num_classes: Optional[int] = None
+    seed: int = 0
+
+
+class InputSection(msgspec.Struct, frozen=True):
+    """``size`` is [height, width] in pixels; the rest as in :class:`edgeres.artifacts.Preprocessing`."""
+
+    size: Optional[Tuple[int, int]] = None
+    resize: Optional[int] = None
+    mean: Tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: Tuple[float, float, float] = (0.229, 0.224, 0.225)
+    color: str = "rgb"
+
+
+class CalibrationSection(msgspec.Struct, frozen=True):
+    """``samples`` is a folder, a list file or an array file; ``count`` of them are used, spread evenly over all."""
+
+    samples: Optional[str] = None
+    count: int = 512
+    method: str = "mse"
+    percentile: float = 99.99
+
+
+class QuantizationSection(msgspec.Struct, frozen=True):
+    """``keep_float`` are shell patterns of torch modules that stay in float."""
+
+    keep_float: Tuple[str, ...] = ()
+
+
+class ValidationSection(msgspec.Struct, frozen=True):
+    """``max_drop`` is the accuracy budget: percentage points of top-1 that may be lost against FP32."""
+
+    samples: Optional[str] = None
+    max_drop: float = 0.5
+    policy: str = "ci"
+
+
+class EngineSection(msgspec.Struct, frozen=True):
+    """``backend`` runs the model: ``auto`` takes the best that this machine has."""
+
+    backend: str = "auto"
+
+
+SECTIONS: Dict[str, type] = {
+    "model": ModelSection,
+    "input": InputSection,
+    "calibration": CalibrationSection,
+    "quantization": QuantizationSection,
+    "validation": ValidationSection,
+    "engine": EngineSection,
+}
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """What the user wants, whole: every default filled in, every path absolute."""
+
+    name: str
+    precision: str
+    model: ModelSection
+    input: InputSection
+    calibration: CalibrationSection
+    quantization: QuantizationSection
+    validation: ValidationSection
+    engine: EngineSection
+
+    @property
+    def architecture(self) -> Optional[Architecture]:
+        """The named architecture, or None where the model is a callable or a file."""
+        return ARCHITECTURES.get(self.model.source)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How frames become input.
+
+        Raises:
+            RecipeError: the size is open (an ``.onnx`` model whose size nobody has looked up yet).
+        """
+        if self.input.size is None:
+            raise RecipeError("input.size", ["is not known: say --input-size HEIGHTxWIDTH"])
+        return Preprocessing(self.input.size, self.input.resize, self.input.mean, self.input.std, self.input.color)
+
+    def with_size(self, size: Tuple[int, int]) -> Recipe:
+        """Return the recipe for a model that turned out to take images of ``size`` (height, width)."""
+        resize = self.input.resize if self.input.resize is not None else max(size)
+        return msgspec.structs.replace(self, input=msgspec.structs.replace(self.input, size=size, resize=resize))
+
+
+def dossier() -> Path:
+    """Return the folder of the data that comes with edgeres: in a wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "dossier"
+    return installed if installed.is_dir() else package.parent / "calibration"
+
+
+def locate(path: str, base: Optional[Path] = None) -> Path:
+    """Return the real place of a recipe's path; ``base`` is what relative paths are relative to."""
+    if path.startswith(DOSSIER_PREFIX):
+        return dossier() / path[len(DOSSIER_PREFIX) :]
+    # A ~name that is nobody's is left as it is: a file may be called so, and if not, it is reported as missing.
+    return (base or Path.cwd()) / os.path.expanduser(path)
+
+
+def load_recipe(source: Union[str, Path, None] = None, overrides: Optional[Mapping[str, Any]] = None) -> Recipe:
+    """Return the recipe of a TOML file, with overrides on top; of the embedded default where neither names a model.
+
+    Args:
+        source: a TOML file, a bundle (its own recipe is taken), or None.
+        overrides: dotted name → value, such as ``{"model.source": "resnet50"}``; None values are ignored.
+
+    Raises:
+        RecipeError: with every mistake found.
+    """
+    overrides = {name: value for name, value in (overrides or {}).items() if value is not None}
+    if source is None and "model.source" not in overrides:
+        source = DEFAULT_RECIPE
+    data: Dict[str, Any] = {}
+    where = "options"
+    problems: List[str] = []
+    if source is not None:
+        path = locate(str(source))
+        path = path / "recipe.toml" if os.path.isdir(path) else path
+        where = str(path)
+        data = _read(path)
+        _anchor(data, path.parent)
+    flags: Dict[str, Any] = {}
+    for name, value in overrides.items():
+        _put(flags, name, value)
+    _anchor(flags, Path.cwd())
+    for section, values in flags.items():
+        if not isinstance(values, dict):
+            data[section] = values
+        elif isinstance(data.setdefault(section, {}), dict):  # what is no table stays, to be reported
+            data[section].update(values)
+    recipe = _decode(data, problems)
+    if problems or recipe is None:
+        raise RecipeError(where, problems)
+    return recipe
+
+
+def _read(path: Path) -> Dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        problem = "there is no such recipe. Write one, or start from `edgeres build` alone"
+        raise RecipeError(str(path), [problem]) from None
+    except (OSError, ValueError) as failure:  # a ValueError: no path can be such
+        raise RecipeError(str(path), [f"cannot be read: {getattr(failure, 'strerror', failure)}"]) from None
+    try:
+        return tomllib.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as failure:  # not UTF-8, not TOML, a number of thousands of digits
+        raise RecipeError(str(path), [f"is not TOML: {failure}"]) from None
+
+
+def _put(data: Dict[str, Any], dotted: str, value: Any) -> None:
+    section, _, key = dotted.partition(".")
+    if key:
+        data.setdefault(section, {})[key] = value
+    else:
+        data[section] = value
+
+
+def _anchor(data: Dict[str, Any], base: Path) -> None:
+    """Make the paths in ``data`` absolute, so that the recipe means the same wherever it is read next."""
+    for section, key in (("model", "weights"), ("calibration", "samples"), ("validation", "samples")):
+        values = data.get(section)
+        if isinstance(values, dict) and isinstance(values.get(key), str):
+            values[key] = _absolute(values[key], base)
+    model = data.get("model")
+    if isinstance(model, dict) and isinstance(model.get("source"), str) and model["source"].lower().endswith(".onnx"):
+        model["source"] = _absolute(model["source"], base)
+
+
+def _absolute(path: str, base: Path) -> str:
+    return path if not path or path.startswith(DOSSIER_PREFIX) else str(locate(path, base).absolute())
+
+
+def _decode(data: Dict[str, Any], problems: List[str]) -> Optional[Recipe]:
+    """Read every section and field by itself, so that one mistake does not hide the next."""
+    known = ["name", "precision", *SECTIONS]
+    problems.extend(_unknown(key, known, "") for key in data if key not in known)
+    sections = {name: _section(name, kind, data.get(name, {}), problems) for name, kind in SECTIONS.items()}
+    name, precision = data.get("name", ""), data.get("precision", "int8")
+    if not isinstance(name, str) or name != Path(name).name or name.startswith(".") or not name.isprintable():
+        problems.append(f"name: {_shown(name)} is not a plain folder name")
+    if precision not in PRECISIONS:
+        problems.append(f"precision: {_shown(precision)} is not one of {', '.join(PRECISIONS)}")
+    recipe = Recipe(name=name, precision=precision, **sections)
+    problems.extend(problem for problem in _mistakes(recipe) if not _known(problem, problems))
+    return None if problems else _filled(recipe)
+
+
+def _known(mistake: str, problems: List[str]) -> bool:
+    """Whether a key, or the whole section that it is in, has been reported already."""
+    key = mistake.partition(":")[0]
+    return any(problem.startswith((f"{key}:", f"{key.partition('.')[0]}:")) for problem in problems)
+
+
+def _section(name: str, kind: type, values: Any, problems: List[str]) -> Any:
+    if not isinstance(values, dict):
+        problems.append(f"{name}: must be a table, not {type(values).__name__}")
+        return kind()
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    problems.extend(_unknown(key, list(fields), f"{name}.") for key in values if key not in fields)
+    good: Dict[str, Any] = {}
+    for key, field in fields.items():
+        if key in values:
+            if _too_large(values[key]):
+                problems.append(f"{name}.{key}: a whole number has at most 64 bits")
+                continue
+            try:
+                good[key] = msgspec.convert(values[key], type=field.type)
+            except msgspec.ValidationError as problem:
+                problems.append(f"{name}.{key}: {problem}")
+    return kind(**good)
+
+
+def _too_large(value: Any) -> bool:
+    """Whether there is a number that TOML does not have, though Python's reader takes it; it could not be written."""
+    return any(isinstance(x, int) and x.bit_length() > 63 for x in (value if isinstance(value, list) else [value]))
+
+
+def _shown(value: Any) -> str:
+    """Return what a message says of a value that should have been text."""
+    return repr(value) if isinstance(value, str) else f"a value of type {type(value).__name__}"
+
+
+def _unknown(key: str, known: List[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, known, 1)
+    return f"{prefix}{key}: there is no such key" + (f"; did you mean {prefix}{near[0]}?" if near else "")
+
+
+def _mistakes(recipe: Recipe) -> List[str]:
+    """Return what is wrong with values that have the right type."""
+    problems = []
+    problems.extend(_model_mistakes(recipe.model))
+    if recipe.calibration.count < 1:
+        problems.append(f"calibration.count: {recipe.calibration.count} is not a positive number of samples")
+    if recipe.calibration.method not in METHODS:
+        problems.append(f"calibration.method: {recipe.calibration.method!r} is not one of {', '.join(METHODS)}")
+    if not 50 < recipe.calibration.percentile <= 100:
+        problems.append(f"calibration.percentile: {recipe.calibration.percentile} is not above 50 and at most 100")
+    if not 0 <= recipe.validation.max_drop <= 100:
+        problems.append(f"validation.max_drop: {recipe.validation.max_drop} is not between 0 and 100 percentage points")
+    if recipe.validation.policy not in POLICIES:
+        problems.append(f"validation.policy: {recipe.validation.policy!r} is not one of {', '.join(POLICIES)}")
+    if recipe.engine.backend not in BACKENDS:
+        problems.append(f"engine.backend: {recipe.engine.backend!r} is not one of {', '.join(BACKENDS)}")
+    return problems
+
+
+def _model_mistakes(model: ModelSection) -> List[str]:
+    problems = []
+    onnx = model.source.lower().endswith(".onnx")
+    if not model.source:
+        problems.append("model.source: is missing. Name a model: see `edgeres models`")
+    elif not onnx and ":" not in model.source and model.source not in ARCHITECTURES:
+        near = difflib.get_close_matches(model.source, list(ARCHITECTURES), 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `edgeres models`"
+        others = "or give package.module:callable or a .onnx file"
+        problems.append(f"model.source: there is no model {model.source!r} ({hint}; {others})")
+    if onnx and model.weights:
+        problems.append("model.weights: an .onnx file has its weights inside; leave weights out")
+    if model.num_classes is not None and model.num_classes < 1:
+        problems.append(f"model.num_classes: {model.num_classes} is not a positive number of classes")
+    if model.seed < 0:
+        problems.append(f"model.seed: {model.seed} is negative")
+    return problems
+
+
+def _filled(recipe: Recipe) -> Recipe:
+    """Return the recipe with the model's own defaults in the place of what was left open."""
+    architecture, model, frame = recipe.architecture, recipe.model, recipe.input
+    size, resize = frame.size, frame.resize
+    if architecture is not None:
+        if model.num_classes is None:
+            model = msgspec.structs.replace(model, num_classes=architecture.num_classes)
+        if size is None:
+            size = (architecture.size, architecture.size)
+            resize = resize if resize is not None else architecture.resize
+    elif size is None and ":" in model.source and not model.source.lower().endswith(".onnx"):
+        size = (IMAGENET_SIZE, IMAGENET_SIZE)
+        resize = resize if resize is not None else IMAGENET_RESIZE
+    if size is not None and resize is None:
+        resize = max(size)
+    frame = msgspec.structs.replace(frame, size=size, resize=resize)
+    return msgspec.structs.replace(recipe, name=recipe.name or _name(model.source), model=model, input=frame)
+
+
+def _name(source: str) -> str:
+    """Return a folder name for a model: its architecture, its callable, or its file's stem."""
+    stem = Path(source).stem if source.lower().endswith(".onnx") else source.rpartition(":")[2]
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem).strip(".") or "model"
+
+
+def recipe_data(recipe: Recipe) -> Dict[str, Any]:
+    """Return a recipe as TOML's types: what is None is left out."""
+
+    def without_none(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_none(item) for key, item in value.items() if item is not None}
+        return value
+
+    data: Dict[str, Any] = without_none(to_data(recipe))
+    return data

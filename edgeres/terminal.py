@@ -1,0 +1,141 @@
+"""What people see: progress on a terminal, tables and verdicts. The only file that imports rich."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from edgeres.artifacts import Bundle, Manifest, Report
+from edgeres.progress import Progress
+from edgeres.validation import advice, headline
+
+WIDTH_OF_A_LOG = 140  # columns; where nobody's window can be asked
+VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow", "unlabelled": "bold"}
+
+
+def console(stderr: bool = False) -> Console:
+    """Return a console; plain text where there is no terminal, no colour where NO_COLOR is set, no guessed markup."""
+    made = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    if not made.is_terminal:
+        made.width = WIDTH_OF_A_LOG
+    return made
+
+
+class TerminalProgress(Progress):
+    """Bars and lines on stderr where that is a terminal; otherwise only warnings."""
+
+    def __init__(self) -> None:
+        self._console = console(stderr=True)
+        self._live = self._console.is_terminal
+        self._bars: Optional[Bars] = None
+        self._task: Optional[TaskID] = None
+        self._name = ""
+        self.lines: List[Tuple[str, str, str]] = []
+
+    def stage(self, name: str, text: str) -> None:
+        self._name = name
+        if self._live:
+            self._bars = Bars(
+                TextColumn("{task.description:<10}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bars.start()
+            self._task = self._bars.add_task(name, total=None)
+
+    def advance(self, done: int, total: int) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=done, total=total)
+
+    def finished(self, name: str, seconds: float, text: str) -> None:
+        self.stop()
+        self._line(name, text, f"{seconds:.1f} s")
+
+    def reused(self, name: str, text: str) -> None:
+        self._line(name, text, "reused")
+
+    def warn(self, text: str) -> None:
+        self._console.print(f"warning: {text}", style="yellow")
+
+    def stop(self) -> None:
+        """Take a running bar off the terminal."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = self._task = None
+
+    def _line(self, name: str, text: str, time: str) -> None:
+        self.lines.append((name, text, time))
+        if self._live:
+            self._console.print(f"{name:<10} {time:>8}  {text}")
+
+
+def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
+    """Print what a build did and how its result compares with FP32."""
+    out = console()
+    table = Table(
+        "stage", "result", "time", title=f"{bundle.manifest.name}, {bundle.manifest.precision}", title_justify="left"
+    )
+    for name, text, time in lines:
+        table.add_row(name, text, time)
+    out.print(table)
+    if bundle.report is not None:
+        show_report(bundle.report)
+    out.print(f"bundle: {bundle.path}")
+
+
+def show_report(report: Report) -> None:
+    """Print FP32 and the engine side by side, the verdict in words, and what to do next."""
+    out = console()
+    engine = f"{report.precision.upper()} ({report.backend})"
+    table = Table("", "FP32", engine, title=f"{report.samples} {report.samples_source} samples", title_justify="left")
+    if report.top1_reference is not None and report.top1_engine is not None:
+        table.add_row("top-1", f"{100 * report.top1_reference:.2f} %", f"{100 * report.top1_engine:.2f} %")
+    if report.drop_ci95_pp is not None and report.drop_pp is not None:
+        low, high = report.drop_ci95_pp
+        table.add_row(
+            "drop, pp", "", f"{report.drop_pp:+.2f}  (95 %: {low:+.2f} to {high:+.2f}; budget {report.max_drop_pp:g})"
+        )
+    if report.discordant is not None:
+        table.add_row(
+            "only one right", str(report.discordant.only_reference_correct), str(report.discordant.only_engine_correct)
+        )
+    table.add_row("same answer", "", f"{100 * report.agreement:.2f} %")
+    table.add_row("SQNR", "", "identical" if report.sqnr_db is None else f"{report.sqnr_db:.1f} dB")
+    out.print(table)
+    out.print(f"{report.verdict.upper()}: {headline(report)}", style=VERDICT_STYLE.get(report.verdict, ""))
+    for line in advice(report):
+        out.print(f"  {line}")
+
+
+def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Print a table."""
+    table = Table(*columns, title=title or None, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def show_manifest(path: str, manifest: Manifest) -> None:
+    """Print what a bundle is, where it comes from and what it was judged to be."""
+    out = console()
+    tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.get("tools", {}).items())
+    out.print(f"{path}: {manifest.name}, {manifest.precision}")
+    frame = manifest.preprocessing
+    facts: Dict[str, Any] = {
+        "input": f"{frame.size[0]}×{frame.size[1]} pixels, of frames whose short side is resized to {frame.resize}; "
+        f"mean {frame.mean}, std {frame.std}",
+        "engines": ", ".join(f"{e.target} ({e.precision}, {e.built_for})" for e in manifest.engines) or "none",
+        "made with": tools,
+        "git": manifest.provenance.get("git"),
+    }
+    for name, value in facts.items():
+        out.print(f"  {name}: {value}")
+    for warning in manifest.warnings:
+        out.print(f"  warning: {warning}", style="yellow")

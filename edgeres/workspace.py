@@ -1,0 +1,227 @@
+"""Where a build works: beside the bundle, stage by stage, and exchanged for it whole at the end.
+
+``build/net-int8`` is made in ``build/.net-int8.work``. Each finished stage leaves a record there, so that a build that
+was interrupted goes on where it stopped, and a stage whose key (a hash of everything it depends on) has not changed is
+taken over, from the work folder or from the bundle that is there already. Nothing in the old bundle is touched until
+the new one is complete; then the two folders change places in one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Dict, List, Optional, Tuple, Type
+
+import msgspec
+
+from edgeres.artifacts import Manifest, StageRecord, from_json, to_json
+from edgeres.bundle import intact, read_manifest, read_verified, unlisted
+from edgeres.errors import BundleError
+from edgeres.files import MANIFEST, RECIPE, file_ref, write_atomic
+
+RECORDS = ".stages"
+RENAME_EXCHANGE = 2  # linux/fs.h
+AT_FDCWD = -100
+
+
+def stage_key(name: str, inputs: Dict[str, Any]) -> str:
+    """Return the hash of everything that a stage's result depends on."""
+    return hashlib.sha256(msgspec.json.encode([name, inputs], order="sorted")).hexdigest()
+
+
+class Workspace:
+    """A build's own folder beside ``out``; use it as a context manager, and call :meth:`commit` last.
+
+    Raises (on entering):
+        BundleError: ``out`` is a file or a folder that is no bundle, the place cannot be written, or another build is
+            at work there.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = Path(os.path.abspath(out))  # without any ..: its name names the work folder
+        self.folder = self.out.parent / f".{self.out.name}.work"
+        self.records: Dict[str, StageRecord] = {}
+        self._earlier: Optional[Manifest] = None
+        self._lock: Optional[int] = None
+
+    def __enter__(self) -> Workspace:
+        try:
+            self._refuse_strangers()
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            restore(self.out)
+            self._refuse_strangers()  # again: until now, another build may have been at work
+            if self.folder.exists() and not (self.folder / RECORDS).is_dir():
+                shutil.rmtree(self.folder)  # an earlier bundle, exchanged and not removed yet
+            (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            self._release()
+            raise BundleError(
+                f"cannot write beside {self.out}: {problem.strerror}. Choose another folder: --out FOLDER"
+            ) from None
+        except BundleError:
+            self._release()
+            raise
+        with contextlib.suppress(BundleError):
+            self._earlier = read_manifest(self.out)
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self._release()
+
+    def reuse(self, name: str, key: str) -> Optional[StageRecord]:
+        """Return the record of an earlier run of this stage with the same key, its files in place; None: there is none.
+
+        A file that is missing or changed makes it none: the stage is run again.
+        """
+        with contextlib.suppress(BundleError, OSError):
+            path = self.folder / RECORDS / f"{name}.json"
+            record = from_json(path.read_bytes(), StageRecord, str(path))
+            if record.key == key and all(intact(self.folder, ref) for ref in record.files):
+                self.records[name] = record
+                return record
+        record_there = self._earlier.stages.get(name) if self._earlier is not None else None
+        if record_there is None or record_there.key != key:
+            return None
+        try:
+            for ref in record_there.files:
+                self.write(ref.path, read_verified(self.out, ref))
+        except (BundleError, OSError):
+            return None
+        self._record(name, record_there)
+        return record_there
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a file of the new bundle."""
+        write_atomic(self.folder / path, content)
+
+    def finish(self, name: str, key: str, paths: Tuple[str, ...], seconds: float, facts: Dict[str, Any]) -> StageRecord:
+        """Record that a stage is done; ``paths`` are its files, relative to the bundle."""
+        refs = tuple(file_ref(self.folder, path) for path in paths)
+        record = StageRecord(key=key, files=refs, seconds=round(seconds, 3), facts=facts)
+        self._record(name, record)
+        return record
+
+    def _record(self, name: str, record: StageRecord) -> None:
+        write_atomic(self.folder / RECORDS / f"{name}.json", to_json(record))
+        self.records[name] = record
+
+    def commit(self, manifest: Manifest) -> None:
+        """Write the manifest, drop what is not in it, take over the user's own files, and exchange the folders.
+
+        Raises:
+            BundleError: a file cannot be taken over, or the exchange failed; the earlier bundle is whole.
+        """
+        try:
+            for path in unlisted(self.folder, manifest):
+                os.unlink(self.folder / path)
+            self.write(MANIFEST, to_json(manifest))
+            for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            self._take_over(manifest)
+            exchange(self.folder, self.out)
+        except OSError as problem:
+            raise BundleError(
+                f"cannot put the bundle at {self.out}: {problem}. What is there is untouched; mend it and build again."
+            ) from None
+
+    def _take_over(self, manifest: Manifest) -> None:
+        """Copy the user's own files; where the earlier manifest cannot be read, whatever the new one does not list."""
+        listed = {ref.path for ref in manifest.files}
+        for path in unlisted(self.out, self._earlier or manifest):
+            if path not in listed:
+                target = self.folder / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.out / path, target, follow_symlinks=False)
+
+    def _refuse_strangers(self) -> None:
+        """Refuse to replace anything that is not a bundle: --out may be a typing mistake."""
+        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
+            raise BundleError(f"{self.out} exists and is not a folder. Choose another: --out FOLDER")
+        if not self.out.is_dir() or not any(self.out.iterdir()):
+            return
+        try:
+            read_manifest(self.out)
+        except BundleError:
+            # A damaged bundle may be built again; others have files called manifest.json too.
+            if not ((self.out / MANIFEST).is_file() and (self.out / RECIPE).is_file()):
+                raise BundleError(
+                    f"{self.out} holds files and is not a bundle; it is left alone. Choose another: --out FOLDER"
+                ) from None
+
+    def _take_lock(self) -> None:
+        """Lock the place for this process; the lock dies with it, however it ends."""
+        self._lock = os.open(str(self.out.parent / f".{self.out.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            if problem.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise BundleError(
+                f"another edgeres is building {self.out}. Wait, or choose another: --out FOLDER"
+            ) from None
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def exchange(new: Path, place: Path) -> None:
+    """Put the folder ``new`` at ``place``; what was there is removed afterwards.
+
+    On Linux both change places in one step. Where the file system cannot, the old folder is moved aside first, and
+    moved back if the second step fails.
+    """
+    if not place.exists():
+        os.rename(new, place)
+        return
+    if _exchange_in_one_step(new, place):
+        shutil.rmtree(new, ignore_errors=True)
+        return
+    aside = aside_of(place)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(place, aside)
+    try:
+        os.rename(new, place)
+    except OSError:
+        os.rename(aside, place)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def aside_of(place: Path) -> Path:
+    """Return where a bundle waits while the new one is put in its place, where that takes two steps."""
+    return place.parent / f".{place.name}.old"
+
+
+def restore(place: Path) -> None:
+    """Put back a bundle that was moved aside by an exchange that never came to its second step."""
+    aside = aside_of(place)
+    if not os.path.lexists(place) and aside.is_dir():
+        os.rename(aside, place)
+
+
+def _exchange_in_one_step(one: Path, other: Path) -> bool:
+    """Whether renameat2(2) could exchange two names."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not Linux, or a C library older than 2.28
+        return False
+    arguments: List[Any] = [AT_FDCWD, os.fsencode(str(one)), AT_FDCWD, os.fsencode(str(other)), RENAME_EXCHANGE]
+    if call(*arguments) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code))
