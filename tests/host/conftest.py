@@ -1,0 +1,118 @@
+"""Graphs and small networks that the tests of export, calibration, quantization and the CPU engine share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from edgeres import models
+from edgeres.architectures import Architecture
+from edgeres.artifacts import TensorRange
+from edgeres.calibrate import choose, observe
+from edgeres.export import export_module
+from edgeres.export.exported import Exported
+from edgeres.export.fold import name_nodes
+from edgeres.models.resnet import ResNet
+from edgeres.quantize import Placement, plan, write_int8
+
+SIZE = 32
+
+
+@dataclass(frozen=True)
+class Net:
+    """A small residual net and everything that was made of it."""
+
+    module: nn.Module
+    exported: Exported
+    fp32: onnx.ModelProto
+    placement: Placement
+    ranges: Mapping[str, TensorRange]
+    int8: onnx.ModelProto
+
+
+@pytest.fixture(scope="session")
+def graph() -> Callable[..., onnx.ModelProto]:
+    """Return ``graph(text, weights, opset)``: a model from ONNX text, initializers added, all nodes named, checked."""
+
+    def parse(
+        text: str, weights: Mapping[str, np.ndarray] | None = None, opset: int = 17, valid: bool = True
+    ) -> onnx.ModelProto:
+        model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}]>\n{text}')
+        for name, values in (weights or {}).items():
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+        name_nodes(model)
+        if valid:
+            onnx.checker.check_model(model, full_check=True)
+        return model
+
+    return parse
+
+
+@pytest.fixture(scope="session")
+def exact() -> Callable[[onnx.ModelProto, np.ndarray], np.ndarray]:
+    """Return ``exact(model, x)``: the first output as the ONNX file has it, nothing fused or optimized."""
+
+    def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])
+
+    return run
+
+
+def enliven(module: nn.Module, seed: int) -> nn.Module:
+    """Give every batch norm statistics and weights of its own, as training would, so that folding has to get them right."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (part.weight, 0.5, 1.5),
+                (part.bias, -0.5, 0.5),
+                (part.running_mean, -0.5, 0.5),
+                (part.running_var, 0.5, 2.0),
+            ):
+                assert tensor is not None
+                tensor.data = low + (high - low) * torch.rand(tensor.shape, generator=generator)
+    return module.eval()
+
+
+def build(name: str) -> nn.Module:
+    """Return a net by the name of its kind; the same name always gives the same weights."""
+    if name == "cifar":
+        return enliven(models.create("resnet8_cifar", seed=1), seed=2)
+    block = {"basic": "basic", "bottleneck": "bottleneck"}[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        tiny = Architecture(f"tiny_{name}", block, (2, 1), (8, 16), "imagenet", "B", 10, SIZE, SIZE, "")
+        return enliven(ResNet(tiny, 10), seed=4)
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
+    """Return ``net(name)``: ``cifar`` (option A), ``basic`` or ``bottleneck`` (max pool stem, option B), quantized."""
+
+    @cache
+    def make(name: str) -> Net:
+        module = build(name)
+        exported = export_module(module, (SIZE, SIZE))
+        path: Path = tmp_path_factory.mktemp(name) / "model.fp32.onnx"
+        path.write_bytes(exported.content)
+        fp32 = onnx.load(path)
+        placement = plan(fp32, exported.modules)
+        batches = [np.random.default_rng(i).standard_normal((8, 3, SIZE, SIZE)).astype(np.float32) for i in range(2)]
+        ranges = choose(observe(path, placement.tensors, batches), "minmax", 99.99)
+        return Net(module, exported, fp32, placement, ranges, write_int8(fp32, placement, ranges))
+
+    return make

@@ -1,0 +1,226 @@
+"""The command line from outside: a process, its exit code, and what stands on stdout and stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeres.bundle import verify
+from edgeres.recipe import dossier
+
+REPORT_KEYS = {
+    "samples", "top1_reference", "top1_engine", "drop_pp", "drop_ci95_pp", "discordant", "agreement", "sqnr_db",
+    "max_drop_pp", "verdict", "backend", "precision",
+}  # fmt: skip
+
+
+def edgeres(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command and check its exit code; no error may show a traceback."""
+    command = [sys.executable, "-m", "edgeres", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `edgeres build` has been run once, with --json; its answer is in ``answer.json``."""
+    folder = tmp_path_factory.mktemp("user")
+    done = edgeres("build", "--precision", "int8", "--json", cwd=folder)
+    assert done.stderr == ""
+    (folder / "answer.json").write_text(done.stdout)
+    return folder
+
+
+def test_build_answers_json(place: Path) -> None:
+    answer = json.loads((place / "answer.json").read_text())
+    assert set(answer["validation"]) >= REPORT_KEYS
+    assert answer["validation"]["discordant"].keys() == {"only_reference_correct", "only_engine_correct"}
+    assert (place / "build/digits-int8/manifest.json").is_file()
+    assert answer["stages"]["observe"] == {
+        "seconds": answer["stages"]["observe"]["seconds"],
+        "reused": False,
+        "files": ["statistics.npz"],
+    }
+    assert answer["files"]["model.int8.onnx"]
+
+
+def test_build_prints_both_accuracies_and_says_what_it_reused(place: Path) -> None:
+    out = edgeres("build", cwd=place).stdout
+    assert "FP32" in out
+    assert "INT8" in out
+    assert "top-1" in out
+    assert out.count("reused") == 7
+    assert "\x1b" not in out  # no colour codes where there is no terminal
+
+
+def test_validate_is_a_gate(place: Path) -> None:
+    done = edgeres("validate", "build/digits-int8", "--json", cwd=place)
+    assert set(json.loads(done.stdout)) >= REPORT_KEYS
+    frames = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(place / "few.npz", images=frames, labels=np.zeros(20, np.int64))
+    edgeres("validate", "build/digits-int8", "--validation", "few.npz", cwd=place, code=3)
+    edgeres(
+        "validate", "build/digits-int8", "--validation", "few.npz", "--policy", "point", "--max-drop", "100", cwd=place
+    )
+    before = (place / "build/digits-int8/manifest.json").read_bytes()
+    assert verify(place / "build/digits-int8").report is not None
+    assert (place / "build/digits-int8/manifest.json").read_bytes() == before
+
+
+def test_a_ruined_build_fails_and_so_does_its_gate(place: Path) -> None:
+    np.save(place / "grey.npy", np.full((4, 32, 32, 3), 128, np.uint8))
+    done = edgeres("build", "--calibration", "grey.npy", "--out", "ruined", "--json", cwd=place, code=1)
+    assert json.loads(done.stdout)["validation"]["verdict"] == "fail"
+    edgeres("validate", "ruined", cwd=place, code=1)
+
+
+def test_stages_continue_a_bundle(place: Path) -> None:
+    names = ["model.fp32.onnx", "calibration.json", "model.int8.onnx"]
+    edgeres("export", "--out", "steps", cwd=place)
+    assert [(place / "steps" / name).is_file() for name in names] == [True, False, False]
+    edgeres("calibrate", "steps", "--method", "entropy", cwd=place)
+    assert [(place / "steps" / name).is_file() for name in names] == [True, True, False]
+    done = edgeres("quantize", "steps", "--json", cwd=place)
+    assert json.loads(done.stdout)["stages"]["calibrate"]["reused"]
+    assert json.loads(done.stdout)["validation"] is None
+    edgeres("compile", "steps", cwd=place)
+    edgeres("validate", "steps", cwd=place)
+    edgeres("build", "steps", cwd=place)
+    # an earlier stage that changes nothing takes nothing away
+    edgeres("calibrate", "steps", cwd=place)
+    assert verify(place / "steps").report is not None
+
+
+def test_inspect_explains_each_layer(place: Path) -> None:
+    facts = json.loads(edgeres("inspect", "build/digits-int8", "--json", cwd=place).stdout)
+    layers = {layer["module"]: layer for layer in facts["layers"] if layer["type"] in ("Conv", "Gemm")}
+    assert set(layers) >= {"conv1", "layer1.0.conv1", "layer3.0.conv2", "fc"}
+    assert {layer["precision"] for layer in layers.values()} == {"int8"}
+    assert all(layer["reason"] for layer in facts["layers"])
+    assert facts["ranges"]["input"]["amax"] == pytest.approx(1.0, abs=0.05)
+    text = edgeres("inspect", "build/digits-int8", cwd=place).stdout
+    assert "layer3.0.conv2" in text
+    file = json.loads(edgeres("inspect", "build/digits-int8/model.int8.onnx", "--json", cwd=place).stdout)
+    assert file["lint"] == []
+    assert {layer["precision"] for layer in file["layers"] if layer["type"] == "Conv"} == {"int8"}
+
+
+def test_verify_finds_a_flipped_bit(place: Path) -> None:
+    edgeres("build", "--out", "flipped", cwd=place)
+    edgeres("verify", "flipped", cwd=place)
+    path = place / "flipped/reference.npz"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 4
+    path.write_bytes(content)
+    assert "reference.npz" in edgeres("verify", "flipped", cwd=place, code=1).stderr
+    assert "reference.npz" in edgeres("validate", "flipped", cwd=place, code=1).stderr
+
+
+def test_models_and_doctor(place: Path) -> None:
+    entries = {entry["name"]: entry for entry in json.loads(edgeres("models", "--json", cwd=place).stdout)}
+    assert entries["resnet50"]["parameters"] == 25_557_032
+    assert entries["resnet50"]["macs"] == pytest.approx(4.089e9, rel=1e-3)
+    facts = json.loads(edgeres("doctor", "--json", cwd=place).stdout)
+    assert all(ability["can"] for ability in facts["abilities"])
+    assert "onnxruntime" in edgeres("doctor", cwd=place).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["build", "--model", "resnet51"], 1, ["resnet51", "resnet50"]),
+        (["build", "--model", "resnet20_cifar"], 1, ["--calibration FOLDER"]),
+        (
+            ["build", "--weights", "none.pth", "--calibration", "none", "--validation", "neither"],
+            1,
+            ["none.pth", "none ", "neither"],
+        ),
+        (["build", "--max-drop", "-1", "--calibration-count", "0"], 1, ["max_drop", "count"]),
+        (["build", "--out", "."], 1, ["not a bundle", "--out"]),
+        (["build", "--out", "answer.json"], 1, ["not a folder"]),
+        (["build", "--out", "answer.json/below"], 1, ["cannot write"]),
+        (["build", "none.toml"], 1, ["none.toml"]),
+        (["build", "--model", "none.onnx", "--calibration", "build"], 1, ["none.onnx"]),
+        (["build", "--weights", "answer.json"], 1, ["answer.json"]),
+        (["build", "--precision", "int4"], 2, ["int4"]),
+        (["build", "--nonsense"], 2, ["--nonsense"]),
+        (["build", "--input-size", "big"], 2, ["224x160"]),
+        (["build", "--mean", "1,2"], 2, ["three numbers"]),
+        (["nonsense"], 2, ["nonsense"]),
+        (["validate", "none"], 1, ["none", "edgeres build"]),
+        (["verify", "."], 1, ["manifest.json"]),
+        (["inspect", "answer.json"], 1, ["answer.json"]),
+        (["build", "--model", "no_such_module:net", "--calibration", "grey.npy"], 1, ["no_such_module"]),
+    ],
+)
+def test_bad_input_is_a_sentence(place: Path, arguments: list[str], code: int, words: list[str]) -> None:
+    np.save(place / "grey.npy", np.full((4, 32, 32, 3), 128, np.uint8))
+    done = edgeres(*arguments, cwd=place, code=code)
+    assert all(word in done.stderr for word in words), done.stderr
+    assert done.stdout == ""
+
+
+def test_corrupt_checkpoints_are_refused(place: Path) -> None:
+    weights = (dossier() / "digits/weights.safetensors").read_bytes()
+    for name, content in (
+        ("cut.safetensors", weights[:-100]),
+        ("junk.pth", b"junk"),
+        ("empty.pt", b""),
+        ("renamed.pth", weights),
+    ):
+        (place / name).write_bytes(content)
+        assert name in edgeres("build", "--weights", name, "--out", "refused", cwd=place, code=1).stderr
+    assert not (place / "refused").exists()
+
+
+def test_interrupt_leaves_the_bundle_whole_and_the_next_build_goes_on(place: Path) -> None:
+    edgeres("build", "--out", "interrupted", cwd=place)
+    before = {path.name: path.read_bytes() for path in (place / "interrupted").iterdir()}
+    records = place / ".interrupted.work/.stages"
+    command = [sys.executable, "-m", "edgeres", "build", "--out", "interrupted", "--calibration-count", "150"]
+    process = subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (records / "export.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (130, 0), stderr  # 0: it was faster than the signal
+    assert "Traceback" not in stderr
+    if process.returncode == 130:
+        assert before == {path.name: path.read_bytes() for path in (place / "interrupted").iterdir()}
+    edgeres("build", "--out", "interrupted", "--calibration-count", "150", cwd=place)
+    verify(place / "interrupted")
+    assert not (place / ".interrupted.work").exists()
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(place: Path) -> None:
+    edgeres("build", "--out", "full", cwd=place)
+    before = {path.name: path.read_bytes() for path in (place / "full").iterdir()}
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "from edgeres.cli import main; main(['build', '--out', 'full', '--method', 'entropy', '--seed', '1'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=place, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cannot write" in done.stderr
+    assert before == {path.name: path.read_bytes() for path in (place / "full").iterdir()}
+
+
+def test_a_read_only_place_is_a_sentence(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    read_only = Path("/sys") if os.geteuid() == 0 else tmp_path  # where even root may not make a folder
+    assert "cannot write" in edgeres("build", "--out", read_only / "bundle", cwd=Path.cwd(), code=1).stderr

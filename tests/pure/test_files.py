@@ -1,0 +1,156 @@
+"""Files: hashes, and writes that are whole or have not happened."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeres import files
+from edgeres.artifacts import FileRef
+from edgeres.errors import BundleError
+from edgeres.files import file_ref, model_file, sha256_bytes, sha256_file, write_atomic
+
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # FIPS 180-4's empty message
+
+
+def test_the_hash_is_sha256() -> None:
+    assert sha256_bytes(b"") == EMPTY
+
+
+@pytest.mark.parametrize("size", [0, 1, files.CHUNK - 1, files.CHUNK, files.CHUNK + 1, 2 * files.CHUNK])
+def test_a_file_is_hashed_whole(tmp_path: Path, size: int) -> None:
+    content = os.urandom(size)
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_reference_is_relative_to_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "a").write_bytes(b"abc")
+    assert file_ref(tmp_path, "engines/a") == FileRef("engines/a", hashlib.sha256(b"abc").hexdigest(), 3)
+
+
+def test_a_model_is_named_by_its_precision() -> None:
+    assert model_file("fp32") == files.FP32_MODEL
+    assert model_file("int8") == "model.int8.onnx"
+
+
+@given(old=st.binary(max_size=50), new=st.binary(max_size=50))
+def test_content_is_replaced_whole(tmp_path_factory: pytest.TempPathFactory, old: bytes, new: bytes) -> None:
+    path = tmp_path_factory.mktemp("replace") / "deep" / "er" / "file"
+    for content in (old, new):
+        write_atomic(path, content)
+        assert path.read_bytes() == content
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_a_reader_keeps_the_old_content(tmp_path: Path) -> None:
+    """What was opened before stays what it was: the new content is another file, not written over the old one."""
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    with open(path, "rb") as reader:
+        write_atomic(str(path), b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(b"precious")
+    (tmp_path / "file").symlink_to("elsewhere")
+    write_atomic(tmp_path / "file", b"new")
+    assert (tmp_path / "elsewhere").read_bytes() == b"precious"
+    assert not (tmp_path / "file").is_symlink()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_what_the_umask_says(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_atomic(tmp_path / "file", b"content")
+    finally:
+        after = os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+    assert after == mask
+
+
+def test_a_path_through_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"precious")
+    with pytest.raises(BundleError, match="cannot write"):
+        write_atomic(tmp_path / "file" / "below", b"new")
+    assert (tmp_path / "file").read_bytes() == b"precious"
+
+
+def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    with pytest.raises(BundleError, match="cannot write"):
+        write_atomic(tmp_path / "folder", b"new")
+    assert os.listdir(tmp_path) == ["folder"]
+    assert os.listdir(tmp_path / "folder") == ["inner"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failing_step_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fail)
+        with pytest.raises(BundleError, match="No space left on device"):
+            write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+FULL = """
+import sys
+from edgeres.errors import BundleError
+from edgeres.files import write_atomic
+try:
+    write_atomic(sys.argv[1], bytes(100_000))
+except BundleError as problem:
+    print(problem)
+else:
+    print("it was written")
+"""
+
+
+def limited() -> None:
+    """Give the child a file system on which no file grows beyond 10 000 bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    command = [sys.executable, "-B", "-c", FULL, str(path)]
+    child = subprocess.run(command, preexec_fn=limited, capture_output=True, text=True, check=True)
+    assert child.stdout.startswith(f"cannot write {path}: File too large. Free space")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
