@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""INT8 accuracy of trained CIFAR-10 nets: edgeres' range methods against ONNX Runtime's own, in one run.
+
+Every quantizer gets the same FP32 ONNX and the same calibration images; every result is evaluated exactly, by ONNX
+Runtime with graph optimizations off, so that no kernel's saturation hides in the figures. Prints a Markdown table:
+
+    python scripts/bench_accuracy.py [--shared FOLDER] [--count 512] [--nets 20 32]
+
+FOLDER holds data/cifar10 (checkpoints, calibration, validation, validation-jpeg); by default $EDGERES_SHARED or
+../shared beside the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+from edgeres import models
+from edgeres.artifacts import Preprocessing
+from edgeres.calibrate import METHODS, choose, observe
+from edgeres.export import export_module
+from edgeres.quantize import lint, plan, write_int8
+from edgeres.samples import Samples, open_samples
+from edgeres.validation import compare
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PREPROCESSING = Preprocessing(size=(32, 32))
+SETS = ("validation-jpeg", "validation")
+PEER_METHODS = {
+    "minmax": CalibrationMethod.MinMax,
+    "percentile": CalibrationMethod.Percentile,
+    "entropy": CalibrationMethod.Entropy,
+}
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Feeds calibration images to ONNX Runtime's calibrators, one by one."""
+
+    def __init__(self, images: np.ndarray, name: str) -> None:
+        self._feeds: Iterator[dict[str, np.ndarray]] = ({name: images[i : i + 1]} for i in range(len(images)))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._feeds, None)
+
+
+def batched(samples: Samples) -> np.ndarray:
+    """Return all samples as network input, float32 (N, 3, 32, 32)."""
+    return np.concatenate(list(samples.batches(PREPROCESSING, PREPROCESSING.batch_size)))
+
+
+def evaluate(model: bytes, images: np.ndarray) -> np.ndarray:
+    """Return logits, float32 (N, K), as the ONNX specification has them: no graph optimization at all."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: images[i : i + 50]})[0] for i in range(0, len(images), 50)])
+
+
+def peer(fp32: Path, images: np.ndarray, method: str, folder: Path) -> bytes:
+    """Return ONNX Runtime's quantization: int8 symmetric, weights per channel, float biases."""
+    out = folder / "peer.onnx"
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its progress
+        quantize_static(
+            str(fp32),
+            str(out),
+            Reader(images, "input"),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=PEER_METHODS[method],
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+        )
+    return out.read_bytes()
+
+
+def rows(depth: int, data: Path, count: int) -> Iterator[str]:
+    """Yield a table row for each quantizer of one net."""
+    model = models.create(f"resnet{depth}_cifar")
+    models.load_weights(model, next(data.glob(f"checkpoints/resnet{depth}-*.th")))
+    exported = export_module(model, PREPROCESSING.size)
+    fp32 = onnx.load_from_string(exported.content)
+    calibration = batched(open_samples(data / "calibration", count=count))
+    judged = {name: open_samples(data / name, labelled=True) for name in SETS}
+    images = {name: batched(samples) for name, samples in judged.items()}
+    reference = {name: evaluate(exported.content, images[name]) for name in SETS}
+
+    def row(tool: str, method: str, int8: bytes, seconds: float) -> str:
+        cells = [f"ResNet-{depth}", tool, method]
+        for name in SETS:
+            report = compare(
+                reference[name], evaluate(int8, images[name]), judged[name].labels,
+                max_drop_pp=0.5, backend="cpu", precision="int8",
+            )  # fmt: skip
+            low, high = report.drop_ci95_pp or (0.0, 0.0)
+            cells += [
+                f"{report.sqnr_db:.2f}",
+                f"{report.agreement:.4f}",
+                f"{report.drop_pp:+.2f} ({low:+.2f}, {high:+.2f})",
+            ]
+        legal = "yes" if not lint(onnx.load_from_string(int8)) else "no"
+        return "| " + " | ".join([*cells, legal, f"{seconds:.1f}"]) + " |"
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "fp32.onnx"
+        path.write_bytes(exported.content)
+        for method in PEER_METHODS:
+            start = time.perf_counter()
+            int8 = peer(path, calibration, method, Path(temporary))
+            yield row("ONNX Runtime", method, int8, time.perf_counter() - start)
+        start = time.perf_counter()
+        placement = plan(fp32, exported.modules)
+        batches = (calibration[i : i + 64] for i in range(0, len(calibration), 64))
+        statistics = observe(path, placement.tensors, batches)
+        observing = time.perf_counter() - start
+        for method in METHODS:
+            start = time.perf_counter()
+            int8 = write_int8(fp32, placement, choose(statistics, method, 99.99)).SerializeToString()
+            yield row("edgeres", method, int8, observing + time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = os.environ.get("EDGERES_SHARED")
+    parser.add_argument("--shared", type=Path, default=Path(shared) if shared else REPOSITORY.parent / "shared")
+    parser.add_argument("--count", type=int, default=512, help="calibration images (default: 512)")
+    parser.add_argument("--nets", type=int, nargs="+", default=[20, 32], help="depths (default: 20 32)")
+    arguments = parser.parse_args()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    print(f"onnxruntime {ort.__version__}, {machine}, {arguments.count} calibration images\n")
+    heads = [f"{name}: SQNR dB | agreement | drop pp (95 %)" for name in ("JPEG", "lossless")]
+    print("| net | tool | ranges | " + " | ".join(heads) + " | TensorRT-legal | s |")
+    print("| --- | --- | --- |" + " --- |" * 8)
+    for depth in arguments.nets:
+        for line in rows(depth, arguments.shared / "data/cifar10", arguments.count):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
