@@ -37,7 +37,8 @@ def scale_from_amax(amax: np.ndarray) -> np.ndarray:
     bad = amax[~((amax >= 0) & (amax <= np.finfo(np.float32).max))]  # NaN compares false
     if bad.size:
         raise CalibrationError(
-            f"a range must be a finite float32 and not negative, not {bad.flat[0]}. Check the model's weights, and calibrate again."
+            f"a range must be a finite float32 and not negative, not {bad.flat[0]}. "
+            "Check the model's weights, and calibrate again."
         )
     scale = (amax / QMAX).astype(np.float32)
     return np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
@@ -56,12 +57,12 @@ def quantize(x: np.ndarray, scale: np.ndarray, axis: Optional[int] = None) -> np
     """
     with np.errstate(over="ignore"):  # what overflows to infinity saturates below like everything off the grid
         steps = np.rint(x / _spread(scale, x.ndim, axis))
-    return np.clip(steps, QMIN, QMAX).astype(np.int8)
+    return np.asarray(np.clip(steps, QMIN, QMAX).astype(np.int8))
 
 
 def dequantize(q: np.ndarray, scale: np.ndarray, axis: Optional[int] = None) -> np.ndarray:
     """Return the float32 real numbers that int8 integers stand for; arguments as in :func:`quantize`."""
-    return q.astype(np.float32) * _spread(scale, q.ndim, axis)
+    return np.asarray(q.astype(np.float32) * _spread(scale, q.ndim, axis))
 
 
 def channel_amax(weights: np.ndarray, axis: int) -> np.ndarray:
@@ -75,7 +76,7 @@ def channel_amax(weights: np.ndarray, axis: int) -> np.ndarray:
         float32 ``(weights.shape[axis],)``.
     """
     others = tuple(i for i in range(weights.ndim) if i != axis)
-    return np.abs(weights).max(axis=others, initial=0.0)
+    return np.asarray(np.abs(weights).max(axis=others, initial=0.0))
 
 
 def _spread(scale: np.ndarray, ndim: int, axis: Optional[int]) -> np.ndarray:

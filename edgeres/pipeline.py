@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
-from edgeres import files
+from edgeres import __version__, files
 from edgeres.artifacts import (
     Bundle,
     CalibrationTable,
@@ -29,7 +29,7 @@ from edgeres.artifacts import (
     to_data,
     to_json,
 )
-from edgeres.errors import BundleError, CalibrationError
+from edgeres.errors import BundleError, CalibrationError, ExportError
 from edgeres.progress import Progress
 from edgeres.provenance import provenance, versions
 from edgeres.recipe import Recipe, locate, recipe_data
@@ -70,7 +70,7 @@ class Build:
 
     def stage(self, name: str, inputs: Dict[str, Any], text: str, work: Callable[[], Made]) -> StageRecord:
         """Run a stage, or take its earlier result over where ``inputs`` say that it would come out the same."""
-        key = stage_key(name, {**inputs, "format": FORMAT})
+        key = stage_key(name, {**inputs, "format": FORMAT, "edgeres": __version__})
         earlier = self.workspace.reuse(name, key)
         if earlier is not None:
             self.progress.reused(name, text)
@@ -101,19 +101,31 @@ class Build:
 
         def work() -> Made:
             exported = _exported(self.recipe)
+            if model.num_classes not in (None, exported.num_classes):
+                raise ExportError(
+                    f"{model.source} answers {exported.num_classes} classes, not the {model.num_classes} asked for. "
+                    "Leave --num-classes out, or let the model take it."
+                )
             self.workspace.write(files.FP32_MODEL, exported.content)
             noun = exported.record(files.file_ref(self.workspace.folder, files.FP32_MODEL))
             made = f"{files.FP32_MODEL}, opset {noun.opset}, within {noun.max_relative_error:.0e} of the original"
             return noun, (files.FP32_MODEL,), made
 
-        inputs = {"model": to_data(model), "size": size, "tools": versions(("torch", "onnx", "onnxruntime"))}
-        if model.source.lower().endswith(".onnx"):
-            inputs["file"] = files.sha256_file(model.source)
-        elif self.recipe.architecture is None:
+        inputs: Dict[str, Any] = {
+            "classes": model.num_classes,
+            "size": size,
+            "tools": versions(("torch", "onnx", "onnxruntime")),
+        }
+        if model.onnx is not None:
+            inputs["file"] = files.sha256_file(model.onnx)
+        else:
+            inputs["source"] = model.source
+        if model.onnx is None and self.recipe.architecture is None:
             inputs["once"] = os.urandom(16).hex()  # a callable's code may change in ways that no hash of ours sees
         if model.weights is not None:
             inputs["weights"] = files.sha256_file(locate(model.weights))
         elif self.recipe.architecture is not None:
+            inputs["seed"] = model.seed
             self.warn(
                 f"NO WEIGHTS: {model.source} has random ones (seed {model.seed}), so its answers mean nothing. "
                 "For a trained network: --weights FILE"
@@ -317,8 +329,8 @@ def _exported(recipe: Recipe) -> Exported:
     from edgeres.export import adopt_onnx, export_module
 
     model = recipe.model
-    if model.source.lower().endswith(".onnx"):
-        return adopt_onnx(Path(model.source), recipe.input.size)
+    if model.onnx is not None:
+        return adopt_onnx(model.onnx, recipe.input.size)
     from edgeres import models
 
     if recipe.architecture is not None:

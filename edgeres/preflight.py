@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import List, Optional, Tuple
 
 from edgeres.errors import MissingPackageError, RecipeError, SampleError
@@ -21,7 +20,7 @@ def require_host_packages(recipe: Recipe) -> None:
         MissingPackageError: naming them and the command that installs them.
     """
     wanted = ["onnx", "onnxruntime", "tomli_w"]
-    if not recipe.model.source.lower().endswith(".onnx"):
+    if recipe.model.onnx is None:
         wanted.insert(0, "torch")
     missing = [package for package in wanted if importlib.util.find_spec(package) is None]
     if missing:
@@ -56,9 +55,9 @@ def open_inputs(recipe: Recipe) -> Tuple[Optional[Samples], Optional[Samples]]:
 
 def _model_files(recipe: Recipe) -> List[str]:
     problems = []
-    source, weights = recipe.model.source, recipe.model.weights
-    if source.lower().endswith(".onnx") and not Path(source).is_file():
-        problems.append(f"model.source: there is no file {source}")
+    onnx, weights = recipe.model.onnx, recipe.model.weights
+    if onnx is not None and not onnx.is_file():
+        problems.append(f"model.source: there is no file {onnx}")
     if weights is not None and not locate(weights).is_file():
         problems.append(f"model.weights: there is no file {locate(weights)}")
     return problems

@@ -41,6 +41,11 @@ class ModelSection(msgspec.Struct, frozen=True):
     num_classes: Optional[int] = None
     seed: int = 0
 
+    @property
+    def onnx(self) -> Optional[Path]:
+        """The ``.onnx`` file that the model is, or None where it is a name or a callable."""
+        return locate(self.source) if self.source.lower().endswith(".onnx") else None
+
 
 class InputSection(msgspec.Struct, frozen=True):
     """``size`` is [height, width] in pixels; the rest as in :class:`edgeres.artifacts.Preprocessing`."""
@@ -290,7 +295,7 @@ def _mistakes(recipe: Recipe) -> List[str]:
 
 def _model_mistakes(model: ModelSection) -> List[str]:
     problems = []
-    onnx = model.source.lower().endswith(".onnx")
+    onnx = model.onnx is not None
     if not model.source:
         problems.append("model.source: is missing. Name a model: see `edgeres models`")
     elif not onnx and ":" not in model.source and model.source not in ARCHITECTURES:
@@ -317,7 +322,7 @@ def _filled(recipe: Recipe) -> Recipe:
         if size is None:
             size = (architecture.size, architecture.size)
             resize = resize if resize is not None else architecture.resize
-    elif size is None and ":" in model.source and not model.source.lower().endswith(".onnx"):
+    elif size is None and model.onnx is None:
         size = (IMAGENET_SIZE, IMAGENET_SIZE)
         resize = resize if resize is not None else IMAGENET_RESIZE
     if size is not None and resize is None:

@@ -52,7 +52,7 @@ class Histogram:
 
     @property
     def counts(self) -> np.ndarray:
-        return self.positive + self.negative
+        return np.asarray(self.positive + self.negative)
 
     def beyond(self, amax: float) -> float:
         """Return how many elements lie beyond ``amax`` in magnitude."""
@@ -116,7 +116,7 @@ def _cumulative_at(histogram: Histogram, points: np.ndarray) -> np.ndarray:
     """Return how many non-zero elements lie below each point, float64 ``(P,)``."""
     edges = np.stack([histogram.low, histogram.high], 1).reshape(-1)
     cumulative = np.cumsum(np.stack([np.zeros_like(histogram.counts), histogram.counts], 1).reshape(-1))
-    return np.interp(points, edges, cumulative, left=0.0)
+    return np.asarray(np.interp(points, edges, cumulative, left=0.0))
 
 
 def _divergence(inside: np.ndarray, tail: float) -> float:

@@ -112,7 +112,7 @@ def _free_batch(model: onnx.ModelProto) -> None:
 
 
 def _compare(before: bytes, after: bytes, probe: np.ndarray, source: Path) -> tuple[float, int]:
-    """Return the largest relative difference between the user's file, one sample at a time, and ours; and the classes."""
+    """Return the largest relative difference of ours from the user's file, one sample at a time; and the classes."""
     try:
         old, new = (_session(content) for content in (before, after))
         name, batch = old.get_inputs()[0].name, old.get_inputs()[0].shape[0]

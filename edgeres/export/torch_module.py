@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import onnx
@@ -72,7 +73,7 @@ def _forward(model: nn.Module, probe: torch.Tensor) -> np.ndarray:
 
 def _export(model: nn.Module, probe: torch.Tensor) -> onnx.ModelProto:
     """Run torch's TorchScript exporter: the one that writes opset 17 itself and puts module paths into node names."""
-    stream = io.BytesIO()
+    stream: Any = io.BytesIO()  # the exporter writes to streams too; its annotation knows paths only
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecation and tracing notes, which the comparison below settles

@@ -20,7 +20,8 @@ def plan_file(fp32: Path, modules: Mapping[str, str], keep_float: Sequence[str])
 
 def int8_content(fp32: Path, placement: Placement, ranges: Mapping[str, TensorRange]) -> bytes:
     """Return the Q/DQ model of an FP32 file; see :func:`edgeres.quantize.insert.write_int8`."""
-    return write_int8(onnx.load(fp32), placement, ranges).SerializeToString(deterministic=True)
+    content: bytes = write_int8(onnx.load(fp32), placement, ranges).SerializeToString(deterministic=True)
+    return content
 
 
 def fp16_content(fp32: Path, modules: Mapping[str, str]) -> tuple[bytes, tuple[LayerPlan, ...]]:

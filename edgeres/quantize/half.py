@@ -28,31 +28,33 @@ def write_fp16(model: onnx.ModelProto, modules: dict[str, str]) -> tuple[onnx.Mo
     result.CopyFrom(model)
     graph = result.graph
     keep = {node.input[i] for node in graph.node for i in FLOAT32_INPUTS.get(node.op_type, ()) if i < len(node.input)}
-    large = []
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and tensor.name not in keep:
-            values = numpy_helper.to_array(tensor)
-            if values.size and np.abs(values).max() > LARGEST:
-                large.append(tensor.name)
-                continue
-            tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))
-    if large:
-        raise QuantizationError(
-            f"{', '.join(large)}: beyond float16's largest number, {LARGEST:.0f}. Use fp32 or int8."
-        )
+    tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in keep}
     for node in graph.node:
         for found in node.attribute:
             if node.op_type == "Cast" and found.name == "to" and found.i == TensorProto.FLOAT:
                 found.i = TensorProto.FLOAT16
-            elif found.type == onnx.AttributeProto.TENSOR and found.t.data_type == TensorProto.FLOAT:
-                found.t.CopyFrom(
-                    numpy_helper.from_array(numpy_helper.to_array(found.t).astype(np.float16), found.t.name)
-                )
+            elif found.type == onnx.AttributeProto.TENSOR:
+                tensors[f"{node.name}.{found.name}"] = found.t
+    large = [where for where, tensor in tensors.items() if not _halve(tensor)]
+    if large:
+        raise QuantizationError(
+            f"{', '.join(large)}: beyond float16's largest number, {LARGEST:.0f}. Use fp32 or int8."
+        )
     _cast_ends(graph)
     del graph.value_info[:]
     reason = "all arithmetic in float16; input and output are float32"
     layers = (LayerPlan(n.name, n.op_type, modules.get(n.name, ""), "fp16", reason) for n in model.graph.node)
     return result, tuple(layers)
+
+
+def _halve(tensor: onnx.TensorProto) -> bool:
+    """Make a float32 tensor float16, in place; return False where a number in it is too large for that."""
+    if tensor.data_type == TensorProto.FLOAT:
+        values = numpy_helper.to_array(tensor)
+        if values.size and np.abs(values).max() > LARGEST:
+            return False
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))
+    return True
 
 
 def _cast_ends(graph: onnx.GraphProto) -> None:

@@ -7,6 +7,7 @@ alone: TensorRT 8.5 wants three inputs on Q and DQ, and no version before 10 is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -66,7 +67,7 @@ def _pair(model: onnx.ModelProto, tensor: str, scale: np.ndarray, axis: int | No
             numpy_helper.from_array(np.zeros_like(scale, dtype=np.int8), names["zero_point"]),
         ]
     )
-    attributes = {} if axis is None else {"axis": axis}
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     parameters = [names["scale"], names["zero_point"]]
     quantize = helper.make_node(
         "QuantizeLinear", [tensor, *parameters], [names["quantized"]], name=f"{tensor}_QuantizeLinear", **attributes

@@ -58,7 +58,7 @@ def _opset(model: onnx.ModelProto) -> Iterator[str]:
             if used:
                 yield f"operator {used[0]} is of domain {opset.domain}, not of standard ONNX"
         elif not MIN_OPSET <= opset.version <= MAX_OPSET:
-            yield f"opset {opset.version}: per-channel Q/DQ needs {MIN_OPSET}, and TensorRT 8.5 reads none after {MAX_OPSET}"
+            yield f"opset {opset.version}: per-channel Q/DQ needs {MIN_OPSET}, TensorRT 8.5 at most {MAX_OPSET}"
 
 
 def _parameters(graph: Graph, node: onnx.NodeProto) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _weighted(graph: Graph, node: onnx.NodeProto) -> Iterator[str]:
     wanted = 0 if node.op_type == "Conv" or attribute(node, "transB", 0) else 1
     axis = attribute(pairs[1], "axis", 1)
     if axis != wanted:
-        yield f"its weights are quantized along axis {axis}, its output channels are axis {wanted}: it would run in float"
+        yield f"its weights are quantized along axis {axis}, its output channels are axis {wanted}: it runs in float"
 
 
 def _addition(graph: Graph, node: onnx.NodeProto) -> Iterator[str]:

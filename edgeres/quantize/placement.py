@@ -1,9 +1,9 @@
 """Where int8 goes in a graph, and why: the plan that calibration and insertion both follow.
 
 The rules are TensorRT's own for explicit quantization (NVIDIA, "Working with Quantized Types", section "Q/DQ Placement
-Recommendations"): quantize the inputs of weighted layers, not their outputs; leave Conv–ReLU–Add alone so that it fuses;
-of a residual addition quantize the skip input, never the convolution's; a layer without weights has int8 on both sides
-or on neither.
+Recommendations"): quantize the inputs of weighted layers, not their outputs; leave Conv–ReLU–Add alone so that it
+fuses; of a residual addition quantize the skip input, never the convolution's; a layer without weights has int8 on both
+sides or on neither.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def plan(model: onnx.ModelProto, modules: Mapping[str, str], keep_float: Sequenc
     for node in graph.nodes:
         if node.op_type == "Add":
             _residual(graph, node, _kept(node, modules, keep_float), draft)
-        elif node.op_type in POOLS:
+    for node in graph.nodes:  # last: whether a pool is worth it depends on all that reads it
+        if node.op_type in POOLS:
             _pool(graph, node, draft)
     layers = tuple(
         LayerPlan(node.name, node.op_type, modules.get(node.name, ""), *draft.said.get(node.name, _default(node)))

@@ -73,7 +73,7 @@ def exact() -> Callable[[onnx.ModelProto, np.ndarray], np.ndarray]:
 
 
 def enliven(module: nn.Module, seed: int) -> nn.Module:
-    """Give every batch norm statistics and weights of its own, as training would, so that folding has to get them right."""
+    """Give every batch norm statistics and weights of its own, as training would, for folding to get right."""
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():
         if isinstance(part, nn.BatchNorm2d):

@@ -146,7 +146,11 @@ def test_a_range_that_is_none_is_refused(bad: float) -> None:
     assert "2.0" not in str(caught.value)
 
 
-@given(arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=4, max_side=4), elements=st.floats(-9, 9, width=32)))
+@given(
+    arrays.arrays(
+        np.float32, arrays.array_shapes(min_dims=2, max_dims=4, max_side=4), elements=st.floats(-9, 9, width=32)
+    )
+)
 def test_channel_ranges_are_those_of_each_channel_alone(weights: np.ndarray) -> None:
     for axis in (0, 1):
         wanted = [np.abs(np.take(weights, i, axis)).max() for i in range(weights.shape[axis])]

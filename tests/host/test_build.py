@@ -243,6 +243,16 @@ def test_user_model_and_onnx_file_agree(tmp_path: Path, monkeypatch: pytest.Monk
         np.testing.assert_allclose(one(frames), other(frames), atol=1e-5)
 
 
+def test_a_wrong_number_of_classes_is_refused(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(EdgeresError, match="answers 10 classes, not the 7"):
+        edgeres.build(
+            model=digits / "model.fp32.onnx",
+            num_classes=7,
+            calibration=dossier() / "digits/calibration",
+            out=tmp_path / "b",
+        )
+
+
 def test_random_weights_are_said_loudly(tmp_path: Path) -> None:
     watcher = Watcher()
     small_recipe(tmp_path)

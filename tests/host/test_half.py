@@ -86,12 +86,15 @@ def test_constants_of_operators_become_float16(graph: Graph, exact: Exact) -> No
 
 
 def test_scales_of_a_resize_stay_float32(graph: Graph, exact: Exact) -> None:
-    body = "{ r = Resize <mode = \"nearest\"> (x, , scales) c = Conv (r, w) y = Flatten (c) }"
+    body = '{ r = Resize <mode = "nearest"> (x, , scales) c = Conv (r, w) y = Flatten (c) }'
     weights: dict[str, Any] = {"scales": np.array([1, 1, 2, 2], np.float32), "w": np.ones((1, 3, 3, 3), np.float32)}
     model = graph(f"net (float[N,3,4,4] x) => (float[N,36] y) {body}", weights)
     half, _ = write_fp16(model, {})
     onnx.checker.check_model(half, full_check=True)
-    assert {t.name: t.data_type for t in half.graph.initializer} == {"scales": TensorProto.FLOAT, "w": TensorProto.FLOAT16}
+    assert {t.name: t.data_type for t in half.graph.initializer} == {
+        "scales": TensorProto.FLOAT,
+        "w": TensorProto.FLOAT16,
+    }
     x = np.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(np.float32)
     assert sqnr_db(exact(model, x), exact(half, x)) > 50
 
@@ -107,14 +110,15 @@ def test_an_output_that_is_read_inside_keeps_its_readers(graph: Graph, exact: Ex
 @pytest.mark.parametrize("value", [65520.0, -1e6, float("inf")])
 def test_weights_beyond_float16_are_refused_by_name(value: float, graph: Graph) -> None:
     weights = {"fine": np.full((2, 4), 65504, np.float32), "big": np.array([[1, 1, 1, value]] * 2, np.float32)}
-    text = "net (float[N,4] x) => (float[N,2] y) { a = Gemm <transB = 1> (x, fine) b = Gemm <transB = 1> (x, big) y = Add (a, b) }"
+    body = "{ a = Gemm <transB = 1> (x, fine) b = Gemm <transB = 1> (x, big) y = Add (a, b) }"
+    text = f"net (float[N,4] x) => (float[N,2] y) {body}"
     with pytest.raises(QuantizationError, match=r"^big: beyond float16's largest number, 65504"):
         write_fp16(graph(text, weights), {})
 
 
 def test_numbers_inside_nodes_beyond_float16_are_refused_too(graph: Graph) -> None:
     text = "net (float[N,4] x) => (float[N,4] y) { k = Constant <value = float {100000.0}> () y = Mul (x, k) }"
-    with pytest.raises(QuantizationError, match=r"Constant_0: beyond float16's largest number"):
+    with pytest.raises(QuantizationError, match=r"^Constant_0\.value: beyond float16's largest number"):
         write_fp16(graph(text), {})
 
 

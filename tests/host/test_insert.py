@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,14 @@ def simulated(net: Any) -> nn.Module:
     modules = net.exported.modules
     scales = {modules[node]: net.ranges[p.range_of].scale for p in net.placement.points for node, _ in p.readers}
     pool = next(node for node in graph.nodes if node.op_type == "GlobalAveragePool")
-    namespace: dict[str, nn.Module] = {}
-    copied = torch.nn.Module.__new__(type(net.module))
-    copied.__dict__ = {**net.module.__dict__}
-    import copy
-
-    copied = copy.deepcopy(net.module)
-    for path, part in list(copied.named_modules()):
+    copied: nn.Module = copy.deepcopy(net.module)
+    for part in list(copied.modules()):
         children = dict(part.named_children())
         for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
             first, second = children.get(conv), children.get(norm)
             if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
                 setattr(part, conv, fuse_conv_bn_eval(first, second))
                 setattr(part, norm, nn.Identity())
-        namespace[path] = part
     for path, part in copied.named_modules():
         if isinstance(part, (nn.Conv2d, nn.Linear)):
             amax = part.weight.detach().abs().amax(tuple(range(1, part.weight.ndim)))
@@ -56,8 +51,11 @@ def simulated(net: Any) -> nn.Module:
         if path in scales and isinstance(part, (nn.Conv2d, nn.Linear)):
             part.register_forward_pre_hook(lambda _, args, scale=scales[path]: (fake(args[0], scale),))
         if path.endswith("downsample"):
-            part.register_forward_hook(lambda _, args, out, scale=scales[path.rpartition(".")[0]]: fake(out, scale))
-    copied.avgpool.register_forward_pre_hook(lambda _, args: (fake(args[0], scales[modules[pool.name]]),))
+            block = path.rpartition(".")[0]
+            part.register_forward_hook(lambda _, args, out, scale=scales[block]: fake(out, scale))
+    copied.get_submodule("avgpool").register_forward_pre_hook(
+        lambda _, args: (fake(args[0], scales[modules[pool.name]]),)
+    )
     return copied
 
 
@@ -68,10 +66,11 @@ def test_the_file_computes_what_torch_simulates(name: str, net: Callable[[str], 
     with torch.inference_mode():
         wanted = simulated(found)(torch.from_numpy(x)).numpy().astype(np.float64)
     got = exact(found.int8, x)
-    float_noise = np.square(got - exact(found.fp32, x)).mean()
-    # A sum that lands beside a rounding border may fall to its other side: far less than what int8 itself costs.
-    assert np.square(got - wanted).mean() < 0.01 * float_noise
-    assert float_noise > 0
+    # A sum beside a rounding border may fall to its other side; but on most images none does, and all digits agree.
+    off = np.abs(got - wanted).max(1)
+    assert (off < 1e-5 * np.abs(wanted).max()).mean() >= 0.5
+    assert np.square(off).mean() < 0.3 * np.square(got - exact(found.fp32, x)).max(1).mean()
+    assert (np.abs(got - exact(found.fp32, x)).max(1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -99,13 +98,15 @@ def test_scales_and_zero_points_are_as_written_in_the_contract(name: str, net: C
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in found.int8.graph.initializer}
     for point in found.placement.points:
         scale, zero = values[f"{point.tensor}_scale"], values[f"{point.tensor}_zero_point"]
-        assert (scale.dtype, zero.dtype, scale.shape, zero.shape, int(zero)) == (np.float32, np.int8, (), (), 0)
+        assert (scale.dtype.name, zero.dtype.name, scale.shape, zero.shape) == ("float32", "int8", (), ())
+        assert zero == 0
         assert scale == np.float32(found.ranges[point.range_of].amax / 127)
     for weight in found.placement.weights:
         scale, zero = values[f"{weight.tensor}_scale"], values[f"{weight.tensor}_zero_point"]
         tensor = values[weight.tensor]
         assert scale.shape == zero.shape == (tensor.shape[weight.axis],)
-        assert (scale.dtype, zero.dtype, zero.any()) == (np.float32, np.int8, False)
+        assert (scale.dtype.name, zero.dtype.name) == ("float32", "int8")
+        assert not zero.any()
         amax = np.abs(tensor).reshape(len(tensor), -1).max(1)
         np.testing.assert_allclose(scale, amax / 127, rtol=1e-6)
     for node in found.int8.graph.node:
@@ -124,7 +125,7 @@ def test_the_input_model_is_left_alone_and_writing_repeats(net: Callable[[str], 
 def test_a_missing_range_is_refused_by_name(net: Callable[[str], Any]) -> None:
     found = net("cifar")
     short = {name: value for name, value in found.ranges.items() if name != "input"}
-    with pytest.raises(QuantizationError, match="no range for input. Calibrate again"):
+    with pytest.raises(QuantizationError, match=r"no range for input\. Calibrate again"):
         write_int8(found.fp32, found.placement, short)
 
 

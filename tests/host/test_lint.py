@@ -61,8 +61,8 @@ GEMM = "kq = QuantizeLinear <axis = 0> (k, s5, z5)\n    kd = DequantizeLinear <a
 
 
 def pair(source: str, scale: str, zero: str, axis: str = "", to: str = "") -> str:
-    to = to or source
-    return f"{to}q = QuantizeLinear {axis} ({source}, {scale}, {zero})\n{to}d = DequantizeLinear {axis} ({to}q, {scale}, {zero})"
+    q, d, parameters = f"{to or source}q", f"{to or source}d", f"{scale}, {zero}"
+    return f"{q} = QuantizeLinear {axis} ({source}, {parameters})\n{d} = DequantizeLinear {axis} ({q}, {parameters})"
 
 
 # What is replaced in LEGAL, by what, and what is said of it; every sentence found must contain the words.
@@ -83,7 +83,12 @@ BREACHES: dict[str, tuple[str, str, str, int]] = {
         "stands between Conv",
         1,
     ),
-    "twice": ("f = Flatten (p)", pair("r", "s", "z", to="again") + "\nm = Mul (p, againd) f = Flatten (p)", "quantized twice", 2),
+    "twice": (
+        "f = Flatten (p)",
+        pair("r", "s", "z", to="again") + "\nm = Mul (p, againd) f = Flatten (p)",
+        "quantized twice",
+        2,
+    ),
     "another scale": (FIRST, FIRST.replace("(xq, s, z)", "(xq, other, z)"), "its scale is not that of", 1),
     "bias": (
         "c = Conv <pads = [1, 1, 1, 1]> (xd, wd, b)",
@@ -109,7 +114,12 @@ BREACHES: dict[str, tuple[str, str, str, int]] = {
         "along axis 0, its output channels are axis 1",
         1,
     ),
-    "both sides of Add": ("a = Add (e, rd)", pair("e", "s", "z") + "\na = Add (ed, rd)", "quantize the skip input only", 1),
+    "both sides of Add": (
+        "a = Add (e, rd)",
+        pair("e", "s", "z") + "\na = Add (ed, rd)",
+        "quantize the skip input only",
+        1,
+    ),
 }
 
 
@@ -146,7 +156,9 @@ def test_a_scale_that_is_none_is_found(scale: float, graph: Graph) -> None:
 
 def test_a_scale_that_is_not_float32_is_found(graph: Graph) -> None:
     problems = breached(graph, FIRST, pair("x", "half", "z"), half=np.float16(0.5))
-    assert [problem.partition(": ")[2] for problem in problems] == ["its scale is float16; TensorRT 8 wants float32"] * 2
+    assert [problem.partition(": ")[2] for problem in problems] == [
+        "its scale is float16; TensorRT 8 wants float32"
+    ] * 2
 
 
 @pytest.mark.parametrize("opset", [12, 18, 19, 21])
@@ -180,8 +192,12 @@ def test_operators_that_tensorrt_does_not_read_are_found(body: str, graph: Graph
 
 
 def test_bytes_must_be_cast_first(graph: Graph) -> None:
-    good = "net (uint8[N,8,8,3] x) => (float[N,3,8,8] y) { c = Cast <to = 1> (x) y = Transpose <perm = [0, 3, 1, 2]> (c) }"
-    bad = "net (uint8[N,8,8,3] x) => (float[N,3,8,8] y) { t = Transpose <perm = [0, 3, 1, 2]> (x) y = Cast <to = 1> (t) }"
+    good = (
+        "net (uint8[N,8,8,3] x) => (float[N,3,8,8] y) { c = Cast <to = 1> (x) y = Transpose <perm = [0, 3, 1, 2]> (c) }"
+    )
+    bad = (
+        "net (uint8[N,8,8,3] x) => (float[N,3,8,8] y) { t = Transpose <perm = [0, 3, 1, 2]> (x) y = Cast <to = 1> (t) }"
+    )
     assert lint(graph(good)) == []
     assert lint(graph(bad)) == ["uint8 input x is read by Transpose; TensorRT wants a Cast first"]
 
@@ -203,10 +219,20 @@ def test_bytes_must_be_cast_first(graph: Graph) -> None:
         ("a = Add (e, rd)", "a = Add (e, r)"),
         ("a = Add (e, rd)", "a = Add (rd, e)"),
         ("r = Relu (c)", "ab = Add (c, b3) r = Relu (ab)"),
-        # a skip that is read before its ReLU, as pre-activation nets have it: the Q stands beside the ReLU, not before it
+        # a skip that is read before its ReLU, as in pre-activation nets: the Q stands beside the ReLU, not before it
         ("a = Add (e, rd)", pair("c", "s", "z") + "\na = Add (e, cd)"),
     ],
-    ids=["per tensor", "Gemm per tensor", "Gemm transB 0", "MatMul", "float", "float skip", "order", "constant", "beside"],
+    ids=[
+        "per tensor",
+        "Gemm per tensor",
+        "Gemm transB 0",
+        "MatMul",
+        "float",
+        "float skip",
+        "order",
+        "constant",
+        "beside",
+    ],
 )
 def test_what_is_close_to_a_breach_is_none(old: str, new: str, graph: Graph) -> None:
     assert breached(graph, old, new, b3=np.ones((4, 1, 1), np.float32)) == []

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgeres.artifacts import TensorRange
 from edgeres.export import export_module
 from edgeres.quantize import Placement, plan, write_int8
 from edgeres.quantize.graph import Graph as Index
 
 Graph = Callable[..., onnx.ModelProto]
 NETS = ("cifar", "basic", "bottleneck")
+SOME_RANGE = TensorRange(12.7, 0.1, "minmax", -12.7, 12.7, 1, 0.0, 0.0, None)
 
 
 def sources(net: Any) -> list[tuple[str, str]]:
@@ -110,7 +112,11 @@ def test_an_identity_skip_shares_its_pair_with_the_first_convolution(name: str, 
     found = net(name)
     graph = Index(found.int8)
     modules = found.exported.modules
-    readers = [{modules[reader.name] for reader in graph.readers(n.output[0])} for n in graph.nodes if n.op_type == "DequantizeLinear"]
+    readers = [
+        {modules[reader.name] for reader in graph.readers(n.output[0])}
+        for n in graph.nodes
+        if n.op_type == "DequantizeLinear"
+    ]
     block = "layer1.0" if name == "cifar" else "layer1.1"
     assert {block, f"{block}.conv1"} in readers
     quantized = [node.input[0] for node in graph.nodes if node.op_type == "QuantizeLinear"]
@@ -192,7 +198,8 @@ def test_every_node_has_a_decision_and_a_reason(name: str, net: Callable[[str], 
 
 def replanned(net: Any, keep: list[str]) -> tuple[Placement, dict[str, str]]:
     placement = plan(net.fp32, net.exported.modules, keep)
-    assert write_int8(net.fp32, placement, net.ranges)  # and what is left is legal
+    ranges = {name: net.ranges.get(name, SOME_RANGE) for name in placement.tensors}
+    assert write_int8(net.fp32, placement, ranges)  # what is left is legal, too
     return placement, {layer.module: layer.precision for layer in placement.layers if layer.op in ("Conv", "Gemm")}
 
 
@@ -215,7 +222,8 @@ def test_patterns_keep_layers_in_float(pattern: str, kept: set[str], net: Callab
     for layer in placement.layers:
         if layer.module in kept and layer.op in ("Conv", "Gemm"):
             assert f"the recipe keeps '{pattern}' in float" in layer.reason
-    touched = {name for point in (*placement.points, *placement.weights) for name, _ in point.readers}
+    touched = {name for point in placement.points for name, _ in point.readers}
+    touched |= {name for weight in placement.weights for name, _ in weight.readers}
     kept_nodes = {layer.node for layer in placement.layers if layer.module in kept and layer.op in ("Conv", "Gemm")}
     assert not touched & kept_nodes
 
@@ -227,6 +235,14 @@ def test_several_patterns_add_up_and_everything_may_be_kept(net: Callable[[str],
     assert placement.points == ()
     assert placement.weights == ()
     assert placement.tensors == ()
+
+
+def test_a_moved_skip_gets_a_range_of_its_own_where_nobody_else_quantizes_its_source(net: Callable[[str], Any]) -> None:
+    placement, _ = replanned(net("cifar"), ["layer2.0.conv1"])
+    pad = next(layer.node for layer in placement.layers if layer.op == "Pad" and layer.module == "layer2.0.downsample")
+    (point,) = [p for p in placement.points if p.tensor == f"{pad}_output_0"]
+    assert point.range_of == point.tensor
+    assert point.tensor in placement.tensors
 
 
 def test_a_pool_in_front_of_a_float_layer_stays_in_float(net: Callable[[str], Any]) -> None:
@@ -288,17 +304,13 @@ def test_other_residual_nets_are_quantized_legally(make: type[nn.Module], additi
     placement = plan(model, exported.modules)
     assert [layer.precision for layer in placement.layers if layer.op == "Add"] == ["int8 skip"] * additions
     assert all(layer.precision == "int8" for layer in placement.layers if layer.op in ("Conv", "Gemm"))
-    written = Index(write_int8(model, placement, {name: FakeRange for name in placement.tensors}))  # type: ignore[misc]
+    written = Index(write_int8(model, placement, dict.fromkeys(placement.tensors, SOME_RANGE)))
     for node in written.nodes:
         if node.op_type == "Add":
             made = sorted(written.producer[tensor].op_type for tensor in node.input)
             assert made[0] in ("Conv", "DequantizeLinear")
             assert "DequantizeLinear" in made
             assert set(made) & {"Conv", "Mul"}
-
-
-class FakeRange:
-    scale = 0.1
 
 
 @pytest.mark.parametrize(
@@ -337,11 +349,13 @@ def test_what_cannot_be_int8_says_why(body: str, op: str, precision: str, words:
     layer = next(layer for layer in placement.layers if layer.op == op)
     assert layer.precision == precision
     assert words in layer.reason
-    write_int8(model, placement, {name: FakeRange for name in placement.tensors})  # type: ignore[misc]
+    write_int8(model, placement, dict.fromkeys(placement.tensors, SOME_RANGE))
 
 
 @pytest.mark.parametrize(("attributes", "shape", "axis"), [("<transB = 1>", (5, 192), 0), ("", (192, 5), 1)])
-def test_a_gemm_is_quantized_along_its_outputs(attributes: str, shape: tuple[int, int], axis: int, graph: Graph) -> None:
+def test_a_gemm_is_quantized_along_its_outputs(
+    attributes: str, shape: tuple[int, int], axis: int, graph: Graph
+) -> None:
     body = f"{{ f = Flatten (x) y = Gemm {attributes} (f, k) }}"
     model = graph(f"net (float[N,3,8,8] x) => (float[N,5] y) {body}", {"k": np.ones(shape, np.float32)})
     (weight,) = plan(model, {}).weights

@@ -70,12 +70,12 @@ def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] 
         BackendError: onnxruntime does not accept the model.
     """
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3
+    settings.log_severity_level = 4  # what fails is told by the exception
     if threads is not None:
         settings.intra_op_num_threads = threads
-    for key, value in options.items():
-        settings.add_session_config_entry(key, value)
     try:
+        for key, value in options.items():
+            settings.add_session_config_entry(key, value)
         return CpuRunner(ort.InferenceSession(content, settings, providers=["CPUExecutionProvider"]))
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
         raise BackendError(f"onnxruntime does not accept this model: {_first_line(problem)}") from problem
