@@ -52,6 +52,15 @@ OPTIONS = {
     "max_drop": "validation.max_drop",
     "policy": "validation.policy",
     "backend": "engine.backend",
+    "target": "engine.target",
+    "batch": "engine.batch",
+    "workspace_mib": "engine.workspace_mib",
+    "optimization_level": "engine.optimization_level",
+    "timing_cache": "engine.timing_cache",
+    "gpu_fallback": "engine.gpu_fallback",
+    "version_compatible": "engine.version_compatible",
+    "hardware_compatible": "engine.hardware_compatible",
+    "strict": "engine.strict",
 }
 """The flags of ``edgeres build`` and the recipe's keys that they override."""
 
@@ -99,13 +108,14 @@ def validate(
     images: Union[np.ndarray, Path, None] = None,
     labels: Optional[np.ndarray] = None,
     *,
+    backend: str = "auto",
     max_drop: Optional[float] = None,
     policy: Optional[str] = None,
 ) -> Report:
     """Return the comparison of a bundle's engine with FP32; see :func:`edgeres.judge.validate_bundle`."""
     from edgeres.judge import validate_bundle
 
-    return validate_bundle(bundle, images, labels, max_drop=max_drop, policy=policy)
+    return validate_bundle(bundle, images, labels, backend=backend, max_drop=max_drop, policy=policy)
 
 
 def _plain(value: Any) -> Any:

@@ -118,15 +118,41 @@ class LayerPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The Q/DQ (or FP16) ONNX, and the decision taken for each layer."""
+    """The Q/DQ (or FP16) ONNX, and the decision taken for each layer.
+
+    ``mixed`` is the int8 model's second form, in which everything that is not quantized computes in float16: strongly
+    typed TensorRT (10.12 and later) takes precisions from the graph alone.
+    """
 
     file: FileRef
     precision: str
     layers: Tuple[LayerPlan, ...]
+    mixed: Optional[FileRef] = None
+
+
+class EngineLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One layer of a built engine, as the builder reported it.
+
+    ``precision`` is what it computes in (``int8``, ``fp16``, ``fp32``, …); ``inputs``, ``constants`` and ``outputs``
+    are data types in order; ``nodes`` the ONNX nodes fused into it; ``module`` the torch module it came from ("" where
+    it is the builder's own, such as a reformat).
+    """
+
+    name: str
+    type: str
+    precision: str
+    inputs: Tuple[str, ...]
+    constants: Tuple[str, ...]
+    outputs: Tuple[str, ...]
+    nodes: Tuple[str, ...]
+    module: str = ""
 
 
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a backend compiled. The CPU's engine is the ONNX file itself, and session options that keep its meaning."""
+    """What a backend compiled. The CPU's engine is the ONNX itself and the session options that keep its meaning.
+
+    ``model_sha256`` is of the ONNX that it was compiled from; ``layers`` are the builder's own report.
+    """
 
     target: str
     backend: str
@@ -134,6 +160,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: FileRef
     built_for: Dict[str, str]
     options: Dict[str, str]
+    model_sha256: str = ""
+    layers: Tuple[EngineLayer, ...] = ()
 
 
 class Discordant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

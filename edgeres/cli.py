@@ -63,6 +63,21 @@ class Triple(Parameter):
         return numbers * 3 if len(numbers) == 1 else numbers
 
 
+class Batch(Parameter):
+    """``1,8,32``: the smallest, the usual and the largest batch; one number stands for all three."""
+
+    name = "MIN,OPT,MAX"
+
+    def convert(self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]) -> List[int]:
+        try:
+            numbers = [int(part) for part in str(value).replace(",", " ").split()]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 3):
+            self.fail(f"{value!r} is not three numbers such as 1,8,32", param, ctx)
+        return numbers * 3 if len(numbers) == 1 else numbers
+
+
 BUILD_OPTIONS = (
     click.option(
         "--model", metavar="NAME", help="A name from `edgeres models`, package.module:callable, or a .onnx file."
@@ -106,7 +121,6 @@ BUILD_OPTIONS = (
         type=click.Choice(["ci", "point"]),
         help="Judge by the whole 95 % interval, or by the point estimate.",
     ),
-    click.option("--backend", type=click.Choice(["auto", "cpu"]), help="What runs the model. Default: auto."),
     click.option(
         "--out", type=click.Path(path_type=Path), help="The bundle's folder. Default: build/<name>-<precision>."
     ),
@@ -116,11 +130,36 @@ BUILD_OPTIONS = (
 )
 
 
+ENGINE_OPTIONS = (
+    click.option(
+        "--backend", type=click.Choice(["auto", "cpu", "tensorrt", "tensorrt-rtx"]), help="What runs it. Default: auto."
+    ),
+    click.option("--target", help="The device: see `edgeres compile --list-targets`."),
+    click.option("--batch", type=Batch(), help="For TensorRT: smallest, usual and largest batch. Default: 1,8,32."),
+    click.option("--workspace-mib", type=int, help="TensorRT's scratch memory; less for small boards."),
+    click.option("--optimization-level", type=click.IntRange(0, 5), help="Of TensorRT's builder (8.6 and newer)."),
+    click.option("--timing-cache", metavar="FILE", help="Makes the next build on the same device faster."),
+    click.option("--gpu-fallback/--no-gpu-fallback", default=None, help="Layers that a DLA does not have, on the GPU."),
+    click.option("--version-compatible", is_flag=True, default=None, help="An engine for newer TensorRTs too."),
+    click.option(
+        "--hardware-compatible", is_flag=True, default=None, help="An engine for other GPUs too (not Jetson)."
+    ),
+    click.option("--strict", is_flag=True, default=None, help="Refuse an engine with a layer that is not as planned."),
+)
+
+
+def engine_options(command: F) -> F:
+    """Give a command the options that concern engines."""
+    for option in reversed(ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
 def build_options(command: F) -> F:
     """Give a command the options of ``build``."""
     for option in reversed(BUILD_OPTIONS):
         command = option(command)
-    return command
+    return engine_options(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -163,11 +202,40 @@ _BUNDLE = " A bundle is continued in place: stages whose inputs are the same are
 _stage("export", "export", "Write the FP32 ONNX, checked against torch." + _BUNDLE)
 _stage("calibrate", "calibrate", "Find the range of every tensor that will be quantized." + _BUNDLE)
 _stage("quantize", "quantize", "Write the model in the wanted precision." + _BUNDLE)
-_stage("compile", "compile", "Make the engine of this machine's backend." + _BUNDLE)
+
+
+@cli.command("compile")
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@engine_options
+@click.option(
+    "--list-targets", is_flag=True, help="Name the targets and what stands in their way here; compile nothing."
+)
+@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
+def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **options: Any) -> int:
+    """Make an engine of a bundle's model for a device, and keep it in the bundle.
+
+    Needs neither torch nor onnx: a bundle from a host is compiled on the robot that will run it. Engines for other
+    targets stay.
+    """
+    from edgeres import compilation
+    from edgeres.terminal import show_rows
+
+    if list_targets:
+        targets = compilation.list_targets()
+        if as_json:
+            _print_json(targets)
+        else:
+            rows = [[str(x["target"]), str(x["backend"]), str(x["what"]), x["obstacle"] or "ready"] for x in targets]
+            show_rows(["target", "backend", "what", "here"], rows)
+        return OK
+    if bundle is None:
+        raise click.UsageError("name the bundle to compile, such as build/digits-int8")
+    return _compile(bundle, as_json, options)
 
 
 @cli.command()
 @click.argument("bundle")
+@click.option("--backend", default="auto", help="Which of the bundle's engines; default: its first.")
 @click.option("--validation", metavar="PATH", help="Other samples than the bundle was built with.")
 @click.option(
     "--max-drop", type=click.FloatRange(0, 100), metavar="PP", help="Accuracy budget; default: the bundle's own."
@@ -175,7 +243,12 @@ _stage("compile", "compile", "Make the engine of this machine's backend." + _BUN
 @click.option("--policy", type=click.Choice(["ci", "point"]), help="Default: the bundle's own.")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object on stdout.")
 def validate(
-    bundle: str, validation: Optional[str], max_drop: Optional[float], policy: Optional[str], as_json: bool
+    bundle: str,
+    backend: str,
+    validation: Optional[str],
+    max_drop: Optional[float],
+    policy: Optional[str],
+    as_json: bool,
 ) -> int:
     """The gate: the bundle's engine against FP32 on the same samples.
 
@@ -189,7 +262,7 @@ def validate(
     progress.stage("validate", bundle)
     try:
         report = validate_bundle(
-            bundle, _absolute(validation), max_drop=max_drop, policy=policy, watch=progress.advance
+            bundle, _absolute(validation), backend=backend, max_drop=max_drop, policy=policy, watch=progress.advance
         )
     finally:
         progress.stop()
@@ -215,8 +288,11 @@ def inspect(path: Path, as_json: bool) -> int:
         return OK
     if "bundle" in facts:
         show_manifest(str(path), read_manifest(path))
-        rows = [[x["module"] or x["name"], x["type"], x["precision"], x["reason"]] for x in facts["layers"]]
-        show_rows(["module", "type", "precision", "why"], rows, "layers")
+        rows = [[x["module"] or x["name"], x["type"], x["precision"], x["reason"]] for x in facts["plan"]]
+        show_rows(["module", "type", "precision", "why"], rows, "layers, as planned")
+        if facts["layers"] != facts["plan"]:
+            rows = [[x["module"] or x["name"], x["type"], x["precision"]] for x in facts["layers"]]
+            show_rows(["module", "type", "runs in"], rows, f"layers of the engine for {facts['layers'][0]['target']}")
         show_rows(["tensor", "range"], _range_rows(facts["ranges"]), "ranges")
     else:
         rows = [[x["name"], x["type"], x["precision"]] for x in facts["layers"]]
@@ -293,6 +369,12 @@ def doctor(as_json: bool) -> int:
         f"{facts['system']}, Python {facts['python']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.1f} GiB"
     )
     click.echo(f"int8 on this CPU: {facts['cpu_int8']}")
+    gpu = facts["gpu"]
+    click.echo(f"GPU: {'usable' if gpu['gpu_usable'] else 'none that TensorRT and CUDA can use from here'}")
+    if gpu["jetson"]:
+        click.echo(f"Jetson: {', '.join(gpu['jetson'].values())}")
+    rows = [[x["target"], x["what"], x["obstacle"] or "ready"] for x in gpu["targets"]]
+    show_rows(["target", "what", "here"], rows)
     show_rows(["package", "version"], [[name, number or "not installed"] for name, number in facts["packages"].items()])
     rows = [[x["what"], "yes" if x["can"] else "no", x["install"] or ""] for x in facts["abilities"]]
     show_rows(["can it", "", "to make it so"], rows)
@@ -322,6 +404,31 @@ def _run(
     else:
         show_build(bundle, progress.lines)
     return bundle, OK
+
+
+def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
+    """Compile a bundle's model with the bundle's own engine settings and the flags on top."""
+    from edgeres.artifacts import to_data
+    from edgeres.bundle import read_manifest
+    from edgeres.compilation import compile_bundle, engine_words
+    from edgeres.recipe import engine_section
+    from edgeres.terminal import TerminalProgress, show_engine
+
+    section = engine_section(read_manifest(bundle).recipe.get("engine", {}), options)
+    progress = TerminalProgress()
+    progress.stage("compile", str(bundle))
+    try:
+        made, warnings = compile_bundle(bundle, section, lambda _, done, total: progress.advance(done, total))
+    finally:
+        progress.stop()
+    for text in warnings:
+        progress.warn(text)
+    engine = made.manifest.engines[0]
+    if as_json:
+        _print_json({"bundle": made.path, **to_data(engine), "warnings": list(warnings)})
+    else:
+        show_engine(made.path, engine, engine_words(engine))
+    return OK
 
 
 def _build_json(bundle: Bundle, lines: List[Tuple[str, str, str]]) -> Dict[str, Any]:

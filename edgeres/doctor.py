@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from pathlib import Path
 from typing import Any, Dict, List
 
 from edgeres.provenance import version
@@ -27,8 +28,35 @@ def examine() -> Dict[str, Any]:
         "memory_bytes": _memory(),
         "cpu_int8": _cpu_words(),
         "packages": {name: version(DISTRIBUTIONS.get(name, name)) for name in packages},
+        "gpu": _gpu(),
         "abilities": [_ability(*ability) for ability in ABILITIES],
     }
+
+
+def _gpu() -> Dict[str, Any]:
+    """Return what there is of TensorRT, CUDA from Python and Jetson, and the targets with what stands in their way."""
+    from edgeres.compilation import gpu_is_usable, list_targets
+
+    return {
+        "tensorrt": version("tensorrt"),
+        "tensorrt_rtx": version("tensorrt-rtx"),
+        "cuda_python": version("cuda-bindings") or version("cuda-python"),
+        "pycuda": version("pycuda"),
+        "gpu_usable": gpu_is_usable(),
+        "jetson": jetson(),
+        "targets": list_targets(),
+    }
+
+
+def jetson() -> Dict[str, str]:
+    """Return a Jetson's model and its Linux for Tegra release, as its files tell; empty on other machines."""
+    facts = {}
+    for name, path in (("model", "/proc/device-tree/model"), ("l4t", "/etc/nv_tegra_release")):
+        try:
+            facts[name] = Path(path).read_text(encoding="utf-8", errors="replace").strip("\0\n ").splitlines()[0]
+        except (OSError, IndexError):
+            continue
+    return facts
 
 
 def _ability(what: str, needed: Any, extra: str) -> Dict[str, Any]:

@@ -14,6 +14,7 @@ from edgeres.errors import BundleError
 MANIFEST = "manifest.json"
 RECIPE = "recipe.toml"
 FP32_MODEL = "model.fp32.onnx"
+MIXED_MODEL = "model.int8-fp16.onnx"
 TABLE = "calibration.json"
 STATISTICS = "statistics.npz"
 REFERENCE = "reference.npz"

@@ -9,6 +9,7 @@ from edgeres import files
 from edgeres.artifacts import (
     CalibrationTable,
     ExportedModel,
+    Manifest,
     QuantizedModel,
     TensorRange,
     from_data,
@@ -36,7 +37,8 @@ def inspect_bundle(folder: Path) -> Dict[str, Any]:
         "precision": manifest.precision,
         "preprocessing": to_data(manifest.preprocessing),
         "opset": exported.opset if exported else None,
-        "layers": _layers(quantized),
+        "layers": _engine_layers(manifest) or _layers(quantized),
+        "plan": _layers(quantized),
         "ranges": {name: to_data(value) for name, value in table.tensors.items()} if table else {},
         "calibration": _calibration(table),
         "engines": [to_data(engine) for engine in manifest.engines],
@@ -72,6 +74,14 @@ def _layers(quantized: Any) -> List[Dict[str, str]]:
         {"name": x.node, "type": x.op, "precision": x.precision, "module": x.module, "reason": x.reason}
         for x in quantized.layers
     ]
+
+
+def _engine_layers(manifest: Manifest) -> List[Dict[str, Any]]:
+    """Return the layers of the bundle's first engine that has a builder's report."""
+    for engine in manifest.engines:
+        if engine.layers:
+            return [{**to_data(layer), "target": engine.target} for layer in engine.layers]
+    return []
 
 
 def _calibration(table: Any) -> Any:

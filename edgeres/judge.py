@@ -114,6 +114,7 @@ def validate_bundle(
     images: Union[np.ndarray, str, os.PathLike[str], None] = None,
     labels: Optional[np.ndarray] = None,
     *,
+    backend: str = "auto",
     max_drop: Optional[float] = None,
     policy: Optional[str] = None,
     watch: Watch = lambda done, total: None,
@@ -126,6 +127,7 @@ def validate_bundle(
         images: uint8 frames ``(N, H, W, 3)``; or a folder, list or array file; None for the samples that the bundle was
             built with, where they still are.
         labels: int64 ``(N,)``, with an array of images; a folder's are its subfolders.
+        backend: which of the bundle's engines; ``auto`` is its first.
         max_drop: the accuracy budget in percentage points; None for the bundle's own.
         policy: ``ci`` or ``point``; None for the bundle's own.
 
@@ -133,7 +135,7 @@ def validate_bundle(
         BundleError: the bundle is damaged or has no engine.
         SampleError: the samples cannot be read, or labels do not fit them.
     """
-    with load(os.fspath(bundle)) as engine:
+    with load(os.fspath(bundle), backend) as engine:
         manifest = engine.manifest
         samples = _samples(manifest, images, labels)
         contents = verify_and_read(bundle, (files.REFERENCE, files.FP32_MODEL))[1]

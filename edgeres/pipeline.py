@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
@@ -220,7 +221,7 @@ class Build:
                 return QuantizedModel(ref, precision, layers), (name,), f"{name}, all layers in float16"
 
         else:
-            from edgeres.quantize import int8_content, plan_file
+            from edgeres.quantize import int8_content, mixed_content, plan_file
 
             placement = plan_file(self.workspace.folder / files.FP32_MODEL, exported.modules, keep)
             statistics = self.observe(exported, placement.tensors)
@@ -230,30 +231,66 @@ class Build:
             def work() -> Made:
                 content = int8_content(self.workspace.folder / files.FP32_MODEL, placement, table.tensors)
                 self.workspace.write(name, content)
-                ref = files.file_ref(self.workspace.folder, name)
+                self.workspace.write(files.MIXED_MODEL, mixed_content(self.workspace.folder / name))
+                refs = [files.file_ref(self.workspace.folder, path) for path in (name, files.MIXED_MODEL)]
                 count = sum(layer.precision == "int8" for layer in placement.layers)
-                return QuantizedModel(ref, precision, placement.layers), (name,), f"{name}, {count} layers in int8"
+                noun = QuantizedModel(refs[0], precision, placement.layers, refs[1])
+                return noun, (name, files.MIXED_MODEL), f"{name}, {count} layers in int8"
 
         record = self.stage("quantize", inputs, precision, work)
         return from_data(record.facts, QuantizedModel, "stage quantize")
 
-    def compile(self, model: QuantizedModel) -> Engine:
+    def compile(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
         """Make the backend's engine."""
-        inputs = {"model": model.file.sha256, "backend": "cpu", "tools": versions(("onnxruntime",))}
+        from edgeres.compilation import compile_engine, engine_words, resolve
+
+        section = self.recipe.engine
+        backend, target = resolve(section)
+        inputs = {
+            "models": [ref.sha256 for ref in (exported.file, model.file, model.mixed) if ref is not None],
+            "engine": to_data(section),
+            "backend": backend,
+            "target": target,
+            "tools": versions(("onnxruntime", "tensorrt", "tensorrt_rtx")),
+            "machine": platform.machine(),
+        }
+        if backend != "cpu":
+            inputs["once"] = os.urandom(16).hex()  # a GPU, its driver and its library may change unseen by any hash
 
         def work() -> Made:
-            from edgeres.backends import cpu
+            engine, warnings = compile_engine(
+                self.workspace.folder,
+                section,
+                exported,
+                model,
+                lambda _, done, total: self.progress.advance(done, total),
+            )
+            for text in warnings:
+                self.warn(text)
+            paths = () if backend == "cpu" else (engine.file.path,)
+            return engine, paths, f"{target}: {engine_words(engine)}"
 
-            cpu.open_model(self.workspace.folder / model.file.path).close()
-            return cpu.compile_engine(model.file, model.precision), (), f"cpu: {cpu.describe(model.precision)}"
-
-        record = self.stage("compile", inputs, "cpu", work)
+        record = self.stage("compile", inputs, target, work)
         self.engine = from_data(record.facts, Engine, "stage compile")
         return self.engine
+
+    def judged_engine(self, model: QuantizedModel, engine: Engine) -> Engine:
+        """Return the engine to judge: the one that was made, or where no GPU here can run it, the model on the CPU."""
+        from edgeres.backends import cpu
+        from edgeres.compilation import gpu_is_usable
+
+        if engine.backend == "cpu" or gpu_is_usable():
+            return engine
+        self.warn(
+            f"no GPU here can run {engine.file.path}, so the verdict is on what {model.file.path} means, computed on "
+            f"the CPU. Where the engine will run: edgeres validate BUNDLE --backend {engine.backend}"
+        )
+        return cpu.compile_engine(model.file, model.precision)
 
     def validate(self, exported: ExportedModel, engine: Engine) -> None:
         """Compare the engine with the FP32 model, on the validation samples or else on those of calibration."""
         from edgeres.judge import judge, open_file, reference_content, run_samples
+        from edgeres.runtime.engine import open_record
 
         samples, source = self.validation, "validation"
         if samples is None:
@@ -288,7 +325,10 @@ class Build:
         }
 
         def work() -> Made:
-            logits = run_samples(open_file(self.workspace.folder / engine.file.path), samples, preprocessing, watch)
+            with contextlib.closing(
+                open_record((self.workspace.folder / engine.file.path).read_bytes(), engine)
+            ) as run:
+                logits = run_samples(run, samples, preprocessing, watch)
             reference = (self.workspace.folder / files.REFERENCE).read_bytes()
             report = judge(reference, logits, engine, (judged.max_drop, judged.policy), source)
             self.workspace.write(files.REPORT, to_json(report))
@@ -318,7 +358,9 @@ def build(
         job.open_samples()
         with contextlib.suppress(_Reached):
             exported = job.export()
-            job.validate(exported, job.compile(job.quantize(exported)))
+            model = job.quantize(exported)
+            engine = job.compile(exported, model)
+            job.validate(exported, job.judged_engine(model, engine))
         manifest = _manifest(job)
         workspace.commit(manifest)
     return Bundle(str(place), manifest)

@@ -27,7 +27,8 @@ else:
 PRECISIONS = ("fp32", "fp16", "int8")
 METHODS = ("minmax", "percentile", "entropy", "mse")
 POLICIES = ("ci", "point")
-BACKENDS = ("auto", "cpu")
+BACKENDS = ("auto", "cpu", "tensorrt", "tensorrt-rtx")
+TARGETS = ("cpu", "gpu", "dla0", "dla1", "rtx")
 DOSSIER_PREFIX = "edgeres:"
 DEFAULT_RECIPE = DOSSIER_PREFIX + "recipes/digits-int8.toml"
 IMAGENET_SIZE, IMAGENET_RESIZE = 224, 256
@@ -81,9 +82,24 @@ class ValidationSection(msgspec.Struct, frozen=True):
 
 
 class EngineSection(msgspec.Struct, frozen=True):
-    """``backend`` runs the model: ``auto`` takes the best that this machine has."""
+    """``backend`` runs the model: ``auto`` takes the best that this machine has; ``target`` is the device.
+
+    For TensorRT: ``batch`` is (min, opt, max); ``workspace_mib`` limits the builder's scratch memory;
+    ``optimization_level`` is 0…5; ``timing_cache`` is a file that speeds up the next build; ``gpu_fallback`` lets
+    layers that a DLA does not have run on the GPU; ``strict`` refuses an engine with a layer that does not run as
+    planned.
+    """
 
     backend: str = "auto"
+    target: Optional[str] = None
+    batch: Tuple[int, int, int] = (1, 8, 32)
+    workspace_mib: Optional[int] = None
+    optimization_level: Optional[int] = None
+    timing_cache: Optional[str] = None
+    gpu_fallback: bool = True
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    strict: bool = False
 
 
 SECTIONS: Dict[str, type] = {
@@ -182,6 +198,29 @@ def load_recipe(source: Union[str, Path, None] = None, overrides: Optional[Mappi
     return recipe
 
 
+def engine_section(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> EngineSection:
+    """Return a bundle's engine settings with overrides on top; None values are ignored. A new backend or target takes
+    the stored one's place together with it.
+
+    Raises:
+        RecipeError: with every mistake found.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    values = dict(stored)
+    if {"backend", "target"} & given.keys():
+        values = {name: value for name, value in values.items() if name not in ("backend", "target")}
+    values.update(given)
+    if isinstance(values.get("timing_cache"), str):
+        values["timing_cache"] = _absolute(values["timing_cache"], Path.cwd())
+    problems: List[str] = []
+    section = _section("engine", EngineSection, values, problems)
+    if isinstance(section, EngineSection):
+        problems.extend(_engine_mistakes(section))
+    if problems or not isinstance(section, EngineSection):
+        raise RecipeError("options", problems)
+    return section
+
+
 def _read(path: Path) -> Dict[str, Any]:
     try:
         content = path.read_bytes()
@@ -206,7 +245,12 @@ def _put(data: Dict[str, Any], dotted: str, value: Any) -> None:
 
 def _anchor(data: Dict[str, Any], base: Path) -> None:
     """Make the paths in ``data`` absolute, so that the recipe means the same wherever it is read next."""
-    for section, key in (("model", "weights"), ("calibration", "samples"), ("validation", "samples")):
+    for section, key in (
+        ("model", "weights"),
+        ("calibration", "samples"),
+        ("validation", "samples"),
+        ("engine", "timing_cache"),
+    ):
         values = data.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
             values[key] = _absolute(values[key], base)
@@ -288,8 +332,22 @@ def _mistakes(recipe: Recipe) -> List[str]:
         problems.append(f"validation.max_drop: {recipe.validation.max_drop} is not between 0 and 100 percentage points")
     if recipe.validation.policy not in POLICIES:
         problems.append(f"validation.policy: {recipe.validation.policy!r} is not one of {', '.join(POLICIES)}")
-    if recipe.engine.backend not in BACKENDS:
-        problems.append(f"engine.backend: {recipe.engine.backend!r} is not one of {', '.join(BACKENDS)}")
+    problems.extend(_engine_mistakes(recipe.engine))
+    return problems
+
+
+def _engine_mistakes(engine: EngineSection) -> List[str]:
+    problems = []
+    if engine.backend not in BACKENDS:
+        problems.append(f"engine.backend: {engine.backend!r} is not one of {', '.join(BACKENDS)}")
+    if engine.target is not None and engine.target not in TARGETS:
+        problems.append(f"engine.target: {engine.target!r} is not one of {', '.join(TARGETS)}")
+    if not 1 <= engine.batch[0] <= engine.batch[1] <= engine.batch[2]:
+        problems.append(f"engine.batch: {list(engine.batch)} is not [min, opt, max] with 1 <= min <= opt <= max")
+    if engine.workspace_mib is not None and engine.workspace_mib < 1:
+        problems.append(f"engine.workspace_mib: {engine.workspace_mib} is not a positive number of MiB")
+    if engine.optimization_level is not None and not 0 <= engine.optimization_level <= 5:
+        problems.append(f"engine.optimization_level: {engine.optimization_level} is not between 0 and 5")
     return problems
 
 

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from edgeres.artifacts import Bundle, Manifest, Report
+from edgeres.artifacts import Bundle, Engine, Manifest, Report
 from edgeres.progress import Progress
 from edgeres.validation import advice, headline
 
@@ -88,6 +88,19 @@ def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
     if bundle.report is not None:
         show_report(bundle.report)
     out.print(f"bundle: {bundle.path}")
+
+
+def show_engine(place: str, engine: Engine, words: str) -> None:
+    """Print what was compiled, what it fits, and the layers that do not compute in the bundle's precision."""
+    out = console()
+    out.print(f"{place}: {engine.target}: {words}")
+    for name, value in engine.built_for.items():
+        if value:
+            out.print(f"  {name}: {value}")
+    others = [layer for layer in engine.layers if layer.constants and layer.precision != engine.precision]
+    if others and engine.precision == "int8":
+        rows = [[layer.module or layer.name, layer.type, layer.precision] for layer in others]
+        show_rows(["layer", "type", "runs in"], rows, f"weighted layers not in {engine.precision}")
 
 
 def show_report(report: Report) -> None:

@@ -1,15 +1,16 @@
 """ExportedModel + CalibrationTable → QuantizedModel: where int8 goes and why, written as standard ONNX.
 
-``plan`` decides, ``write_int8`` and ``write_fp16`` write, ``lint`` states the rules that every written graph keeps; the
-other three do the same from file to file.
+``plan`` decides, ``write_int8``, ``write_mixed`` and ``write_fp16`` write, ``lint`` states the rules that every written
+graph keeps; the other four do the same from file to file.
 """
 
 from __future__ import annotations
 
-from edgeres.quantize.documents import fp16_content, int8_content, plan_file
+from edgeres.quantize.documents import fp16_content, int8_content, mixed_content, plan_file
 from edgeres.quantize.half import write_fp16
 from edgeres.quantize.insert import write_int8
 from edgeres.quantize.lint import lint
+from edgeres.quantize.mixed import write_mixed
 from edgeres.quantize.placement import Placement, Point, plan
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "fp16_content",
     "int8_content",
     "lint",
+    "mixed_content",
     "plan",
     "plan_file",
     "write_fp16",
     "write_int8",
+    "write_mixed",
 ]

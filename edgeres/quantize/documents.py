@@ -10,6 +10,7 @@ import onnx
 from edgeres.artifacts import LayerPlan, TensorRange
 from edgeres.quantize.half import write_fp16
 from edgeres.quantize.insert import write_int8
+from edgeres.quantize.mixed import write_mixed
 from edgeres.quantize.placement import Placement, plan
 
 
@@ -28,3 +29,9 @@ def fp16_content(fp32: Path, modules: Mapping[str, str]) -> tuple[bytes, tuple[L
     """Return the float16 model of an FP32 file; see :func:`edgeres.quantize.half.write_fp16`."""
     model, layers = write_fp16(onnx.load(fp32), dict(modules))
     return model.SerializeToString(deterministic=True), layers
+
+
+def mixed_content(int8: Path) -> bytes:
+    """Return the int8 and float16 model of a Q/DQ file; see :func:`edgeres.quantize.mixed.write_mixed`."""
+    content: bytes = write_mixed(onnx.load(int8)).SerializeToString(deterministic=True)
+    return content

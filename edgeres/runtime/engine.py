@@ -100,9 +100,26 @@ def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None) -
     manifest, contents = verify_and_read(bundle, (record.file.path,))
     if record != _choose(bundle, manifest, backend) or record.file.path not in contents:
         raise BundleError(f"{bundle} changed while it was being read. Load it again.")
-    from edgeres.backends import cpu  # entered late: importing edgeres.runtime loads no engine's library
+    return LoadedEngine(open_record(contents[record.file.path], record, threads), manifest, record)
 
-    return LoadedEngine(cpu.open_engine(contents[record.file.path], record.options, threads), manifest, record)
+
+def open_record(content: bytes, record: Engine, threads: Optional[int] = None) -> OpenEngine:
+    """Return the open engine of a record; its backend's library is loaded only now.
+
+    Args:
+        content: the engine file's bytes, already verified.
+
+    Raises:
+        BackendError: the engine does not fit this machine, or cannot be opened.
+        MissingPackageError: the backend's packages are not installed.
+    """
+    if record.backend == "cpu":
+        from edgeres.backends import cpu
+
+        return cpu.open_engine(content, record.options, threads)
+    from edgeres.backends.tensorrt.session import open_session
+
+    return open_session(content, record.built_for, flavour=record.backend)
 
 
 def _choose(bundle: Folder, manifest: Manifest, backend: str) -> Engine:

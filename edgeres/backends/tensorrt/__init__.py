@@ -1,0 +1,25 @@
+"""TensorRT and TensorRT for RTX, 8.5 to 11: the only room that speaks ``tensorrt`` or CUDA.
+
+``builder`` makes a plan from ONNX, ``child`` has it made in a process of its own, ``session`` runs one. Importing this
+room loads neither ``tensorrt`` nor CUDA.
+"""
+
+from __future__ import annotations
+
+from edgeres.backends.tensorrt.child import build_in_child
+from edgeres.backends.tensorrt.dla import dla_cache
+from edgeres.backends.tensorrt.layers import attribute
+from edgeres.backends.tensorrt.module import load_module
+from edgeres.backends.tensorrt.records import BuildRequest, BuildResult, EngineLayer
+from edgeres.backends.tensorrt.versions import graph_for_flavour
+
+__all__ = [
+    "BuildRequest",
+    "BuildResult",
+    "EngineLayer",
+    "attribute",
+    "build_in_child",
+    "dla_cache",
+    "graph_for_flavour",
+    "load_module",
+]

@@ -1,0 +1,218 @@
+"""A build in a process of its own: without torch and its memory, and what kills it does not kill the caller.
+
+The request goes to the child's stdin as one line of JSON; stdin then stays open, so that a child whose parent has died
+notices and ends. Progress, result or error come back as lines of JSON on a pipe of their own. What TensorRT's libraries
+print goes to a file, whose last lines are shown when the child dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Dict, Iterator, List, Optional, Type
+
+import msgspec
+
+from edgeres import errors
+from edgeres.backends.tensorrt.monitor import Report
+from edgeres.backends.tensorrt.records import BuildRequest, BuildResult, Message
+from edgeres.errors import BackendError, EdgeresError
+
+CHUNK = 1 << 16
+GRACE = 5.0
+TAIL = 2000
+TAIL_LINES = 8
+
+RAISED: Dict[str, Type[EdgeresError]] = {
+    kind.__name__: kind for kind in (BackendError, errors.MissingPackageError, errors.BundleError)
+}
+"""What a builder may raise, by name; it is raised again in the parent."""
+
+
+class _TooLong(Exception):
+    """The time is over."""
+
+
+class _Garbage(Exception):
+    """The child wrote something that is no message."""
+
+
+def build_in_child(request: BuildRequest, progress: Report, timeout: Optional[float] = None) -> BuildResult:
+    """Build one engine in a child process; see :func:`edgeres.backends.tensorrt.builder.build_plan`.
+
+    Whatever ends this call, an exception of ``progress`` or Ctrl-C too, ends the child first.
+
+    Args:
+        request: what to build.
+        progress: called with a phase of the builder, its steps done and all its steps; raise in it to cancel.
+        timeout: in seconds; None waits as long as it takes.
+
+    Raises:
+        MissingPackageError: TensorRT is not installed.
+        BackendError: the build was refused or failed, its process died, or it took longer than ``timeout``.
+        BundleError: the plan cannot be written.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with tempfile.TemporaryFile() as output:
+        source, sink = os.pipe()
+        try:
+            try:
+                child = _started(sink, output)
+            finally:
+                os.close(sink)
+            try:
+                outcome = _conversation(child, source, request, progress, deadline)
+                status = _ended(child)
+            except _TooLong:
+                raise BackendError(
+                    f"the build of {Path(request.plan).name} took longer than {timeout:g} seconds and was stopped. "
+                    "Allow more time, or lower the optimization level."
+                ) from None
+            except _Garbage as problem:
+                raise BackendError(
+                    f"the build process answered what is no answer ({problem}); it was stopped.{_tail(output)} "
+                    "Its Python may find another edgeres: see edgeres doctor"
+                ) from None
+            finally:
+                _stop(child)
+        finally:
+            os.close(source)
+        return _result(outcome, status, output)
+
+
+def _started(sink: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start the child; it imports what this process would, and not what happens to lie in the working folder."""
+    path = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "edgeres.backends.tensorrt.worker", str(sink)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=(sink,),
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+        )
+    except OSError as problem:
+        raise BackendError(
+            f"the build process cannot be started: {problem.strerror or problem}. Close other programs."
+        ) from problem
+
+
+def _conversation(
+    child: subprocess.Popen[bytes], source: int, request: BuildRequest, progress: Report, deadline: Optional[float]
+) -> Optional[Message]:
+    """Send the request and pass progress on; return the last word, or None where the child went without one."""
+    assert child.stdin is not None
+    try:
+        child.stdin.write(msgspec.json.encode(request) + b"\n")
+        child.stdin.flush()
+    except BrokenPipeError:
+        return None  # it died before it could read; its status says how
+    for line in _lines(source, deadline):
+        try:
+            message = msgspec.json.decode(line, type=Message)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            raise _Garbage(repr(line[:60])) from None
+        if message.progress is not None:
+            progress(*message.progress)
+        else:
+            return message
+    return None
+
+
+def _lines(source: int, deadline: Optional[float]) -> Iterator[bytes]:
+    """Yield what comes through the pipe, line by line, until its other end is closed."""
+    rest: List[bytes] = []
+    with selectors.DefaultSelector() as selector:
+        selector.register(source, selectors.EVENT_READ)
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not selector.select(left):
+                raise _TooLong
+            chunk = os.read(source, CHUNK)
+            if not chunk:
+                return  # an unfinished line is no message: the child died while it wrote
+            *whole, last = chunk.split(b"\n")
+            for line in whole:
+                yield b"".join([*rest, line])
+                rest = []
+            rest.append(last)
+
+
+def _ended(child: subprocess.Popen[bytes]) -> Optional[int]:
+    """Return the child's exit status, or None if it does not end by itself."""
+    try:
+        return child.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """End the child if it still runs, and reap it."""
+    try:
+        if child.poll() is None:
+            child.terminate()
+            if _ended(child) is None:
+                child.kill()
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.wait()
+        if child.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # the request was never read
+                child.stdin.close()
+
+
+def _result(outcome: Optional[Message], status: Optional[int], output: IO[bytes]) -> BuildResult:
+    """Return what the child made, or raise what it raised or what its death means."""
+    if outcome is not None and outcome.error is not None:
+        kind, text = outcome.error
+        raise RAISED.get(kind, BackendError)(text)
+    if outcome is None or outcome.result is None:
+        raise BackendError(f"{_death(status)}{_tail(output)}")
+    if status == 0:
+        return outcome.result
+    late = f"the build process was done, but did not end well: {_how(status)}"
+    return msgspec.structs.replace(outcome.result, warnings=(*outcome.result.warnings, late))
+
+
+def _how(status: Optional[int]) -> str:
+    """Return in words how a process ended."""
+    if status is None:
+        return "it hung and was stopped"
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
+
+
+def _death(status: Optional[int]) -> str:
+    """Return what the end of a process without an answer means, and what to do."""
+    if status == -signal.SIGKILL:
+        return (
+            "the build process was killed (SIGKILL): the machine most likely ran out of memory. Close other programs, "
+            "give the builder a smaller workspace, lower the largest batch, or add swap."
+        )
+    if status is not None and status < 0:
+        return (
+            f"TensorRT crashed: the build process was {_how(status)}. Try a smaller workspace or another optimization "
+            "level; if it stays, the installed TensorRT is damaged or has a bug: edgeres doctor"
+        )
+    return f"the build process ended without an answer: {_how(status)}. See what is installed: edgeres doctor"
+
+
+def _tail(output: IO[bytes]) -> str:
+    """Return the last lines that the child printed, indented, to stand behind a message."""
+    size = output.seek(0, os.SEEK_END)
+    output.seek(max(0, size - TAIL))
+    lines = output.read().decode("utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+    return "".join(["\nIts last output:", *(f"\n  {line}" for line in lines)]) if lines else ""

@@ -1,0 +1,338 @@
+"""A plan that runs: frames in, logits out, from any number of threads, and nothing left behind at the end.
+
+One code path on the interface that TensorRT 8.5 to 11 share. A session holds a fixed number of lanes: an execution
+context, a stream and buffers for the largest batch, all made when it opens, so that one that has opened needs no more
+memory. Callers wait for an idle lane.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack, suppress
+from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
+
+import numpy as np
+
+from edgeres.backends.tensorrt.compat import problems, this_machine
+from edgeres.backends.tensorrt.device import Device, open_device
+from edgeres.backends.tensorrt.device.interface import advice
+from edgeres.backends.tensorrt.logger import Record, make_logger
+from edgeres.backends.tensorrt.module import load_module, member, version, words
+from edgeres.errors import BackendError
+
+SHARED_PROFILE: Tuple[Tuple[Tuple[int, ...], bool], ...] = (((1, 0), True), ((8, 5), False), ((10, 0), True))
+"""By the first version of the bindings: may several contexts use the one optimization profile at a time?"""
+
+
+class Tensors(NamedTuple):
+    """An engine's input ``(N, *shape)`` and output ``(N, classes)``, and the least and the largest N that it takes."""
+
+    input: str
+    output: str
+    shape: Tuple[int, ...]
+    classes: int
+    least: int
+    largest: int
+
+
+def open_session(
+    plan: bytes,
+    built_for: Mapping[str, str],
+    *,
+    flavour: str = "tensorrt",
+    device: Optional[Device] = None,
+    contexts: int = 2,
+    place: str = "BUNDLE",
+) -> Session:
+    """Open a plan on a GPU. Its hash must have been verified: a plan is executable code.
+
+    Args:
+        plan: the engine as TensorRT serialized it.
+        built_for: what it fits, see :mod:`edgeres.backends.tensorrt.compat`; ``target`` may name a DLA core: ``dla1``.
+        flavour: ``tensorrt`` or ``tensorrt-rtx``.
+        device: the GPU, which stays open when the session closes; by default the first one, which closes with it.
+        contexts: how many batches may be computed at a time; each takes memory of its own.
+        place: the bundle, for messages.
+
+    Raises:
+        MissingPackageError: TensorRT, or both cuda-python and pycuda, are not installed.
+        BackendError: the plan does not fit this machine (TensorRT has then not seen it), TensorRT refuses it, or memory
+            does not suffice.
+    """
+    if contexts < 1:
+        raise BackendError(f"a session needs at least one context, not {contexts}. Use 1 or more.")
+    trt = load_module(flavour)
+    with ExitStack() as last:
+        if device is None:
+            device = open_device()
+            last.callback(device.close)
+        unfit = problems(built_for, this_machine(trt, device), place)
+        if unfit:
+            raise BackendError("\n".join(unfit))
+        held = ExitStack()
+        try:
+            with device.current():
+                engine = _Engine(trt, place, held)
+                engine.deserialize(plan, built_for.get("target", "gpu"))
+                tensors = engine.tensors()
+                count = contexts if engine.shares_its_profile else 1
+                lanes = [_Lane(engine, device, tensors, held) for _ in range(count)]
+        except BaseException:
+            with suppress(BackendError):  # what went wrong first is what must be read
+                _free(device, held)
+            raise
+        return Session(device, tensors, lanes, held, last.pop_all())
+
+
+class Session:
+    """An open engine; made by :func:`open_session`. Any number of threads may call it.
+
+    ``tensors`` says what it takes and gives; ``contexts`` how many batches are computed at a time: as many as asked
+    for, but one on TensorRT 8, where an optimization profile serves a single context.
+    """
+
+    def __init__(self, device: Device, tensors: Tensors, lanes: List[_Lane], held: ExitStack, last: ExitStack) -> None:
+        self.tensors = tensors
+        self.contexts = len(lanes)
+        self._device = device
+        self._idle = lanes
+        self._held = held
+        self._last = last
+        self._changed = threading.Condition()
+        self._state = "open"
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        """Return the logits of a batch of any size, computed in pieces that the engine takes.
+
+        Args:
+            batch: float32 ``(N, 3, h, w)``, normalized.
+
+        Returns:
+            float32 ``(N, K)``.
+
+        Raises:
+            BackendError: the array does not fit, the session is closed, or TensorRT or CUDA fails.
+        """
+        self._check(batch)
+        lane = self._take()
+        try:
+            with self._device.current():
+                return lane.run(batch)
+        finally:
+            self._give(lane)
+
+    def close(self) -> None:
+        """Let running calls end, then free everything; calls that wait are refused. Calling it twice is fine.
+
+        Raises:
+            BackendError: CUDA refused to free something; all else is freed, and the session is closed.
+        """
+        with self._changed:
+            while self._state == "closing":
+                self._changed.wait()
+            if self._state == "closed":
+                return
+            self._state = "closing"
+            self._changed.notify_all()
+            try:
+                while len(self._idle) < self.contexts:
+                    self._changed.wait()
+            except BaseException:  # interrupted: it stays open, and may be closed again
+                self._settle("open")
+                raise
+            self._idle = []
+        try:
+            with self._last:
+                _free(self._device, self._held)
+        finally:
+            with self._changed:
+                self._settle("closed")
+
+    def _settle(self, state: str) -> None:
+        self._state = state
+        self._changed.notify_all()
+
+    def _check(self, batch: np.ndarray) -> None:
+        shape = self.tensors.shape
+        if isinstance(batch, np.ndarray) and batch.dtype == np.float32 and batch.ndim == 4 and batch.shape[1:] == shape:
+            return
+        found = f"{batch.dtype} {batch.shape}" if isinstance(batch, np.ndarray) else type(batch).__name__
+        wanted = ", ".join(str(size) for size in shape)
+        raise BackendError(f"this engine takes float32 (N, {wanted}), not {found}. Prepare frames as its recipe says.")
+
+    def _take(self) -> _Lane:
+        with self._changed:
+            while self._state == "open" and not self._idle:
+                self._changed.wait()
+            if self._state != "open":
+                raise BackendError("this engine is closed. Load the bundle again.")
+            return self._idle.pop()
+
+    def _give(self, lane: _Lane) -> None:
+        with self._changed:
+            self._idle.append(lane)
+            self._changed.notify_all()
+
+
+class _Engine:
+    """A deserialized plan. It is forgotten backwards: TensorRT wants the runtime to outlive it, and it its contexts."""
+
+    def __init__(self, trt: Any, place: str, held: ExitStack) -> None:
+        self._trt = trt
+        self._place = place
+        self._record = Record()
+        self._logger: Any = make_logger(trt, self._record)
+        held.callback(self._forget)
+        try:
+            self._runtime: Any = trt.Runtime(self._logger)
+        except (TypeError, RuntimeError) as problem:  # what the bindings make of a null pointer
+            raise self.failed(f"opening its runtime ({problem})") from problem
+        self._engine: Any = None
+        self.shares_its_profile = [shared for since, shared in SHARED_PROFILE if since <= version(trt)][-1]
+
+    def deserialize(self, plan: bytes, target: str) -> None:
+        """Give the plan to TensorRT. ``engine_host_code_allowed`` stays as it is, off."""
+        if target.startswith("dla"):
+            core = int(target[len("dla") :])
+            if core >= self._runtime.num_DLA_cores:
+                raise BackendError(
+                    f"engine was built for DLA core {core}; this machine has {self._runtime.num_DLA_cores} that "
+                    f"{words(self._trt)} can use. Compile it for the GPU: edgeres compile {self._place} --target gpu"
+                )
+            self._runtime.DLA_core = core
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            said = self._said()
+            mend = advice(said, f"Compile it again: edgeres compile {self._place}")
+            raise BackendError(f"{words(self._trt)} failed at opening this plan: {said}. {mend}")
+
+    def tensors(self) -> Tensors:
+        """Return what goes in and out, if it is one batch of float32 images and one of float32 logits."""
+        engine, trt = self._engine, self._trt
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        entering = member(trt.TensorIOMode, "INPUT")
+        inputs = [name for name in names if engine.get_tensor_mode(name) == entering]
+        outputs = [name for name in names if name not in inputs]
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise self._foreign(f"inputs {inputs} and outputs {outputs} instead of one of each")
+        types = [engine.get_tensor_dtype(name) for name in (*inputs, *outputs)]
+        if any(kind != member(trt.DataType, "FLOAT") for kind in types):
+            raise self._foreign(f"types {types[0]} and {types[1]} instead of float32")
+        least = largest = frames = tuple(engine.get_tensor_shape(inputs[0]))
+        if -1 in frames:
+            least, _, largest = (tuple(shape) for shape in engine.get_tensor_profile_shape(inputs[0], 0))
+        logits = tuple(engine.get_tensor_shape(outputs[0]))
+        if len(frames) != 4 or least[1:] != largest[1:] or not 1 <= least[0] <= largest[0]:
+            raise self._foreign(f"an input of {least} to {largest} instead of (N, 3, h, w)")
+        if len(logits) != 2 or logits[1] < 1:
+            raise self._foreign(f"an output of {logits} instead of (N, K)")
+        return Tensors(inputs[0], outputs[0], largest[1:], logits[1], least[0], largest[0])
+
+    def create_context(self) -> Any:
+        """Return an execution context; its activations take memory on the GPU."""
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise self.failed("creating an execution context")
+        return context
+
+    def failed(self, doing: str) -> BackendError:
+        """Return the error for a call that answered None or False."""
+        said = self._said()
+        return BackendError(f"{words(self._trt)} failed at {doing}: {said}. {advice(said)}")
+
+    def _said(self) -> str:
+        """Return what TensorRT said since it was last asked."""
+        said = self._record.last_words()
+        self._record.take(0)
+        return said
+
+    def _foreign(self, what: str) -> BackendError:
+        return BackendError(f"this engine has {what}; edgeres did not build it. Compile: edgeres compile {self._place}")
+
+    def _forget(self) -> None:
+        self._engine = None
+        self._runtime = None
+        self._logger = None
+
+
+class _Lane:
+    """One execution context with its stream and buffers; one thread at a time. All of it is freed by ``held``."""
+
+    def __init__(self, engine: _Engine, device: Device, tensors: Tensors, held: ExitStack) -> None:
+        self._engine = engine
+        self._device = device
+        self._tensors = tensors
+        self._stream = device.create_stream()
+        held.callback(device.destroy_stream, self._stream)
+        shapes = ((tensors.largest, *tensors.shape), (tensors.largest, tensors.classes))
+        buffers: List[Tuple[np.ndarray, int]] = []
+        for shape in shapes:
+            host = device.pinned(shape)
+            held.callback(device.free_pinned, host)
+            address = device.allocate(host.nbytes)
+            held.callback(device.free, address)
+            buffers.append((host, address))
+        (self._frames, self._frames_address), (self._logits, self._logits_address) = buffers
+        self._context: Any = engine.create_context()
+        held.callback(self._forget)
+        self._rows = 0
+        self._bind()
+
+    def _bind(self) -> None:
+        """Tell the context its profile and its buffers, and hear from it that they fit."""
+        context, tensors = self._context, self._tensors
+        if not context.set_optimization_profile_async(0, self._stream):
+            raise self._engine.failed("choosing the optimization profile")
+        self._reshape(tensors.largest)
+        for name, address in ((tensors.input, self._frames_address), (tensors.output, self._logits_address)):
+            if not context.set_tensor_address(name, address):
+                raise self._engine.failed(f"binding the buffer of {name}")
+        logits = tuple(context.get_tensor_shape(tensors.output))
+        if logits != self._logits.shape:
+            raise BackendError(
+                f"the engine answers {self._frames.shape} with {logits} instead of {self._logits.shape}; "
+                "edgeres did not build it. Compile it again."
+            )
+        self._device.synchronize(self._stream)
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """Return the logits of a batch of any size; the device's context is current."""
+        logits = np.empty((len(batch), self._tensors.classes), np.float32)
+        step = self._tensors.largest
+        try:
+            for start in range(0, len(batch), step):
+                self._run_piece(batch[start : start + step], logits[start : start + step])
+        except BaseException:
+            self._rows = 0
+            with suppress(BackendError):  # the next caller must not find copies still under way
+                self._device.synchronize(self._stream)
+            raise
+        return logits
+
+    def _run_piece(self, batch: np.ndarray, logits: np.ndarray) -> None:
+        count = len(batch)
+        rows = max(count, self._tensors.least)
+        if rows != self._rows:
+            self._reshape(rows)
+        self._frames[:count] = batch
+        self._frames[count:rows] = 0.0
+        self._device.upload(self._frames_address, self._frames[:rows], self._stream)
+        if not self._context.execute_async_v3(self._stream):
+            raise self._engine.failed(f"running a batch of {rows}")
+        self._device.download(self._logits[:rows], self._logits_address, self._stream)
+        self._device.synchronize(self._stream)
+        logits[:] = self._logits[:count]
+
+    def _reshape(self, rows: int) -> None:
+        if not self._context.set_input_shape(self._tensors.input, (rows, *self._tensors.shape)):
+            raise self._engine.failed(f"taking a batch of {rows}")
+        self._rows = rows
+
+    def _forget(self) -> None:
+        self._context = None
+
+
+def _free(device: Device, held: ExitStack) -> None:
+    """Free all that is held, in the device's context if it can still be entered; the last refusal is raised."""
+    with held, device.current():  # freed within; `held` frees what is left where the context could not be entered
+        held.close()

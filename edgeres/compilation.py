@@ -1,0 +1,228 @@
+"""Engines into bundles: which ONNX a backend gets, what the engine was built for, and where it is kept.
+
+Nothing here needs torch or onnx: a bundle that was built on a host is compiled on the robot that will run it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Tuple
+
+import msgspec
+
+from edgeres import files
+from edgeres.artifacts import (
+    Bundle,
+    CalibrationTable,
+    Engine,
+    ExportedModel,
+    FileRef,
+    Manifest,
+    QuantizedModel,
+    from_data,
+    from_json,
+)
+from edgeres.bundle import verify
+from edgeres.errors import BackendError, BundleError
+from edgeres.files import file_ref
+from edgeres.recipe import EngineSection
+from edgeres.workspace import Workspace
+
+Watch = Callable[[str, int, int], None]
+
+TARGETS: Dict[str, Tuple[str, str]] = {
+    "cpu": ("cpu", "this CPU, by onnxruntime"),
+    "gpu": ("tensorrt", "this machine's GPU, by TensorRT"),
+    "dla0": ("tensorrt", "the first Deep Learning Accelerator of a Jetson"),
+    "dla1": ("tensorrt", "the second Deep Learning Accelerator of a Jetson"),
+    "rtx": ("tensorrt-rtx", "RTX GPUs, ahead of time, by TensorRT for RTX; no GPU is needed to compile"),
+}
+"""Target → its backend, and what it is."""
+
+DEFAULT_TARGETS = {"cpu": "cpu", "tensorrt": "gpu", "tensorrt-rtx": "rtx"}
+
+
+def resolve(section: EngineSection) -> Tuple[str, str]:
+    """Return the backend and the target that a recipe means on this machine.
+
+    Raises:
+        BackendError: the target is not one of the backend's.
+    """
+    backend, target = section.backend, section.target
+    if backend == "auto":
+        backend = TARGETS[target][0] if target is not None else ("tensorrt" if gpu_is_usable() else "cpu")
+    target = target or DEFAULT_TARGETS[backend]
+    if TARGETS[target][0] != backend:
+        raise BackendError(
+            f"target {target} belongs to the backend {TARGETS[target][0]}, not to {backend}. Leave --backend out, or "
+            "choose another --target: see `edgeres compile --list-targets`"
+        )
+    return backend, target
+
+
+def gpu_is_usable() -> bool:
+    """Whether TensorRT is installed and a GPU answers."""
+    if importlib.util.find_spec("tensorrt") is None:
+        return False
+    from edgeres.backends.tensorrt.device import open_device
+
+    try:
+        open_device().close()
+    except Exception:  # no driver, no device, no package: whatever it is, this machine has no GPU to use
+        return False
+    return True
+
+
+def compile_engine(
+    folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel, watch: Watch
+) -> Tuple[Engine, Tuple[str, ...]]:
+    """Return the engine of a model whose files lie in ``folder``, and warnings; its own file is written there too.
+
+    Raises:
+        BackendError: the backend is missing, refuses the model, or cannot serve the target.
+    """
+    backend, _ = resolve(section)
+    if backend == "cpu":
+        from edgeres.backends import cpu
+
+        cpu.open_model(folder / model.file.path).close()
+        return cpu.compile_engine(model.file, model.precision), ()
+    return _tensorrt_engine(folder, section, exported, model, watch)
+
+
+def _tensorrt_engine(
+    folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel, watch: Watch
+) -> Tuple[Engine, Tuple[str, ...]]:
+    from edgeres.backends.tensorrt import BuildRequest, attribute, build_in_child, dla_cache, graph_for_flavour
+
+    backend, target = resolve(section)
+    wanted = graph_for_flavour(backend, model.precision, target)
+    source = _source(wanted, exported, model)
+    cache = None
+    if wanted == "fp32" and model.precision == "int8":
+        table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
+        cache = dla_cache(backend, {name: value.amax for name, value in table.tensors.items()})
+    plan = f"engines/{target}.engine"
+    (folder / "engines").mkdir(exist_ok=True)
+    batch = section.batch if target in ("gpu", "rtx") else (section.batch[1],) * 3  # a DLA has one batch size
+    result = build_in_child(
+        BuildRequest(
+            onnx=str(folder / source.path),
+            plan=str(folder / plan),
+            input_name=exported.input_name,
+            shape=exported.input_shape,
+            batch=batch,
+            precision=model.precision,
+            flavour=backend,
+            target="gpu" if target == "rtx" else target,
+            gpu_fallback=section.gpu_fallback,
+            workspace=None if section.workspace_mib is None else section.workspace_mib << 20,
+            optimization_level=section.optimization_level,
+            timing_cache=section.timing_cache,
+            version_compatible=section.version_compatible,
+            hardware_compatible=section.hardware_compatible,
+            calibration_cache=cache,
+        ),
+        watch,
+    )
+    layers, complaints = attribute(result.layers, model.layers)
+    if complaints and section.strict:
+        raise BackendError("with --strict, every layer must run as planned: " + "; ".join(complaints))
+    engine = Engine(
+        target=target,
+        backend=backend,
+        precision=model.precision,
+        file=file_ref(folder, plan),
+        built_for=result.built_for,
+        options={"batch": ",".join(map(str, batch)), "source": source.path},
+        model_sha256=source.sha256,
+        layers=layers,
+    )
+    return engine, (*result.warnings, *complaints)
+
+
+def _source(wanted: str, exported: ExportedModel, model: QuantizedModel) -> FileRef:
+    """Return the ONNX that the builder gets; ``wanted`` as ``versions.graph_for`` names it."""
+    if wanted == "fp32":
+        return exported.file
+    if wanted == "qdq-fp16":
+        if model.mixed is None:
+            raise BundleError(
+                "this bundle has no FP16 form of its int8 model. Quantize it again: edgeres quantize BUNDLE"
+            )
+        return model.mixed
+    return model.file
+
+
+def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[Bundle, Tuple[str, ...]]:
+    """Return a bundle with one more engine (or a newer one for the same target), and warnings.
+
+    The bundle is verified first and changed whole, at the end; engines for other targets stay.
+
+    Raises:
+        BundleError: there is no intact bundle, or it was never quantized.
+        BackendError: the engine cannot be built.
+    """
+    manifest = verify(bundle)
+    if "quantize" not in manifest.stages and manifest.precision != "fp32":
+        raise BundleError(f"{bundle} holds no {manifest.precision} model yet. Make it: edgeres quantize {bundle}")
+    exported = from_data(manifest.stages["export"].facts, ExportedModel, "stage export")
+    model = QuantizedModel(exported.file, "fp32", ())
+    if "quantize" in manifest.stages:
+        model = from_data(manifest.stages["quantize"].facts, QuantizedModel, "stage quantize")
+    with Workspace(bundle) as workspace:
+        for ref in manifest.files:
+            place = workspace.folder / ref.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle / ref.path, place)
+        engine, warnings = compile_engine(workspace.folder, section, exported, model, watch)
+        changed = with_engine(manifest, engine, warnings)
+        workspace.commit(changed)
+    return Bundle(str(bundle), changed), warnings
+
+
+def with_engine(manifest: Manifest, engine: Engine, warnings: Tuple[str, ...]) -> Manifest:
+    """Return a manifest with ``engine`` in front, in the place of an older one for the same target."""
+    engines = (engine, *(other for other in manifest.engines if other.target != engine.target))
+    refs: Dict[str, FileRef] = {ref.path: ref for ref in manifest.files}
+    refs[engine.file.path] = engine.file
+    known: List[str] = [*manifest.warnings, *(w for w in warnings if w not in manifest.warnings)]
+    return msgspec.structs.replace(
+        manifest,
+        engines=engines,
+        files=tuple(refs[path] for path in sorted(refs)),
+        warnings=tuple(known),
+    )
+
+
+def list_targets() -> List[Dict[str, Optional[str]]]:
+    """Return every target, what it is, and what stands in its way here (None: nothing)."""
+    rows: List[Dict[str, Optional[str]]] = []
+    for target, (backend, text) in TARGETS.items():
+        rows.append({"target": target, "backend": backend, "what": text, "obstacle": _obstacle(backend)})
+    return rows
+
+
+def _obstacle(backend: str) -> Optional[str]:
+    if backend == "cpu":
+        return None if importlib.util.find_spec("onnxruntime") else "onnxruntime is missing: pip install 'edgeres[cpu]'"
+    from edgeres.backends.tensorrt import load_module
+
+    try:
+        load_module(backend)
+    except Exception as problem:  # missing, of another flavour, or broken: its own words say which
+        return str(problem)
+    return None
+
+
+def engine_words(engine: Engine) -> str:
+    """Return an engine in a few words, for a line of progress."""
+    if engine.backend == "cpu":
+        from edgeres.backends import cpu
+
+        return cpu.describe(engine.precision)
+    heavy = [layer for layer in engine.layers if layer.constants]
+    int8 = sum(layer.precision == "int8" for layer in heavy)
+    return f"{engine.file.path}, {engine.built_for.get('tensorrt', '')}, {int8} of {len(heavy)} weighted layers in int8"

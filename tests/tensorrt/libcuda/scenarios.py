@@ -1,0 +1,340 @@
+"""What is done with a GPU that is a double: python scenarios.py PACKAGE SCENARIO, under LD_LIBRARY_PATH.
+
+PACKAGE is ``pycuda`` or ``cuda``. Each scenario returns what the test looks at; it goes to stdout as JSON.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tiny_tensorrt import BUILT_FOR, CLASSES, PLAN, SHAPE, Tiny, frames, logits
+
+from edgeres.backends.tensorrt import session as room
+from edgeres.backends.tensorrt.device import Device, open_device
+from edgeres.errors import BackendError
+
+LEAKS = ("device_blocks", "pinned_blocks", "streams", "events", "depth")
+SINS = ("contexts_created", "on_default_stream", "pageable_copies", "freed_in_flight", "strangers")
+BATCHES = (1, 2, 3, 4, 5, 9)
+
+driver = ctypes.CDLL("libcuda.so.1")
+driver.double_count.restype = driver.double_calls.restype = ctypes.c_long
+driver.double_called.restype = ctypes.c_char_p
+driver.double_fail.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_int]
+HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+_waiting: dict[int, Any] = {}
+
+
+def enqueue(stream: int, work: Callable[[], None]) -> bool:
+    """Put a Python function on a stream, as a kernel would be, and say whether the driver took it."""
+
+    def run(_: Any) -> None:
+        work()
+        del _waiting[key]
+
+    function = HOST_FUNCTION(run)
+    key = id(function)
+    _waiting[key] = function
+    if driver.cuLaunchHostFunc(ctypes.c_void_p(stream), function, None) == 0:
+        return True
+    del _waiting[key]
+    return False
+
+
+def open_with(package: str) -> Device:
+    """Return the device through one package, and no other."""
+    if package == "pycuda":
+        from edgeres.backends.tensorrt.device.with_pycuda import PycudaDevice
+
+        return PycudaDevice(0)
+    from edgeres.backends.tensorrt.device.with_cuda_python import CudaPythonDevice
+
+    return CudaPythonDevice(0)
+
+
+def counts(*names: str) -> dict[str, int]:
+    return {name: driver.double_count(name.encode()) for name in names}
+
+
+def left() -> dict[str, int]:
+    """Return what is held and what was done wrong, where that is not nothing."""
+    gc.collect()
+    found = {name: count for name, count in counts(*LEAKS, *SINS).items() if count}
+    pushes, pops = driver.double_count(b"pushes"), driver.double_count(b"pops")
+    return found if pushes == pops else {**found, "pushed and not popped": pushes - pops}
+
+
+def open_tiny(tiny: Tiny, device: Device | None, contexts: int = 2) -> room.Session:
+    room.load_module = lambda flavour: tiny.module  # this process has no TensorRT
+    return room.open_session(PLAN, BUILT_FOR, device=device, contexts=contexts)
+
+
+def calls(package: str) -> Any:
+    """Every function of a device once; copies come when the stream is waited for, and not before."""
+    device = open_with(package)
+    with device.current():
+        stream = device.create_stream()
+        address = device.allocate(4 * 6)
+        there, back = device.pinned((2, 3)), device.pinned((2, 3))
+        there[:], back[:] = [[1, 2, 3], [4, 5, 6]], 0
+        start = device.record(stream)
+        device.upload(address, there, stream)
+        device.download(back, address, stream)
+        end = device.record(stream)
+        before = back.tolist()
+        device.synchronize(stream)
+        elapsed = device.elapsed(start, end)
+        free, total = device.memory()
+        device.free(address)
+        device.free_pinned(there)
+        device.free_pinned(back[:])
+        device.destroy_stream(stream)
+    report = {
+        "before": before, "free": free, "total": total, "elapsed": elapsed, "facts": [
+            device.name, device.compute_capability, device.driver
+        ],
+    }  # fmt: skip
+    with device.current():  # what close() finds
+        device.create_stream()
+        device.allocate(10)
+        device.pinned((1,))
+        device.record(device.create_stream())
+    device.close()
+    device.close()
+    try:
+        with device.current():
+            pass
+    except BackendError as problem:
+        report["closed"] = str(problem)
+    return {**report, "left": left()}
+
+
+def threads(package: str) -> Any:
+    """Eight threads, a thousand calls each, on three contexts."""
+    device = open_with(package)
+    session = open_tiny(Tiny(enqueue), device, contexts=3)
+    batches = [frames(count, seed) for seed, count in enumerate(BATCHES)]
+    alone = [session(batch) for batch in batches]
+    wrong: list[str] = []
+
+    def work(number: int) -> None:
+        try:
+            for call in range(1000):
+                which = (call + number) % len(batches)
+                if not np.array_equal(session(batches[which]), alone[which]):
+                    wrong.append(f"thread {number}, call {call}")
+        except BaseException as problem:
+            wrong.append(repr(problem))
+
+    start = time.perf_counter()
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    seconds = time.perf_counter() - start
+    exact = all(np.array_equal(a, logits(batch)) for a, batch in zip(alone, batches, strict=True))
+    made = counts("device_blocks", "pinned_blocks", "streams")
+    session.close()
+    device.close()
+    return {"wrong": wrong[:5], "exact": exact, "made": made, "seconds": seconds, "left": left(), **counts("retained")}
+
+
+def live(package: str, tiny: Tiny) -> BackendError | None:
+    """Open a device and a session, run it, close both, and return the first error; what still runs must run right."""
+    errors: list[BackendError] = []
+    batch = frames(9)
+
+    def attempt(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except BackendError as problem:
+            errors.append(problem.with_traceback(None))
+            return None
+
+    device = attempt(lambda: open_with(package))
+    if device is not None:
+        session = attempt(lambda: open_tiny(tiny, device))
+        if session is not None:
+            for _ in range(2):
+                answer = attempt(lambda: session(batch))
+                assert answer is None or np.array_equal(answer, logits(batch))
+            attempt(session.close)
+        attempt(device.close)
+    assert len(errors) < 2, errors
+    return errors[0] if errors else None
+
+
+def faults(package: str) -> Any:
+    """Each call of the driver fails once, for every place in the life of a device and its session."""
+    tiny = Tiny(enqueue)
+    live(package, tiny)  # what is only done once is not counted
+    before = {name: driver.double_calls(name) for name in called()}
+    assert live(package, tiny) is None
+    usual = {name: driver.double_calls(name) - before[name] for name in before}
+    # A context that cannot be left stays where it is, whatever one does.
+    usual = {name: count for name, count in usual.items() if count and name != b"cuCtxPopCurrent"}
+    report: dict[str, Any] = {"tried": 0, "told": 0, "bad": [], "functions": sorted(name.decode() for name in usual)}
+    for name, count in usual.items():
+        for after in range(count):
+            before_it = held()
+            assert driver.double_fail(name, 999, after, 0) == 0
+            text = str(live(package, tiny) or "")
+            driver.double_recover()
+            gc.collect()
+            report["tried"] += 1
+            report["told"] += bool(text)
+            found = held() - before_it
+            if text and not (" failed at " in text and "doctor" in text):
+                report["bad"].append(f"{name!r} {after}: {text}")
+            if found or tiny.alive:
+                report["bad"].append(f"{name!r} {after}: {found} are left, and {tiny.alive}; {text}")
+            if not text:
+                report.setdefault("silent", []).append(name.decode())
+    return {**report, "sins": {name: count for name, count in counts(*SINS).items() if count}, **left()}
+
+
+def held() -> int:
+    return sum(counts(*LEAKS).values())
+
+
+def called() -> list[bytes]:
+    names: list[bytes] = []
+    while driver.double_called(len(names)):
+        names.append(driver.double_called(len(names)))
+    return names
+
+
+def lost(package: str) -> Any:
+    """The GPU is lost between two calls."""
+    device = open_with(package)
+    session = open_tiny(Tiny(enqueue), device)
+    session(frames(3))
+    driver.double_lose(719)
+    said = []
+    for attempt in (lambda: session(frames(3)), lambda: session(frames(3)), session.close, lambda: session(frames(3))):
+        try:
+            attempt()
+            said.append("")
+        except BackendError as problem:
+            said.append(str(problem))
+    return {"said": said, **counts("depth")}
+
+
+def closing(package: str) -> Any:
+    """One thread closes while others run and wait."""
+    device = open_with(package)
+    tiny = Tiny(enqueue)
+    session = open_tiny(tiny, device, contexts=2)
+    tiny.seconds = 0.2
+    ends: list[str] = []
+
+    def work() -> None:
+        try:
+            ends.append("good" if np.array_equal(session(batch), logits(batch)) else "wrong")
+        except BackendError as problem:
+            ends.append(str(problem))
+
+    batch = frames(4)
+    workers = [threading.Thread(target=work) for _ in range(5)]
+    for worker in workers:
+        worker.start()
+    while session._idle or len(_waiting) < 2:
+        time.sleep(0.005)
+    closers = [threading.Thread(target=session.close) for _ in range(3)]
+    for closer in closers:
+        closer.start()
+    for worker in (*closers, *workers):
+        worker.join()
+    work()
+    session.close()
+    device.close()
+    return {"ends": sorted(ends), "left": left()}
+
+
+def memory(package: str) -> Any:
+    """There is memory for one context and a half."""
+    one = 4 * 4 * (int(np.prod(SHAPE)) + CLASSES)
+    os.environ["DOUBLE_MEMORY"] = str(one + one // 2)
+    device = open_with(package)
+    tiny = Tiny(enqueue)
+    try:
+        open_tiny(tiny, device, contexts=2)
+    except BackendError as problem:
+        said = str(problem)
+    after = left()
+    session = open_tiny(tiny, device, contexts=1)
+    right = np.array_equal(session(frames(9)), logits(frames(9)))
+    session.close()
+    device.close()
+    return {"said": said, "after": after, "right": right, "left": left()}
+
+
+def among_others(package: str) -> Any:
+    """The caller's thread has a context of its own; it is current before and after."""
+    current, other = ctypes.c_void_p(), ctypes.c_void_p()
+    assert driver.cuInit(0) == 0
+    assert driver.cuCtxCreate_v2(ctypes.byref(other), 0, 0) == 0
+    device = open_with(package)
+    session = open_tiny(Tiny(enqueue), device)
+    right = np.array_equal(session(frames(5)), logits(frames(5)))
+    session.close()
+    device.close()
+    driver.cuCtxGetCurrent(ctypes.byref(current))
+    return {"right": right, "kept": current.value == other.value, **counts("depth", "strangers", "streams")}
+
+
+def own_device(package: str) -> Any:
+    """A session opens its device itself, through whichever package is there."""
+    session = open_tiny(Tiny(enqueue), None)
+    right = np.array_equal(session(frames(5)), logits(frames(5)))
+    kind = type(session._device).__name__
+    session.close()
+    return {"right": right, "kind": kind, "left": left(), **counts("retained")}
+
+
+def refusals(package: str) -> Any:
+    """No such GPU, and what open_device makes of it."""
+    said = []
+    for index in (3, -1):
+        try:
+            open_device(index)
+        except BackendError as problem:
+            said.append(str(problem))
+    return said
+
+
+def none(package: str) -> Any:
+    """DOUBLE_DEVICES=0: the driver is there, and no GPU."""
+    try:
+        open_device()
+    except BackendError as problem:
+        return str(problem)
+    return None
+
+
+def unclosed(package: str) -> Any:
+    """The process ends with a session open, used by another thread than the one that opened it."""
+    if package == "pycuda":
+        atexit.register(lambda: os._exit(1) if driver.double_count(b"retained") else None)
+    session = open_tiny(Tiny(enqueue), open_with(package))
+    worker = threading.Thread(target=session, args=(frames(5),))
+    worker.start()
+    worker.join()
+    globals()["kept"] = session
+    return "ended"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(globals()[sys.argv[2]](sys.argv[1])) + "\n")

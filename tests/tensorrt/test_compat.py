@@ -1,0 +1,174 @@
+"""Plans and machines that fit each other, and the sentences for those that do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from edgeres.backends.tensorrt import compat
+
+ORIN = {
+    "flavour": "tensorrt",
+    "tensorrt": "10.3.0",
+    "compute_capability": "8.7",
+    "device": "Orin",
+    "module": "NVIDIA Jetson AGX Orin Developer Kit",
+    "cuda": "12.6",
+    "platform": "Linux aarch64",
+}
+SERVER = {
+    "flavour": "tensorrt",
+    "tensorrt": "10.13.2",
+    "compute_capability": "8.9",
+    "device": "NVIDIA L4",
+    "module": "",
+    "cuda": "13.0",
+    "platform": "Linux x86_64",
+}
+MEND = "Compile it here: edgeres compile build/resnet50-int8"
+
+
+def problems(built_for: dict[str, str], here: dict[str, str]) -> list[str]:
+    return compat.problems(built_for, here, "build/resnet50-int8")
+
+
+@pytest.mark.parametrize("machine", [ORIN, SERVER])
+def test_a_plan_fits_where_it_was_built(machine: dict[str, str]) -> None:
+    assert problems(machine, machine) == []
+
+
+def test_everything_that_does_not_fit_stands_in_one_sentence() -> None:
+    assert problems({**SERVER, "tensorrt": "10.3.0", "compute_capability": "8.7"}, SERVER) == [
+        f"engine was built for TensorRT 10.3.0, sm_87; this machine has 10.13.2, sm_89. {MEND}"
+    ]
+    assert problems(SERVER, ORIN) == [
+        "engine was built for TensorRT 10.13.2, sm_89, CUDA 13.0, Linux x86_64; "
+        f"this machine has 10.3.0, sm_87, CUDA 12.6, Linux aarch64. {MEND}"
+    ]
+
+
+UNFIT = {
+    "older TensorRT": ({"tensorrt": "10.2.0"}, {}, "TensorRT 10.2.0", "10.3.0"),
+    "newer TensorRT": ({"tensorrt": "10.3.1"}, {}, "TensorRT 10.3.1", "10.3.0"),
+    "another GPU": ({"compute_capability": "7.2"}, {}, "sm_72", "sm_87"),
+    "no GPU": ({}, {"compute_capability": ""}, "sm_87", "no GPU"),
+    "another module": (
+        {"module": "NVIDIA Jetson Orin Nano Developer Kit"},
+        {},
+        "NVIDIA Jetson Orin Nano Developer Kit",
+        "NVIDIA Jetson AGX Orin Developer Kit",
+    ),
+    "an older driver": ({"cuda": "13.0"}, {}, "CUDA 13.0", "CUDA 12.6"),
+    "no driver": ({}, {"cuda": ""}, "CUDA 12.6", "no CUDA"),
+    "another system": ({"platform": "Linux x86_64"}, {}, "Linux x86_64", "Linux aarch64"),
+    "the other flavour": (
+        {"flavour": "tensorrt-rtx", "tensorrt": "1.7.1"},
+        {},
+        "TensorRT for RTX 1.7.1",
+        "TensorRT 10.3.0",
+    ),
+    "version-compatible, from a newer one": (
+        {"tensorrt": "10.4.0", "version_compatible": "yes"},
+        {},
+        "TensorRT 10.4.0",
+        "10.3.0",
+    ),
+    "version-compatible, two majors on": (
+        {"tensorrt": "8.6.1", "version_compatible": "yes"},
+        {"tensorrt": "11.4.0"},
+        "TensorRT 8.6.1",
+        "11.4.0",
+    ),
+    "not version-compatible": (
+        {"tensorrt": "10.0.1", "version_compatible": "no"},
+        {},
+        "TensorRT 10.0.1",
+        "10.3.0",
+    ),
+    "Ampere or newer, on Xavier": (
+        {"hardware_compatible": "AMPERE_PLUS"},
+        {"compute_capability": "7.2"},
+        "sm_87",
+        "sm_72",
+    ),
+    "the same capability only": (
+        {"hardware_compatible": "SAME_COMPUTE_CAPABILITY"},
+        {"compute_capability": "8.6"},
+        "sm_87",
+        "sm_86",
+    ),
+}
+
+
+@pytest.mark.parametrize(("plan", "machine", "built", "here"), UNFIT.values(), ids=UNFIT)
+def test_what_does_not_fit(plan: dict[str, str], machine: dict[str, str], built: str, here: str) -> None:
+    assert problems({**ORIN, **plan}, {**ORIN, **machine}) == [
+        f"engine was built for {built}; this machine has {here}. {MEND}"
+    ]
+
+
+FITS = {
+    "a newer driver": ({}, {"cuda": "13.2"}),
+    "the driver's minor version": ({"cuda": "12.8"}, {}),
+    "another GPU of the same capability": ({"device": "NVIDIA L40"}, {}),
+    "a module that a container hides": ({}, {"module": ""}),
+    "a plan from before modules": ({"module": ""}, {}),
+    "version-compatible, newer": ({"tensorrt": "10.0.1", "version_compatible": "yes"}, {}),
+    "version-compatible, from 8": ({"tensorrt": "8.6.1", "version_compatible": "yes"}, {}),
+    "version-compatible, on 11": ({"version_compatible": "yes"}, {"tensorrt": "11.0.0"}),
+    "Ampere or newer": ({"hardware_compatible": "AMPERE_PLUS"}, {"compute_capability": "12.0"}),
+    "no facts but the version": (dict.fromkeys(ORIN, "") | {"tensorrt": "10.3.0"}, {}),
+}
+
+
+@pytest.mark.parametrize(("plan", "machine"), FITS.values(), ids=FITS)
+def test_what_fits(plan: dict[str, str], machine: dict[str, str]) -> None:
+    assert problems({**ORIN, **plan}, {**ORIN, **machine}) == []
+
+
+def test_tensorrt_for_rtx_takes_any_gpu() -> None:
+    plan = {**SERVER, "flavour": "tensorrt-rtx", "tensorrt": "1.7.1", "compute_capability": "portable", "cuda": ""}
+    here = {**SERVER, "flavour": "tensorrt-rtx", "tensorrt": "1.7.1"}
+    assert problems(plan, here) == []
+    assert problems(plan, {**here, "tensorrt": "1.6.1"}) == [
+        f"engine was built for TensorRT for RTX 1.7.1; this machine has 1.6.1. {MEND}"
+    ]
+
+
+def test_a_plan_that_tells_nothing() -> None:
+    assert problems({}, ORIN) == [f"nothing says which TensorRT the engine was built for. {MEND}"]
+
+
+def test_the_facts_of_a_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compat, "TREE", tmp_path)
+    trt = ModuleType("tensorrt")
+    trt.__version__ = "10.3.0"
+    device = SimpleNamespace(name="NVIDIA L4", compute_capability=(8, 9), driver=(12, 6))
+    facts = compat.this_machine(trt, device)
+    assert facts == {**facts, "flavour": "tensorrt", "compute_capability": "8.9", "device": "NVIDIA L4", "module": ""}
+    assert facts["cuda"] == "12.6"
+    assert facts["tensorrt"].startswith("10.")
+    assert facts["platform"].count(" ") == 1
+    without = compat.this_machine(trt, None)
+    assert set(without) == set(facts) == set(ORIN)
+    assert [without[name] for name in ("compute_capability", "device", "cuda")] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("compatible", "model", "name"),
+    [
+        (b"nvidia,p3768-0000+p3767-0005\0nvidia,tegra234\0", b"NVIDIA Jetson Orin Nano Developer Kit\0", None),
+        (b"nvidia,tegra194\0", b"Jetson-AGX\0", "Jetson-AGX"),
+        (b"raspberrypi,4-model-b\0", b"Raspberry Pi 4 Model B\0", ""),
+    ],
+)
+def test_the_name_of_a_module(tmp_path: Path, compatible: bytes, model: bytes, name: str | None) -> None:
+    (tmp_path / "compatible").write_bytes(compatible)
+    (tmp_path / "model").write_bytes(model)
+    assert compat.jetson_module(tmp_path) == ("NVIDIA Jetson Orin Nano Developer Kit" if name is None else name)
+
+
+def test_a_machine_without_a_device_tree(tmp_path: Path) -> None:
+    assert compat.jetson_module(tmp_path / "absent") == ""
