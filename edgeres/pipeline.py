@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
@@ -29,7 +30,7 @@ from edgeres.artifacts import (
     to_data,
     to_json,
 )
-from edgeres.errors import BundleError, CalibrationError, ExportError
+from edgeres.errors import BundleError, CalibrationError, ExportError, RecipeError
 from edgeres.progress import Progress
 from edgeres.provenance import provenance, versions
 from edgeres.recipe import Recipe, locate, recipe_data
@@ -90,7 +91,11 @@ class Build:
         from edgeres.preflight import open_inputs, require_host_packages
 
         require_host_packages(self.recipe)
-        self.calibration, self.validation = open_inputs(self.recipe)
+        if self.recipe.precision != "int8" and STAGES[self.last] in ("observe", "calibrate"):
+            raise CalibrationError(f"{self.recipe.precision} needs no ranges. Calibrate for int8: --precision int8")
+        self.calibration, self.validation = open_inputs(
+            self.recipe, calibrates=STAGES[self.last] != "export", judges=STAGES[self.last] == "validate"
+        )
         wanted = self.recipe.calibration.count
         if self.calibration is not None and self.recipe.precision == "int8" and len(self.calibration) < wanted:
             self.warn(f"{len(self.calibration)} calibration samples were found; {wanted} were asked for")
@@ -117,7 +122,9 @@ class Build:
             "tools": versions(("torch", "onnx", "onnxruntime")),
         }
         if model.onnx is not None:
-            inputs["file"] = files.sha256_file(model.onnx)
+            from edgeres.export import files_of
+
+            inputs["files"] = [files.sha256_file(path) for path in files_of(model.onnx)]
         else:
             inputs["source"] = model.source
         if model.onnx is None and self.recipe.architecture is None:
@@ -133,11 +140,19 @@ class Build:
         exported = from_data(self.stage("export", inputs, model.source, work).facts, ExportedModel, "stage export")
         if size is None:
             self.recipe = self.recipe.with_size((exported.input_shape[1], exported.input_shape[2]))
+        if self.validation is not None:
+            from edgeres.preflight import label_problems
+
+            problems = label_problems(self.validation, exported.num_classes)
+            if problems:
+                raise RecipeError("cannot go on", problems)
         return exported
 
     def observe(self, exported: ExportedModel, tensors: Tuple[str, ...]) -> FileRef:
         """Run the calibration samples through the FP32 model and keep the statistics."""
         samples = self.calibration
+        if samples is None and STAGES.index("observe") > self.last:
+            raise _Reached
         if samples is None:
             raise CalibrationError("int8 needs calibration samples. Name a folder of images: --calibration FOLDER")
         preprocessing, chosen = self.recipe.preprocessing, samples.sample_set()
@@ -166,18 +181,29 @@ class Build:
     def calibrate(self, exported: ExportedModel, statistics: FileRef) -> CalibrationTable:
         """Choose each tensor's range from the statistics."""
         plan = self.recipe.calibration
-        inputs = {"statistics": statistics.sha256, "method": plan.method, "percentile": plan.percentile}
+        assert self.calibration is not None  # observe() has refused that
+        chosen = self.calibration.sample_set()
+        # The same counts may come from other samples or another model (a new classifier behind the same features), and
+        # the table binds these too.
+        inputs = {
+            "statistics": statistics.sha256,
+            "method": plan.method,
+            "percentile": plan.percentile,
+            "model": exported.file.sha256,
+            "samples": chosen.digest,
+            "source": chosen.source,
+            "preprocessing": to_data(self.recipe.preprocessing),
+        }
 
         def work() -> Made:
             from edgeres.calibrate import Statistics, choose
 
             path = self.workspace.folder / files.STATISTICS
             ranges = choose(Statistics.from_bytes(path.read_bytes(), str(path)), plan.method, plan.percentile)
-            assert self.calibration is not None  # observe() has refused that
             table = CalibrationTable(
                 model_sha256=exported.file.sha256,
                 preprocessing=self.recipe.preprocessing,
-                samples=self.calibration.sample_set(),
+                samples=chosen,
                 method=plan.method,
                 percentile=plan.percentile,
                 tensors=ranges,
@@ -232,6 +258,8 @@ class Build:
                 self.workspace.write(name, content)
                 ref = files.file_ref(self.workspace.folder, name)
                 count = sum(layer.precision == "int8" for layer in placement.layers)
+                if not placement.weights:
+                    self.warn("NOT ONE layer is in int8: see `edgeres inspect` for the reason of each")
                 return QuantizedModel(ref, precision, placement.layers), (name,), f"{name}, {count} layers in int8"
 
         record = self.stage("quantize", inputs, precision, work)
@@ -239,12 +267,18 @@ class Build:
 
     def compile(self, model: QuantizedModel) -> Engine:
         """Make the backend's engine."""
-        inputs = {"model": model.file.sha256, "backend": "cpu", "tools": versions(("onnxruntime",))}
+        inputs = {
+            "model": to_data(model.file),
+            "precision": model.precision,
+            "backend": "cpu",
+            "machine": platform.machine(),
+            "tools": versions(("onnxruntime",)),
+        }
 
         def work() -> Made:
             from edgeres.backends import cpu
 
-            cpu.open_model(self.workspace.folder / model.file.path).close()
+            cpu.open_model(self.workspace.folder / model.file.path, model.precision).close()
             return cpu.compile_engine(model.file, model.precision), (), f"cpu: {cpu.describe(model.precision)}"
 
         record = self.stage("compile", inputs, "cpu", work)
@@ -268,7 +302,7 @@ class Build:
         data = {"samples": chosen.digest, "preprocessing": to_data(preprocessing), "tools": versions(("onnxruntime",))}
 
         def refer() -> Made:
-            fp32 = open_file(self.workspace.folder / files.FP32_MODEL)
+            fp32 = open_file(self.workspace.folder / files.FP32_MODEL, "fp32")
             logits = run_samples(fp32, samples, preprocessing, watch)
             self.workspace.write(files.REFERENCE, reference_content(logits, samples))
             return {"samples": len(samples)}, (files.REFERENCE,), f"FP32 logits of {len(samples)} samples"
@@ -288,7 +322,9 @@ class Build:
         }
 
         def work() -> Made:
-            logits = run_samples(open_file(self.workspace.folder / engine.file.path), samples, preprocessing, watch)
+            logits = run_samples(
+                open_file(self.workspace.folder / engine.file.path, engine.precision), samples, preprocessing, watch
+            )
             reference = (self.workspace.folder / files.REFERENCE).read_bytes()
             report = judge(reference, logits, engine, (judged.max_drop, judged.policy), source)
             self.workspace.write(files.REPORT, to_json(report))
@@ -320,6 +356,10 @@ def build(
             exported = job.export()
             job.validate(exported, job.compile(job.quantize(exported)))
         manifest = _manifest(job)
+        lost = workspace.left_out(manifest)
+        if lost:
+            job.warn(f"{', '.join(lost)} no longer fit and are left out. Make them again: edgeres build {place}")
+            manifest = _manifest(job)
         workspace.commit(manifest)
     return Bundle(str(place), manifest)
 
@@ -336,7 +376,7 @@ def _exported(recipe: Recipe) -> Exported:
     if recipe.architecture is not None:
         module = models.create(model.source, model.num_classes, model.seed)
     else:
-        module = models.from_callable(model.source, model.num_classes)
+        module = models.from_callable(model.source, model.num_classes, model.seed)
     if model.weights is not None:
         models.load_weights(module, locate(model.weights))
     return export_module(module, recipe.preprocessing.size)
