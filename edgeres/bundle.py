@@ -16,6 +16,7 @@ from edgeres.errors import BundleError, IntegrityError, numbered
 from edgeres.files import MANIFEST, sha256_bytes, sha256_file
 
 Folder = Union[str, "os.PathLike[str]"]
+FORMAT = 1
 LARGEST_MANIFEST = 256 << 20  # bytes: a manifest names files and samples, it does not hold them
 
 
@@ -50,11 +51,7 @@ def verify(folder: Folder) -> Manifest:
         BundleError: there is no readable manifest.
         IntegrityError: with every file that is missing, changed or outside the bundle.
     """
-    manifest = read_manifest(folder)
-    problems = [problem for ref in manifest.files for problem in _problems(Path(folder), ref)]
-    if problems:
-        raise IntegrityError(numbered(str(folder), problems) + "\nDo not use it: build it again, or copy it again.")
-    return manifest
+    return verify_and_read(folder, ())[0]
 
 
 def unlisted(folder: Folder, manifest: Manifest) -> List[str]:
@@ -95,7 +92,7 @@ def intact(folder: Folder, ref: FileRef) -> bool:
 def verify_and_read(folder: Folder, wanted: Tuple[str, ...]) -> Tuple[Manifest, Dict[str, bytes]]:
     """Return the manifest and the bytes of the ``wanted`` files, after checking every file of the bundle once."""
     manifest = read_manifest(folder)
-    problems: List[str] = []
+    problems = _contradictions(manifest)
     contents: Dict[str, bytes] = {}
     for ref in manifest.files:
         if ref.path not in wanted:
@@ -108,6 +105,22 @@ def verify_and_read(folder: Folder, wanted: Tuple[str, ...]) -> Tuple[Manifest, 
     if problems:
         raise IntegrityError(numbered(str(folder), problems) + "\nDo not use it: build it again, or copy it again.")
     return manifest, contents
+
+
+def _contradictions(manifest: Manifest) -> List[str]:
+    """Return what a manifest says that no build would write."""
+    problems = []
+    if manifest.format != FORMAT:
+        problems.append(f"the manifest is of format {manifest.format}; this edgeres reads format {FORMAT}")
+    refs = {ref.path: ref for ref in manifest.files}
+    if len(refs) != len(manifest.files):
+        problems.append("the manifest lists a file twice")
+    if not refs:
+        problems.append("the manifest lists no file")
+    for engine in manifest.engines:
+        if refs.get(engine.file.path) != engine.file:
+            problems.append(f"the engine for {engine.target} is {engine.file.path}, which is not in the list of files")
+    return problems
 
 
 def _problems(folder: Path, ref: FileRef) -> List[str]:

@@ -6,21 +6,24 @@ cannot decide; 70 a bug in edgeres; 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, TypeVar
 
 import click
 
 import edgeres
-from edgeres.errors import EdgeresError
+from edgeres.errors import EdgeresError, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED = 0, 1, 2, 3, 70, 130
+OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 70, 130, 143
 VERDICT_CODES = {"pass": OK, "unlabelled": OK, "fail": FAILED, "inconclusive": UNDECIDED}
 
 
@@ -192,7 +195,7 @@ def _stage(name: str, until: str, text: str) -> None:
     """Add a command that runs the pipeline up to one stage."""
 
     @cli.command(name, help=text, short_help=text.split(".")[0] + ".")
-    @click.argument("recipe", metavar="RECIPE|BUNDLE", required=False)
+    @click.argument("recipe", metavar="[RECIPE|BUNDLE]", required=False)
     @build_options
     def command(recipe: Optional[str], out: Optional[Path], as_json: bool, **options: Any) -> int:
         return _run(recipe, out, as_json, until, options)[1]
@@ -266,10 +269,11 @@ def validate(
         )
     finally:
         progress.stop()
-    if as_json:
-        _print_json(to_data(report))
-    else:
-        show_report(report)
+    with _answered():
+        if as_json:
+            _print_json(to_data(report))
+        else:
+            show_report(report)
     return VERDICT_CODES[report.verdict]
 
 
@@ -298,7 +302,7 @@ def inspect(path: Path, as_json: bool) -> int:
         rows = [[x["name"], x["type"], x["precision"]] for x in facts["layers"]]
         show_rows(["layer", "type", "precision"], rows, f"{path}, opset {facts['opset']}")
         for problem in facts["lint"]:
-            click.echo(f"TensorRT rule broken: {problem}")
+            click.echo(printable(f"TensorRT rule broken: {problem}"))
     return OK
 
 
@@ -324,7 +328,7 @@ def verify(bundle: Path, as_json: bool) -> int:
     else:
         click.echo(f"{bundle}: all {len(manifest.files)} files are as they were built")
         for path in strangers:
-            click.echo(f"not part of the bundle, not checked: {path}")
+            click.echo(printable(f"not part of the bundle, not checked: {path}"))
     return OK
 
 
@@ -396,13 +400,16 @@ def _run(
         out = Path(source)  # a bundle is continued where it is
     progress = TerminalProgress()
     try:
-        bundle = run(recipe, out, until, progress)
+        # A user's own model may print; the answer on stdout stays one JSON object.
+        with contextlib.redirect_stdout(sys.stderr):
+            bundle = run(recipe, out, until, progress)
     finally:
         progress.stop()
-    if as_json:
-        _print_json(_build_json(bundle, progress.lines))
-    else:
-        show_build(bundle, progress.lines)
+    with _answered():
+        if as_json:
+            _print_json(_build_json(bundle, progress.lines))
+        else:
+            show_build(bundle, progress.lines)
     return bundle, OK
 
 
@@ -458,9 +465,35 @@ def _print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """Let a command that has done its work keep its exit code when nobody reads its answer: a gate piped into `head`
+    must not change its verdict. A full disk behind stdout is told, and nothing more."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as problem:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        click.echo(f"warning: the answer could not be written: {problem.strerror or problem}", err=True)
+
+
 def main(arguments: Optional[List[str]] = None) -> None:
     """Run the command line and exit with its code: the one door from exception to exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is shown escaped
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_exit_code(arguments))
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: what is open is closed on the way out, as for an interrupt."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
 
 
 def _exit_code(arguments: Optional[List[str]]) -> int:
@@ -477,11 +510,13 @@ def _exit_code(arguments: Optional[List[str]]) -> int:
         )
         return INTERRUPTED
     except EdgeresError as problem:
-        click.echo(f"error: {problem}", err=True)
+        click.echo(f"error: {printable(str(problem))}", err=True)
         return FAILED
-    except BrokenPipeError:  # the reader of our output (a pager, head) has gone: nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+    except _Terminated:
+        click.echo(
+            "terminated; an earlier bundle is untouched, and the next build goes on where this one stopped", err=True
+        )
+        return TERMINATED
     except Exception:
         traceback.print_exc()
         click.echo("this is a bug in edgeres; please report it with the lines above", err=True)

@@ -87,7 +87,7 @@ def compile_engine(
     if backend == "cpu":
         from edgeres.backends import cpu
 
-        cpu.open_model(folder / model.file.path).close()
+        cpu.open_model(folder / model.file.path, model.precision).close()
         return cpu.compile_engine(model.file, model.precision), ()
     return _tensorrt_engine(folder, section, exported, model, watch)
 

@@ -112,6 +112,23 @@ class GateError(EdgeresError):
         super().__init__(message)
 
 
+def first_line(problem: BaseException) -> str:
+    """Return the first line of an exception's message; its type's name where there is no message.
+
+    What torch, onnx and onnxruntime raise runs over many lines, or says nothing at all.
+    """
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__
+
+
+def printable(text: str) -> str:
+    """Return text with every control character but newline and tab escaped.
+
+    File names and manifests come from outside, and a terminal obeys what they may hold.
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def numbered(where: str, problems: List[str]) -> str:
     """Join a place and what is wrong there into one message; several problems stand on lines of their own."""
     if len(problems) == 1:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
 from typing import Union
 
@@ -40,6 +42,24 @@ def sha256_file(path: Union[str, Path]) -> str:
         for chunk in iter(lambda: stream.read(CHUNK), b""):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_bounded(path: Union[str, Path], largest: int) -> bytes:
+    """Return the content of an ordinary file of at most ``largest`` bytes.
+
+    Pipes and devices, which may never end or never begin, are not opened at all.
+
+    Raises:
+        OSError: it cannot be read, is not an ordinary file, or is larger.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not an ordinary file", str(path))
+    with open(path, "rb") as stream:
+        content = stream.read(largest + 1)
+    if len(content) > largest:
+        raise OSError(errno.EFBIG, f"larger than {largest:,} bytes", str(path))
+    return content
 
 
 def file_ref(folder: Union[str, Path], path: str) -> FileRef:

@@ -60,6 +60,8 @@ def inspect_file(path: Path) -> Dict[str, Any]:
     """
     if path.suffix.lower() != ".onnx":
         raise BundleError(f"{path} is neither a bundle's folder nor an .onnx file")
+    if not path.is_file():
+        raise BundleError(f"there is no ordinary file {path}. Check the path.")
     try:
         from edgeres.quantize.describe import describe_file
     except ImportError:

@@ -13,10 +13,9 @@ import numpy as np
 from edgeres import files
 from edgeres.artifacts import Engine, Manifest, Preprocessing, Report
 from edgeres.backends import Runner
-from edgeres.bundle import verify_and_read
 from edgeres.errors import BundleError, SampleError
-from edgeres.recipe import locate
-from edgeres.runtime import load
+from edgeres.recipe import ValidationSection, locate
+from edgeres.runtime.engine import load_with, open_record
 from edgeres.samples import Samples, open_samples, samples_from_arrays
 from edgeres.validation import compare
 
@@ -102,11 +101,11 @@ def stored_logits(content: Optional[bytes], samples: Samples) -> Optional[np.nda
     return reference["logits"] if same else None
 
 
-def open_file(path: Path) -> Runner:
+def open_file(path: Path, precision: str) -> Runner:
     """Return a runner of an ONNX file, on the CPU and exact."""
     from edgeres.backends import cpu
 
-    return cpu.open_model(path)
+    return cpu.open_model(path, precision)
 
 
 def validate_bundle(
@@ -135,27 +134,42 @@ def validate_bundle(
         BundleError: the bundle is damaged or has no engine.
         SampleError: the samples cannot be read, or labels do not fit them.
     """
-    with load(os.fspath(bundle), backend) as engine:
+    engine, contents = load_with(bundle, backend, None, (files.REFERENCE, files.FP32_MODEL))
+    with engine:
         manifest = engine.manifest
         samples = _samples(manifest, images, labels)
-        contents = verify_and_read(bundle, (files.REFERENCE, files.FP32_MODEL))[1]
         reference = stored_logits(contents.get(files.REFERENCE), samples)
         if reference is None:
-            from edgeres.backends import cpu
-
-            fp32 = cpu.open_engine(contents[files.FP32_MODEL], cpu.EXACT)
+            fp32 = open_record(contents[files.FP32_MODEL], fp32_record(manifest))
             reference = run_samples(fp32, samples, manifest.preprocessing, watch)
+        if samples.classes is not None and len(samples.classes) != reference.shape[1]:
+            raise SampleError(
+                f"{samples.source} has {len(samples.classes)} class folders and the model answers {reference.shape[1]} "
+                "classes: each class needs its folder, or the labels are others. For some classes only, give an .npz"
+            )
         logits = run_samples(engine, samples, manifest.preprocessing, watch)
-        judged = manifest.recipe["validation"]
+        judged = ValidationSection(**manifest.recipe.get("validation", {}))
         return compare(
             reference,
             logits,
             samples.labels,
-            max_drop_pp=judged["max_drop"] if max_drop is None else max_drop,
-            policy=judged["policy"] if policy is None else policy,
+            max_drop_pp=judged.max_drop if max_drop is None else max_drop,
+            policy=judged.policy if policy is None else policy,
             backend=engine.record.backend,
             precision=engine.record.precision,
         )
+
+
+def fp32_record(manifest: Manifest) -> Engine:
+    """Return the CPU engine of a bundle's FP32 model, which every bundle has.
+
+    Raises:
+        BundleError: this one has not.
+    """
+    for ref in manifest.files:
+        if ref.path == files.FP32_MODEL:
+            return Engine(target="cpu", backend="cpu", precision="fp32", file=ref, built_for={}, options={})
+    raise BundleError(f"the bundle has no {files.FP32_MODEL} to compare with. Build it again.")
 
 
 def _samples(
@@ -166,7 +180,7 @@ def _samples(
         return samples_from_arrays(images, labels)
     if labels is not None:
         raise SampleError("labels go with an array of images; a folder's labels are the names of its subfolders")
-    source = os.fspath(images) if images is not None else manifest.recipe["validation"].get("samples")
+    source = os.fspath(images) if images is not None else manifest.recipe.get("validation", {}).get("samples")
     if source is None:
         raise SampleError("this bundle was built without validation samples. Name some: --validation FOLDER")
     return open_samples(locate(source), labelled=True)

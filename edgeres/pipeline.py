@@ -30,7 +30,7 @@ from edgeres.artifacts import (
     to_data,
     to_json,
 )
-from edgeres.errors import BundleError, CalibrationError, ExportError
+from edgeres.errors import BundleError, CalibrationError, ExportError, RecipeError
 from edgeres.progress import Progress
 from edgeres.provenance import provenance, versions
 from edgeres.recipe import Recipe, locate, recipe_data
@@ -91,7 +91,11 @@ class Build:
         from edgeres.preflight import open_inputs, require_host_packages
 
         require_host_packages(self.recipe)
-        self.calibration, self.validation = open_inputs(self.recipe)
+        if self.recipe.precision != "int8" and STAGES[self.last] in ("observe", "calibrate"):
+            raise CalibrationError(f"{self.recipe.precision} needs no ranges. Calibrate for int8: --precision int8")
+        self.calibration, self.validation = open_inputs(
+            self.recipe, calibrates=STAGES[self.last] != "export", judges=STAGES[self.last] == "validate"
+        )
         wanted = self.recipe.calibration.count
         if self.calibration is not None and self.recipe.precision == "int8" and len(self.calibration) < wanted:
             self.warn(f"{len(self.calibration)} calibration samples were found; {wanted} were asked for")
@@ -118,7 +122,9 @@ class Build:
             "tools": versions(("torch", "onnx", "onnxruntime")),
         }
         if model.onnx is not None:
-            inputs["file"] = files.sha256_file(model.onnx)
+            from edgeres.export import files_of
+
+            inputs["files"] = [files.sha256_file(path) for path in files_of(model.onnx)]
         else:
             inputs["source"] = model.source
         if model.onnx is None and self.recipe.architecture is None:
@@ -134,11 +140,19 @@ class Build:
         exported = from_data(self.stage("export", inputs, model.source, work).facts, ExportedModel, "stage export")
         if size is None:
             self.recipe = self.recipe.with_size((exported.input_shape[1], exported.input_shape[2]))
+        if self.validation is not None:
+            from edgeres.preflight import label_problems
+
+            problems = label_problems(self.validation, exported.num_classes)
+            if problems:
+                raise RecipeError("cannot go on", problems)
         return exported
 
     def observe(self, exported: ExportedModel, tensors: Tuple[str, ...]) -> FileRef:
         """Run the calibration samples through the FP32 model and keep the statistics."""
         samples = self.calibration
+        if samples is None and STAGES.index("observe") > self.last:
+            raise _Reached
         if samples is None:
             raise CalibrationError("int8 needs calibration samples. Name a folder of images: --calibration FOLDER")
         preprocessing, chosen = self.recipe.preprocessing, samples.sample_set()
@@ -167,18 +181,29 @@ class Build:
     def calibrate(self, exported: ExportedModel, statistics: FileRef) -> CalibrationTable:
         """Choose each tensor's range from the statistics."""
         plan = self.recipe.calibration
-        inputs = {"statistics": statistics.sha256, "method": plan.method, "percentile": plan.percentile}
+        assert self.calibration is not None  # observe() has refused that
+        chosen = self.calibration.sample_set()
+        # The same counts may come from other samples or another model (a new classifier behind the same features), and
+        # the table binds these too.
+        inputs = {
+            "statistics": statistics.sha256,
+            "method": plan.method,
+            "percentile": plan.percentile,
+            "model": exported.file.sha256,
+            "samples": chosen.digest,
+            "source": chosen.source,
+            "preprocessing": to_data(self.recipe.preprocessing),
+        }
 
         def work() -> Made:
             from edgeres.calibrate import Statistics, choose
 
             path = self.workspace.folder / files.STATISTICS
             ranges = choose(Statistics.from_bytes(path.read_bytes(), str(path)), plan.method, plan.percentile)
-            assert self.calibration is not None  # observe() has refused that
             table = CalibrationTable(
                 model_sha256=exported.file.sha256,
                 preprocessing=self.recipe.preprocessing,
-                samples=self.calibration.sample_set(),
+                samples=chosen,
                 method=plan.method,
                 percentile=plan.percentile,
                 tensors=ranges,
@@ -234,6 +259,8 @@ class Build:
                 self.workspace.write(files.MIXED_MODEL, mixed_content(self.workspace.folder / name))
                 refs = [files.file_ref(self.workspace.folder, path) for path in (name, files.MIXED_MODEL)]
                 count = sum(layer.precision == "int8" for layer in placement.layers)
+                if not placement.weights:
+                    self.warn("NOT ONE layer is in int8: see `edgeres inspect` for the reason of each")
                 noun = QuantizedModel(refs[0], precision, placement.layers, refs[1])
                 return noun, (name, files.MIXED_MODEL), f"{name}, {count} layers in int8"
 
@@ -247,7 +274,8 @@ class Build:
         section = self.recipe.engine
         backend, target = resolve(section)
         inputs = {
-            "models": [ref.sha256 for ref in (exported.file, model.file, model.mixed) if ref is not None],
+            "models": [to_data(ref) for ref in (exported.file, model.file, model.mixed) if ref is not None],
+            "precision": model.precision,
             "engine": to_data(section),
             "backend": backend,
             "target": target,
@@ -305,7 +333,7 @@ class Build:
         data = {"samples": chosen.digest, "preprocessing": to_data(preprocessing), "tools": versions(("onnxruntime",))}
 
         def refer() -> Made:
-            fp32 = open_file(self.workspace.folder / files.FP32_MODEL)
+            fp32 = open_file(self.workspace.folder / files.FP32_MODEL, "fp32")
             logits = run_samples(fp32, samples, preprocessing, watch)
             self.workspace.write(files.REFERENCE, reference_content(logits, samples))
             return {"samples": len(samples)}, (files.REFERENCE,), f"FP32 logits of {len(samples)} samples"
@@ -362,6 +390,10 @@ def build(
             engine = job.compile(exported, model)
             job.validate(exported, job.judged_engine(model, engine))
         manifest = _manifest(job)
+        lost = workspace.left_out(manifest)
+        if lost:
+            job.warn(f"{', '.join(lost)} no longer fit and are left out. Make them again: edgeres build {place}")
+            manifest = _manifest(job)
         workspace.commit(manifest)
     return Bundle(str(place), manifest)
 
@@ -378,7 +410,7 @@ def _exported(recipe: Recipe) -> Exported:
     if recipe.architecture is not None:
         module = models.create(model.source, model.num_classes, model.seed)
     else:
-        module = models.from_callable(model.source, model.num_classes)
+        module = models.from_callable(model.source, model.num_classes, model.seed)
     if model.weights is not None:
         models.load_weights(module, locate(model.weights))
     return export_module(module, recipe.preprocessing.size)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from pathlib import Path
 from typing import List, Optional, Tuple
 
 from edgeres.errors import MissingPackageError, RecipeError, SampleError
@@ -19,18 +21,30 @@ def require_host_packages(recipe: Recipe) -> None:
     Raises:
         MissingPackageError: naming them and the command that installs them.
     """
-    wanted = ["onnx", "onnxruntime", "tomli_w"]
+    wanted = {"onnx": "onnx", "onnxruntime": "onnxruntime", "tomli_w": "tomli-w"}
     if recipe.model.onnx is None:
-        wanted.insert(0, "torch")
-    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+        wanted = {"torch": "torch", "safetensors": "safetensors", **wanted}
+    missing = [name for package, name in wanted.items() if importlib.util.find_spec(package) is None]
+    if missing and sys.version_info < (3, 10):
+        raise MissingPackageError(
+            f"building a bundle needs {', '.join(missing)} and Python 3.10 or newer; this is Python "
+            f"{sys.version_info[0]}.{sys.version_info[1]}. Build on another machine, and run the bundle here"
+        )
     if missing:
         raise MissingPackageError.for_extra(", ".join(missing), "building a bundle", "host")
 
 
-def open_inputs(recipe: Recipe) -> Tuple[Optional[Samples], Optional[Samples]]:
-    """Return the calibration and the validation samples of a recipe (nothing is decoded yet), or refuse the recipe.
+def open_inputs(
+    recipe: Recipe, calibrates: bool = True, judges: bool = True
+) -> Tuple[Optional[Samples], Optional[Samples]]:
+    """Return the calibration and the validation samples of a recipe, or refuse the recipe.
 
-    Calibration samples are opened where they are needed: for int8, or to compare on where there are no others.
+    Calibration samples are needed for int8, or to compare on where there are no others; samples that only a later stage
+    needs are opened where they are there, and are not missed where they are not.
+
+    Args:
+        calibrates: whether the calibration stage will be reached.
+        judges: whether the validation stage will be.
 
     Raises:
         RecipeError: with everything that is wrong with files, folders, images and sizes.
@@ -40,27 +54,40 @@ def open_inputs(recipe: Recipe) -> Tuple[Optional[Samples], Optional[Samples]]:
     if recipe.input.size is not None:
         problems.extend(f"input: {problem}" for problem in preprocessing_problems(recipe.preprocessing))
     calibration = validation = None
+    later: List[str] = []
     if plan.samples is not None and (recipe.precision == "int8" or judged.samples is None):
-        calibration = _open("calibration", plan.samples, plan.count, problems)
-    elif recipe.precision == "int8":
+        calibration = _open("calibration", plan.samples, plan.count, problems if calibrates else later)
+    elif recipe.precision == "int8" and calibrates:
         problems.append("calibration.samples: int8 needs a folder of images to calibrate on: --calibration FOLDER")
     if judged.samples is not None:
-        validation = _open("validation", judged.samples, None, problems)
+        validation = _open("validation", judged.samples, None, problems if judges else later)
         if validation is not None:
-            problems.extend(_label_problems(validation, recipe.model.num_classes))
+            problems.extend(label_problems(validation, recipe.model.num_classes))
     if problems:
         raise RecipeError("cannot start", problems)
     return calibration, validation
 
 
 def _model_files(recipe: Recipe) -> List[str]:
-    problems = []
+    problems: List[str] = []
     onnx, weights = recipe.model.onnx, recipe.model.weights
-    if onnx is not None and not onnx.is_file():
-        problems.append(f"model.source: there is no file {onnx}")
-    if weights is not None and not locate(weights).is_file():
-        problems.append(f"model.weights: there is no file {locate(weights)}")
+    if onnx is not None:
+        problems.extend(f"model.source: {problem}" for problem in _unreadable(onnx))
+    if weights is not None:
+        problems.extend(f"model.weights: {problem}" for problem in _unreadable(locate(weights)))
     return problems
+
+
+def _unreadable(path: Path) -> List[str]:
+    """Return why a file cannot be read; nothing where it can."""
+    try:
+        if not path.is_file():
+            return [f"there is no file {path}"]
+        with open(path, "rb") as stream:
+            stream.read(1)
+    except OSError as problem:
+        return [f"{path} cannot be read: {problem.strerror or problem}"]
+    return []
 
 
 def _open(section: str, source: str, count: Optional[int], problems: List[str]) -> Optional[Samples]:
@@ -77,10 +104,22 @@ def _open(section: str, source: str, count: Optional[int], problems: List[str]) 
     return samples
 
 
-def _label_problems(samples: Samples, num_classes: Optional[int]) -> List[str]:
-    if samples.labels is None or num_classes is None or int(samples.labels.max()) < num_classes:
+def label_problems(samples: Samples, num_classes: Optional[int]) -> List[str]:
+    """Return what is wrong with labels for a model that answers ``num_classes`` (None: not known yet).
+
+    Folders' labels are the places of their sorted names: one folder too few and every later label is another class.
+    """
+    if samples.labels is None or num_classes is None:
         return []
-    return [
-        f"validation.samples: {samples.source} has labels up to {int(samples.labels.max())}, "
-        f"the model answers {num_classes} classes (0 to {num_classes - 1})"
-    ]
+    if samples.classes is not None and len(samples.classes) != num_classes:
+        return [
+            f"validation.samples: {samples.source} has {len(samples.classes)} class folders and the model answers "
+            f"{num_classes} classes. Folder names, sorted, are the labels 0 to {num_classes - 1}, so each class needs "
+            "its folder; for some classes only, give an .npz with images and labels"
+        ]
+    if int(samples.labels.max()) >= num_classes:
+        return [
+            f"validation.samples: {samples.source} has labels up to {int(samples.labels.max())}, "
+            f"the model answers {num_classes} classes (0 to {num_classes - 1})"
+        ]
+    return []

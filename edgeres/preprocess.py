@@ -19,6 +19,7 @@ from edgeres.artifacts import Preprocessing
 from edgeres.errors import SampleError
 
 COLORS = ("rgb", "bgr")
+LARGEST_SIDE = 8192  # pixels: more is a typing mistake, and would ask for gigabytes per frame
 
 # Pillow keeps resampling weights with 22 fractional bits: 32 less 8 for a pixel and 2 for sign and overshoot.
 WEIGHT_BITS = 22
@@ -54,12 +55,12 @@ class Window(NamedTuple):
 def problems(preprocessing: Preprocessing) -> List[str]:
     """Return every mistake in a preprocessing, one sentence each; an empty list where there is none."""
     found = []
-    size_is_good = len(preprocessing.size) == 2 and all(side >= 1 for side in preprocessing.size)
+    size_is_good = len(preprocessing.size) == 2 and all(1 <= side <= LARGEST_SIDE for side in preprocessing.size)
     if not size_is_good:
-        found.append(f"size is {tuple(preprocessing.size)}: give (height, width), both at least 1 pixel")
+        found.append(f"size is {tuple(preprocessing.size)}: give (height, width), each 1 to {LARGEST_SIDE} pixels")
     if preprocessing.resize is not None:
-        if preprocessing.resize < 1:
-            found.append(f"resize is {preprocessing.resize}: give the short side in pixels, at least 1")
+        if not 1 <= preprocessing.resize <= LARGEST_SIDE:
+            found.append(f"resize is {preprocessing.resize}: give the short side in pixels, 1 to {LARGEST_SIDE}")
         elif size_is_good and preprocessing.resize < max(preprocessing.size):
             found.append(
                 f"resize is {preprocessing.resize}, less than the crop {_words(preprocessing.size)}: the short side "

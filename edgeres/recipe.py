@@ -18,6 +18,7 @@ import msgspec
 from edgeres.architectures import ARCHITECTURES, Architecture
 from edgeres.artifacts import Preprocessing, to_data
 from edgeres.errors import RecipeError
+from edgeres.files import read_bounded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +31,7 @@ POLICIES = ("ci", "point")
 BACKENDS = ("auto", "cpu", "tensorrt", "tensorrt-rtx")
 TARGETS = ("cpu", "gpu", "dla0", "dla1", "rtx")
 DOSSIER_PREFIX = "edgeres:"
+LARGEST_RECIPE = 1 << 20  # bytes: a recipe is a page of text
 DEFAULT_RECIPE = DOSSIER_PREFIX + "recipes/digits-int8.toml"
 IMAGENET_SIZE, IMAGENET_RESIZE = 224, 256
 
@@ -223,7 +225,7 @@ def engine_section(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> E
 
 def _read(path: Path) -> Dict[str, Any]:
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, LARGEST_RECIPE)
     except FileNotFoundError:
         problem = "there is no such recipe. Write one, or start from `edgeres build` alone"
         raise RecipeError(str(path), [problem]) from None

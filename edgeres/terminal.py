@@ -10,6 +10,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from edgeres.artifacts import Bundle, Engine, Manifest, Report
+from edgeres.errors import printable
 from edgeres.progress import Progress
 from edgeres.validation import advice, headline
 
@@ -62,7 +63,7 @@ class TerminalProgress(Progress):
         self._line(name, text, "reused")
 
     def warn(self, text: str) -> None:
-        self._console.print(f"warning: {text}", style="yellow")
+        self._console.print(f"warning: {printable(text)}", style="yellow")
 
     def stop(self) -> None:
         """Take a running bar off the terminal."""
@@ -73,21 +74,25 @@ class TerminalProgress(Progress):
     def _line(self, name: str, text: str, time: str) -> None:
         self.lines.append((name, text, time))
         if self._live:
-            self._console.print(f"{name:<10} {time:>8}  {text}")
+            self._console.print(printable(f"{name:<10} {time:>8}  {text}"))
 
 
 def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
     """Print what a build did and how its result compares with FP32."""
     out = console()
     table = Table(
-        "stage", "result", "time", title=f"{bundle.manifest.name}, {bundle.manifest.precision}", title_justify="left"
+        "stage",
+        "result",
+        "time",
+        title=printable(f"{bundle.manifest.name}, {bundle.manifest.precision}"),
+        title_justify="left",
     )
     for name, text, time in lines:
-        table.add_row(name, text, time)
+        table.add_row(*map(printable, (name, text, time)))
     out.print(table)
     if bundle.report is not None:
         show_report(bundle.report)
-    out.print(f"bundle: {bundle.path}")
+    out.print(printable(f"bundle: {bundle.path}"))
 
 
 def show_engine(place: str, engine: Engine, words: str) -> None:
@@ -131,7 +136,7 @@ def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str 
     """Print a table."""
     table = Table(*columns, title=title or None, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     console().print(table)
 
 
@@ -139,7 +144,7 @@ def show_manifest(path: str, manifest: Manifest) -> None:
     """Print what a bundle is, where it comes from and what it was judged to be."""
     out = console()
     tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.get("tools", {}).items())
-    out.print(f"{path}: {manifest.name}, {manifest.precision}")
+    out.print(printable(f"{path}: {manifest.name}, {manifest.precision}"))
     frame = manifest.preprocessing
     facts: Dict[str, Any] = {
         "input": f"{frame.size[0]}×{frame.size[1]} pixels, of frames whose short side is resized to {frame.resize}; "
@@ -149,6 +154,6 @@ def show_manifest(path: str, manifest: Manifest) -> None:
         "git": manifest.provenance.get("git"),
     }
     for name, value in facts.items():
-        out.print(f"  {name}: {value}")
+        out.print(printable(f"  {name}: {value}"))
     for warning in manifest.warnings:
-        out.print(f"  warning: {warning}", style="yellow")
+        out.print(printable(f"  warning: {warning}"), style="yellow")

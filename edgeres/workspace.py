@@ -76,6 +76,8 @@ class Workspace:
     def __exit__(
         self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
+        if self.folder.is_dir() and not self.records:
+            shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it that the next build could go on from
         self._release()
 
     def reuse(self, name: str, key: str) -> Optional[StageRecord]:
@@ -115,6 +117,11 @@ class Workspace:
         write_atomic(self.folder / RECORDS / f"{name}.json", to_json(record))
         self.records[name] = record
 
+    def left_out(self, manifest: Manifest) -> List[str]:
+        """Return the files of the earlier bundle that a new manifest does not have."""
+        now = {ref.path for ref in manifest.files}
+        return [ref.path for ref in self._earlier.files if ref.path not in now] if self._earlier is not None else []
+
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest, drop what is not in it, take over the user's own files, and exchange the folders.
 
@@ -146,7 +153,9 @@ class Workspace:
 
     def _refuse_strangers(self) -> None:
         """Refuse to replace anything that is not a bundle: --out may be a typing mistake."""
-        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
+        if self.out.is_symlink():
+            raise BundleError(f"{self.out} is a link. Name the folder itself: --out {os.path.realpath(str(self.out))}")
+        if self.out.exists() and not self.out.is_dir():
             raise BundleError(f"{self.out} exists and is not a folder. Choose another: --out FOLDER")
         if not self.out.is_dir() or not any(self.out.iterdir()):
             return
@@ -158,6 +167,10 @@ class Workspace:
                 raise BundleError(
                     f"{self.out} holds files and is not a bundle; it is left alone. Choose another: --out FOLDER"
                 ) from None
+        if self.out in (Path.cwd(), *Path.cwd().parents):
+            raise BundleError(
+                f"you are inside {self.out}, which is about to be replaced. Change to another folder: cd .."
+            )
 
     def _take_lock(self) -> None:
         """Lock the place for this process; the lock dies with it, however it ends."""

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from onnx import helper
 
 from edgeres.calibrate.statistics import Statistics
-from edgeres.errors import CalibrationError
+from edgeres.errors import CalibrationError, first_line
 
 
 def observe(
@@ -59,7 +59,7 @@ def _run(session: ort.InferenceSession, exposed: list[str], batch: np.ndarray) -
         activations: list[np.ndarray] = session.run(exposed, {session.get_inputs()[0].name: batch})
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
         raise CalibrationError(
-            f"the model does not run on samples of shape {batch.shape}: {str(problem).splitlines()[0]}. "
+            f"the model does not run on samples of shape {batch.shape}: {first_line(problem)}. "
             "Check that the recipe's input size is the model's."
         ) from problem
     return activations
@@ -82,6 +82,6 @@ def _exposing_session(path: Path, names: list[str]) -> tuple[ort.InferenceSessio
     try:
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
-        reason = str(problem).splitlines()[0]
+        reason = first_line(problem)
         raise CalibrationError(f"onnxruntime does not accept {path.name}: {reason}. Export it again.") from problem
     return session, exposed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgeres.export.adopt import adopt_onnx
+from edgeres.export.external import files_of
 from edgeres.export.torch_module import export_module
 
-__all__ = ["adopt_onnx", "export_module"]
+__all__ = ["adopt_onnx", "export_module", "files_of"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgeres.errors import ExportError
-from edgeres.export.words import first_line
+from edgeres.errors import ExportError, first_line
 
 LARGEST_FOLDED = 1 << 24  # elements: folding an Expand into something huge would only bloat the file
 RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
@@ -17,15 +18,20 @@ RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLik
 def simplify(model: onnx.ModelProto) -> None:
     """Fold constants and batch norms, drop what does nothing at inference; in place.
 
-    Afterwards: no node has only constant inputs, no Identity or Dropout is left, no BatchNormalization follows a
-    convolution that it alone reads, every node has a unique name, and every initializer is used.
+    Afterwards every node has a unique name, and something reads every node's output and every initializer. What can be
+    computed beforehand has been, but for random numbers, huge tensors, the graph's outputs, and operators that onnx's
+    evaluator does not know. An Identity is left only where it makes a graph output, a Dropout also where it drops. A
+    BatchNormalization is left where it trains, where it is not behind a Conv with constant weights, or where something
+    else reads that Conv. No Reshape computes its shape from the batch, as far as onnx infers the other dimensions.
     """
     drop_identities(model)
     fold_constants(model)
     drop_identities(model)  # again: whether a Dropout is in training mode may have become a constant just now
+    free_reshapes(model)
+    drop_unused(model)  # what only computed a shape may be the second reader of a convolution
     fold_batch_norms(model)
-    name_nodes(model)
     drop_unused(model)
+    name_nodes(model)
 
 
 def name_nodes(model: onnx.ModelProto) -> None:
@@ -39,6 +45,16 @@ def name_nodes(model: onnx.ModelProto) -> None:
                 node.name += "_"
             taken.add(node.name)
         seen.add(node.name)
+
+
+def fresh_name(model: onnx.ModelProto, name: str) -> str:
+    """Return ``name``, lengthened until no tensor has it."""
+    graph = model.graph
+    taken = {value.name for value in (*graph.input, *graph.initializer)}
+    taken.update(output for node in graph.node for output in node.output)
+    while name in taken:
+        name += "_"
+    return name
 
 
 def drop_identities(model: onnx.ModelProto) -> None:
@@ -162,15 +178,85 @@ def _fold_one(
     conv.output[0] = norm.output[0]
 
 
-def drop_unused(model: onnx.ModelProto) -> None:
-    """Remove initializers that nothing reads, and all intermediate type annotations (they may be stale)."""
+def shapes_of(model: onnx.ModelProto) -> dict[str, list[int | str | None]]:
+    """Return tensors' shapes as onnx infers them: numbers, symbols such as ``batch``, or None for an unknown dimension.
+
+    What the file itself claims of its intermediate tensors and outputs is left aside: it may be stale.
+    """
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.value_info[:]
+    for value in bare.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+    shapes: dict[str, list[int | str | None]] = {t.name: list(t.dims) for t in inferred.initializer}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes[value.name] = [
+                d.dim_value if d.HasField("dim_value") else d.dim_param or None  # a dimension may say neither
+                for d in dims
+            ]
+    return shapes
+
+
+def free_reshapes(model: onnx.ModelProto) -> None:
+    """Let Reshapes that keep the batch take any: ``Flatten`` to two dimensions, else a constant shape ``[0, …]``.
+
+    That is ``x.view(x.size(0), -1)``, exported as Shape, Gather, Unsqueeze, Concat and Reshape; and, in a file whose
+    batch is fixed, a Reshape to a constant shape that repeats it.
+    """
     graph = model.graph
-    used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    constants = {tensor.name for tensor in graph.initializer}
+    reshapes = [node for node in graph.node if node.op_type == "Reshape"]
+    inputs = [value for value in graph.input if value.name not in constants]
+    dims = inputs[0].type.tensor_type.shape.dim if inputs else []
+    fixed = dims[0].dim_value if dims and dims[0].dim_value > 0 else None
+    if fixed is None:
+        reshapes = [node for node in reshapes if node.input[1] not in constants]
+    shapes = shapes_of(model) if reshapes else {}
+    for node in reshapes:
+        before, after = shapes.get(node.input[0]), shapes.get(node.output[0])
+        if not before or not after or before[0] != after[0] or not (isinstance(before[0], str) or before[0] == fixed):
+            continue
+        del node.attribute[:]  # allowzero
+        rest = [size if isinstance(size, int) else -1 for size in after[1:]]
+        if len(after) == 2:
+            node.op_type = "Flatten"
+            node.attribute.append(helper.make_attribute("axis", 1))
+            del node.input[1:]
+        elif rest.count(-1) <= 1 and 0 not in rest:
+            name = fresh_name(model, f"{node.output[0]}_shape")
+            graph.initializer.append(numpy_helper.from_array(np.array([0, *rest], np.int64), name))
+            node.input[1] = name
+
+
+def drop_unused(model: onnx.ModelProto) -> None:
+    """Remove nodes and initializers that nothing reads, and all intermediate type annotations (they may be stale)."""
+    graph = model.graph
+    used = {value.name for value in graph.output}
+    alive = []
+    for node in reversed(graph.node):
+        if not used.isdisjoint(node.output):
+            alive.append(node)
+            used.update(_reads(node))
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     inputs = [value for value in graph.input if value.name not in {tensor.name for tensor in graph.initializer}]
+    del graph.node[:]
+    graph.node.extend(reversed(alive))
     del graph.initializer[:], graph.value_info[:], graph.input[:]
     graph.initializer.extend(kept)
     graph.input.extend(inputs)
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield what a node reads, inside its branches and loops too."""
+    yield from node.input
+    for found in node.attribute:
+        for graph in (found.g, *found.graphs):
+            for inner in graph.node:
+                yield from _reads(inner)
+            yield from (value.name for value in graph.output)
 
 
 def check_model(model: onnx.ModelProto, where: str) -> None:
@@ -182,4 +268,18 @@ def check_model(model: onnx.ModelProto, where: str) -> None:
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as problem:  # damaged names make the checker's bindings raise other kinds than its own two
-        raise ExportError(f"{where} is not valid ONNX: {first_line(problem)}") from None
+        raise ExportError(f"{where} is not valid ONNX: {first_line(problem).rstrip('.')}. Export it again.") from None
+
+
+def check_domains(model: onnx.ModelProto, where: str) -> None:
+    """Refuse operators that are not standard ONNX: TensorRT does not read them.
+
+    Raises:
+        ExportError: names every one; ``where`` names the model.
+    """
+    foreign = sorted({f"{n.domain}::{n.op_type}" for n in model.graph.node if n.domain not in ("", "ai.onnx")})
+    if foreign:
+        raise ExportError(
+            f"{where} has operators that are not of standard ONNX and that TensorRT does not read: "
+            f"{', '.join(foreign)}. Export it with standard operators, and before any optimizer rewrites it."
+        )

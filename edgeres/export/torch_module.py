@@ -13,12 +13,11 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
-from edgeres.errors import ExportError
+from edgeres.errors import ExportError, first_line
 from edgeres.export.exported import Exported
-from edgeres.export.fold import check_model, simplify
-from edgeres.export.words import first_line
+from edgeres.export.fold import check_domains, check_model, simplify
+from edgeres.export.opset import OPSET
 
-OPSET = 17  # TensorRT 8.5 (JetPack 5) reads no later one
 TOLERANCE = 1e-4
 INPUT, OUTPUT = "input", "logits"
 PROBES = 2
@@ -44,6 +43,7 @@ def export_module(model: nn.Module, size: tuple[int, int], seed: int = 0) -> Exp
     modules = node_modules(exported, {name for name, _ in model.named_modules()})
     _name_weights(exported, modules)
     check_model(exported, "the exported model")
+    check_domains(exported, "the exported model")
     error = _relative_error(exported, probe.numpy(), wanted)
     if not error <= TOLERANCE:
         raise ExportError(

@@ -56,11 +56,12 @@ def outline(name: str) -> nn.Module:
         return ResNet(architecture, architecture.num_classes).eval()
 
 
-def from_callable(spec: str, num_classes: int | None = None) -> nn.Module:
+def from_callable(spec: str, num_classes: int | None = None, seed: int | None = None) -> nn.Module:
     """Return the model that ``package.module:callable`` makes, in eval mode.
 
     The current directory is searched first, as by ``python -m``. The callable gets ``num_classes`` if that is given
-    and its signature takes it, and nothing else.
+    and its signature takes it, and nothing else. With a ``seed``, what it draws from torch's CPU generator is the same
+    each time, and the generator's state stays as it was.
 
     Raises:
         ModelError: there is no such module or callable, it raises, or what it returns is no ``nn.Module``.
@@ -73,7 +74,10 @@ def from_callable(spec: str, num_classes: int | None = None) -> nn.Module:
         make = _resolve(spec, module_name, attribute)
         arguments = {} if num_classes is None or not _takes_num_classes(make) else {"num_classes": num_classes}
         try:
-            model = make(**arguments)
+            with torch.random.fork_rng(devices=[], enabled=seed is not None):
+                if seed is not None:
+                    torch.default_generator.manual_seed(seed)
+                model = make(**arguments)
         except (Exception, SystemExit) as problem:
             called = ", ".join(f"{key}={value}" for key, value in arguments.items())
             raise ModelError(

@@ -8,7 +8,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from edgeres.errors import ExportError
+from edgeres.errors import ExportError, first_line
 from edgeres.quantize.graph import Graph
 from edgeres.quantize.lint import lint
 
@@ -30,7 +30,7 @@ def describe_file(path: Path) -> dict[str, Any]:
     try:
         model = onnx.load(path)
     except Exception as problem:  # protobuf's, onnx's and the file system's errors share no base but Exception
-        raise ExportError(f"{path} cannot be read as ONNX: {str(problem).splitlines()[0]}") from None
+        raise ExportError(f"{path} cannot be read as ONNX: {first_line(problem)}") from None
     if not model.graph.node:
         raise ExportError(f"{path} holds no operators: it is empty or not an ONNX model")
     graph = Graph(model)

@@ -10,6 +10,7 @@ import onnx
 from edgeres.artifacts import LayerPlan, TensorRange
 from edgeres.quantize.half import write_fp16
 from edgeres.quantize.insert import write_int8
+from edgeres.quantize.lint import check
 from edgeres.quantize.mixed import write_mixed
 from edgeres.quantize.placement import Placement, plan
 
@@ -26,8 +27,13 @@ def int8_content(fp32: Path, placement: Placement, ranges: Mapping[str, TensorRa
 
 
 def fp16_content(fp32: Path, modules: Mapping[str, str]) -> tuple[bytes, tuple[LayerPlan, ...]]:
-    """Return the float16 model of an FP32 file; see :func:`edgeres.quantize.half.write_fp16`."""
+    """Return the float16 model of an FP32 file, linted; see :func:`edgeres.quantize.half.write_fp16`.
+
+    Raises:
+        LintError: the result is not standard ONNX of an opset that TensorRT 8.5 reads.
+    """
     model, layers = write_fp16(onnx.load(fp32), dict(modules))
+    check(model, "model.fp16.onnx")
     return model.SerializeToString(deterministic=True), layers
 
 

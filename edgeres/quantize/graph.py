@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
+
+POOLS = ("GlobalAveragePool", "AveragePool", "ReduceMean")
+RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
+BRANCH_ENDS = ("Conv", "BatchNormalization", "Mul")  # what a residual addition fuses into, or what ends a gated branch
 
 
 class Graph:
@@ -27,6 +33,10 @@ class Graph:
         """Return the nodes that read ``tensor``, in graph order."""
         return [node for node, _ in self.consumers.get(tensor, [])]
 
+    def uses(self, tensor: str) -> list[tuple[onnx.NodeProto, int]]:
+        """Return (node, input index) of all that read a tensor's values; Shape and Size ask for its dimensions only."""
+        return [use for use in self.consumers.get(tensor, []) if use[0].op_type not in ("Shape", "Size")]
+
     def constant(self, tensor: str) -> np.ndarray | None:
         """Return an initializer's values, or None where ``tensor`` is computed."""
         found = self.initializers.get(tensor)
@@ -36,8 +46,9 @@ class Graph:
         """Whether ``tensor`` depends on the network's input (a name that nobody makes is not)."""
         return bool(tensor) and tensor not in self.initializers and (tensor in self.producer or tensor in self.inputs)
 
+    @cached_property
     def convolutions_above(self) -> dict[str, int]:
-        """Return, for each tensor, the most convolutions on any path from the input to it."""
+        """For each tensor, the most convolutions on any path from the input to it; computed once."""
         depth: dict[str, int] = dict.fromkeys(self.inputs, 0)
         for node in self.nodes:
             above = max((depth.get(name, 0) for name in node.input), default=0)

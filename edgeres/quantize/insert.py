@@ -6,6 +6,7 @@ alone: TensorRT 8.5 wants three inputs on Q and DQ, and no version before 10 is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def write_int8(model: onnx.ModelProto, placement: Placement, ranges: Mapping[str
 
     Raises:
         QuantizationError: a range is missing.
-        LintError: the result breaks a rule (a bug in a plan, never the user's fault).
+        LintError: the result breaks a rule or is not valid ONNX (a bug in a plan, never the user's fault).
     """
     missing = [name for name in placement.tensors if name not in ranges]
     if missing:
@@ -39,28 +40,51 @@ def write_int8(model: onnx.ModelProto, placement: Placement, ranges: Mapping[str
     result.CopyFrom(model)
     graph = Graph(result)
     nodes = {node.name: node for node in graph.nodes}
+    names = _Names(result)
     behind: dict[str, list[onnx.NodeProto]] = {}
     front: list[onnx.NodeProto] = []
     for weight in placement.weights:
         values = numpy_helper.to_array(graph.initializers[weight.tensor]).astype(np.float32)
         scale = scale_from_amax(channel_amax(values, weight.axis))
-        pair, output = _pair(result, weight.tensor, scale, weight.axis)
+        pair, output = _pair(result, names, weight.tensor, scale, weight.axis)
         front.extend(pair)
         for name, index in weight.readers:
             nodes[name].input[index] = output
     for point in placement.points:
-        pair, output = _pair(result, point.tensor, np.float32(ranges[point.range_of].scale), None)
+        pair, output = _pair(result, names, point.tensor, np.float32(ranges[point.range_of].scale), None)
         behind.setdefault(point.tensor, []).extend(pair)
         for name, index in point.readers:
             nodes[name].input[index] = output
     _rewrite(result, graph, front, behind)
-    check(result, "model.int8.onnx")
+    check(result, "model.int8.onnx", placement.kept)
     return result
 
 
-def _pair(model: onnx.ModelProto, tensor: str, scale: np.ndarray, axis: int | None) -> tuple[list[onnx.NodeProto], str]:
+class _Names:
+    """Names that nothing else in a model has, the same ones each time."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self.taken = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
+        self.taken.update(name for node in graph.node for name in (node.name, *node.input, *node.output))
+
+    def pair(self, tensor: str) -> dict[str, str]:
+        """Return a name for each part of a Q/DQ pair: the tensor's and the part's, with a number if one is taken."""
+        parts = ("scale", "zero_point", "quantized", "dequantized", "QuantizeLinear", "DequantizeLinear")
+        for number in itertools.count(1):
+            stem = tensor if number == 1 else f"{tensor}_{number}"
+            names = {part: f"{stem}_{part}" for part in parts}
+            if self.taken.isdisjoint(names.values()):
+                break
+        self.taken.update(names.values())
+        return names
+
+
+def _pair(
+    model: onnx.ModelProto, taken: _Names, tensor: str, scale: np.ndarray, axis: int | None
+) -> tuple[list[onnx.NodeProto], str]:
     """Add scale and zero point of one Q/DQ pair to the initializers; return its nodes and its output's name."""
-    names = {part: f"{tensor}_{part}" for part in ("scale", "zero_point", "quantized", "dequantized")}
+    names = taken.pair(tensor)
     model.graph.initializer.extend(
         [
             numpy_helper.from_array(np.asarray(scale, np.float32), names["scale"]),
@@ -68,18 +92,16 @@ def _pair(model: onnx.ModelProto, tensor: str, scale: np.ndarray, axis: int | No
         ]
     )
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
-    parameters = [names["scale"], names["zero_point"]]
-    quantize = helper.make_node(
-        "QuantizeLinear", [tensor, *parameters], [names["quantized"]], name=f"{tensor}_QuantizeLinear", **attributes
-    )
-    dequantize = helper.make_node(
-        "DequantizeLinear",
-        [names["quantized"], *parameters],
-        [names["dequantized"]],
-        name=f"{tensor}_DequantizeLinear",
-        **attributes,
-    )
-    return [quantize, dequantize], names["dequantized"]
+    nodes = [
+        helper.make_node(
+            op_type, [source, names["scale"], names["zero_point"]], [names[to]], name=names[op_type], **attributes
+        )
+        for op_type, source, to in (
+            ("QuantizeLinear", tensor, "quantized"),
+            ("DequantizeLinear", names["quantized"], "dequantized"),
+        )
+    ]
+    return nodes, names["dequantized"]
 
 
 def _rewrite(

@@ -20,10 +20,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeres.errors import QuantizationError
-from edgeres.quantize.graph import Graph
+from edgeres.quantize.graph import POOLS, RESHAPES, Graph
 from edgeres.quantize.half import FLOAT32_INPUTS, LARGEST
 from edgeres.quantize.lint import check
-from edgeres.quantize.placement import MOVES, POOLS, RESHAPES
+from edgeres.quantize.placement import MOVES
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 WEIGHTED = ("Conv", "Gemm", "MatMul")

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import onnx
 
 from edgeres.artifacts import LayerPlan
-from edgeres.quantize.graph import Graph, attribute
+from edgeres.quantize.graph import BRANCH_ENDS, POOLS, RESHAPES, Graph, attribute
+from edgeres.quantize.keep import kept_nodes
 
-POOLS = ("GlobalAveragePool", "AveragePool", "ReduceMean")
-RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
-MOVES = ("Pad", "Slice")  # they move values (and put zeros between them), so a grid of their input fits their output
+MOVES = ("Pad", "Slice")
 FREE = {
     "Relu": "fused behind the convolution or addition in front of it",
+    "Clip": "fused like a ReLU, behind the convolution or addition in front of it",
     "MaxPool": "picks values, so it runs on whatever its neighbours use",
+    "Concat": "joins values, so it runs on what its neighbours use",
     "Pad": "moves values, so it runs on whatever its neighbours use",
     "Slice": "moves values, so it runs on whatever its neighbours use",
     **dict.fromkeys(RESHAPES, "moves no data"),
@@ -53,11 +53,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class Placement:
-    """The whole plan. ``tensors`` are what calibration must observe."""
+    """The whole plan. ``tensors`` are what calibration must observe, ``kept`` the nodes that the recipe wants float."""
 
     points: tuple[Point, ...]
     weights: tuple[Weight, ...]
     layers: tuple[LayerPlan, ...]
+    kept: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -74,7 +75,9 @@ class _Draft:
     said: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def quantize(self, tensor: str, node: onnx.NodeProto, index: int, range_of: str | None = None) -> None:
-        self.activations.setdefault(tensor, []).append((node.name, index))
+        readers = self.activations.setdefault(tensor, [])
+        if (node.name, index) not in readers:
+            readers.append((node.name, index))
         self.ranges.setdefault(tensor, range_of or tensor)
 
 
@@ -84,21 +87,26 @@ def plan(model: onnx.ModelProto, modules: Mapping[str, str], keep_float: Sequenc
     Args:
         model: the FP32 graph, batch norms folded, every node named.
         modules: node name → torch module, for reasons and for ``keep_float``.
-        keep_float: shell patterns of torch modules (or node names) that stay in float.
+        keep_float: shell patterns of torch modules, each with all that is inside it, or of node names, that stay in
+            float.
+
+    Raises:
+        QuantizationError: a pattern of ``keep_float`` names nothing.
     """
     graph, draft = Graph(model), _Draft()
+    kept = kept_nodes([node.name for node in graph.nodes], modules, keep_float)
     for node in graph.nodes:
         if node.op_type in ("Conv", "Gemm", "MatMul", "ConvTranspose"):
-            _weighted(graph, node, _kept(node, modules, keep_float), draft)
+            _weighted(graph, node, kept.get(node.name), draft)
     for node in graph.nodes:
         if node.op_type == "Add":
-            _residual(graph, node, _kept(node, modules, keep_float), draft)
-    for node in graph.nodes:  # last: whether a pool is worth it depends on all that reads it
+            _residual(graph, node, kept.get(node.name), draft)
+    for node in reversed(graph.nodes):  # last, and back to front: whether a pool is worth it depends on all behind it
         if node.op_type in POOLS:
-            _pool(graph, node, draft)
+            _pool(graph, node, kept.get(node.name), draft)
     layers = tuple(
-        LayerPlan(node.name, node.op_type, modules.get(node.name, ""), *draft.said.get(node.name, _default(node)))
-        for node in graph.nodes
+        LayerPlan(n.name, n.op_type, modules.get(n.name, ""), *draft.said.get(n.name, _default(graph, n)))
+        for n in graph.nodes
     )
     order = {name: i for i, name in enumerate([*graph.inputs, *graph.producer])}
     points = tuple(
@@ -106,19 +114,27 @@ def plan(model: onnx.ModelProto, modules: Mapping[str, str], keep_float: Sequenc
         for tensor, readers in sorted(draft.activations.items(), key=lambda item: order[item[0]])
     )
     weights = tuple(Weight(name, axis, tuple(readers)) for (name, axis), readers in draft.weights.items())
-    return Placement(points, weights, layers)
+    return Placement(points, weights, layers, tuple(kept))
 
 
-def _kept(node: onnx.NodeProto, modules: Mapping[str, str], patterns: Sequence[str]) -> str | None:
-    """Return the pattern that keeps this node in float, if one does."""
-    names = (node.name, modules.get(node.name, ""))
-    return next((p for p in patterns if any(fnmatchcase(name, p) for name in names)), None)
-
-
-def _default(node: onnx.NodeProto) -> tuple[str, str]:
+def _default(graph: Graph, node: onnx.NodeProto) -> tuple[str, str]:
+    if node.op_type in MOVES and not _on_grid(graph, node):
+        return "float", "does not pad with zeros, so its output is not sure to be on its input's grid"
     if node.op_type in FREE:
         return "follows", FREE[node.op_type]
     return "float", "TensorRT has no int8 form of this operator that pays"
+
+
+def _on_grid(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node only moves values and puts zeros between them, so that a grid of its input fits its output."""
+    if node.op_type == "Slice":
+        return True
+    if node.op_type != "Pad" or attribute(node, "mode", b"constant") != b"constant":
+        return False
+    if len(node.input) < 3 or not node.input[2]:
+        return True
+    value = graph.constant(node.input[2])
+    return value is not None and not value.any()
 
 
 def _weighted(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draft) -> None:
@@ -160,15 +176,15 @@ def _residual(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draf
     if kept is not None:
         draft.said[node.name] = ("float", f"the recipe keeps {kept!r} in float")
         return
-    depth = graph.convolutions_above()
+    depth = graph.convolutions_above
     shallow = 1 if depth[node.input[0]] >= depth[node.input[1]] else 0
     branch, skip = node.input[1 - shallow], node.input[shallow]
     made_by = graph.producer[branch].op_type if branch in graph.producer else "the input"
-    if made_by not in ("Conv", "BatchNormalization", "Mul"):
+    if made_by not in BRANCH_ENDS:
         draft.said[node.name] = ("float", f"not a residual block's addition: its branch ends in {made_by}")
         return
     source = skip
-    while source in graph.producer and graph.producer[source].op_type in MOVES:
+    while source in graph.producer and _on_grid(graph, graph.producer[source]):
         source = graph.producer[source].input[0]
     if source != skip and source not in draft.activations:
         source = skip  # nobody else quantizes the source: give the moved tensor a range of its own
@@ -187,7 +203,7 @@ def _residual(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draf
 def _move_on_grid(graph: Graph, skip: str, draft: _Draft) -> None:
     """Let the Slice or Pad behind a quantized tensor read its int8 form, so that only one form of it is stored."""
     node = graph.producer[skip]
-    while node.op_type in MOVES:
+    while _on_grid(graph, node):
         source = node.input[0]
         if source in draft.activations:
             draft.quantize(source, node, 0)
@@ -196,17 +212,35 @@ def _move_on_grid(graph: Graph, skip: str, draft: _Draft) -> None:
         node = graph.producer[source]
 
 
-def _pool(graph: Graph, node: onnx.NodeProto, draft: _Draft) -> None:
+def _pool(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draft) -> None:
     """Quantize an average pool's input where everything behind it is quantized: int8 on both sides, or on neither."""
-    behind, tensor = node, node.output[0]
-    while tensor not in draft.activations:
-        readers = graph.readers(tensor)
-        if len(readers) != 1 or readers[0].op_type not in RESHAPES:
-            draft.said[node.name] = ("float", "what reads it is not in int8, and int8 on one side only would not fuse")
-            return
-        behind, tensor = readers[0], readers[0].output[0]
-    if len(graph.readers(tensor)) != len(draft.activations[tensor]):
-        draft.said[node.name] = ("float", f"{behind.name} is also read in float")
+    if kept is not None:
+        draft.said[node.name] = ("float", f"the recipe keeps {kept!r} in float")
         return
-    draft.quantize(node.input[0], node, 0)
-    draft.said[node.name] = ("int8", "int8 on both sides: its input and its output are quantized")
+    if not graph.is_activation(node.input[0]):
+        return
+    taken, left = _readers_behind(graph, node.output[0], draft)
+    if left and taken:
+        draft.said[node.name] = ("float", f"its output is also read in float, by {left[0]}")
+    elif left or not taken:
+        draft.said[node.name] = ("float", "what reads it is not in int8, and int8 on one side only would not fuse")
+    else:
+        draft.quantize(node.input[0], node, 0)
+        draft.said[node.name] = ("int8", "int8 on both sides: its input and its output are quantized")
+
+
+def _readers_behind(graph: Graph, tensor: str, draft: _Draft) -> tuple[list[str], list[str]]:
+    """Return who reads a tensor in int8 and who in float, by name, looking through what moves no data."""
+    taken: list[str] = []
+    left: list[str] = ["whoever takes the network's output"] if tensor in graph.outputs else []
+    quantized = draft.activations.get(tensor, [])
+    for reader, index in graph.uses(tensor):
+        if (reader.name, index) in quantized:
+            taken.append(reader.name)
+        elif reader.op_type in RESHAPES and index == 0:
+            behind = _readers_behind(graph, reader.output[0], draft)
+            taken.extend(behind[0])
+            left.extend(behind[1])
+        else:
+            left.append(reader.name)
+    return taken, left

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import TracebackType
-from typing import Optional, Protocol, Tuple, Type
+from typing import Dict, Optional, Protocol, Tuple, Type
 
 import numpy as np
 
 from edgeres.artifacts import Engine, Manifest
 from edgeres.bundle import Folder, read_manifest, verify_and_read
-from edgeres.errors import BackendError, BundleError
-from edgeres.preprocess import prepare_batch
+from edgeres.errors import BackendError, BundleError, MissingPackageError, numbered
+from edgeres.preprocess import prepare_batch, problems
 
 
 class OpenEngine(Protocol):
@@ -52,18 +53,26 @@ class LoadedEngine:
         Raises:
             BackendError: the array is neither, or the engine is closed.
         """
-        batch = self._normalized(frames)
+        self._check(frames)
         step = self.manifest.preprocessing.batch_size
-        if len(batch) <= step:
-            return self._runner(batch)
-        return np.concatenate([self._runner(batch[i : i + step]) for i in range(0, len(batch), step)])
+        parts = [self._runner(self._normalized(frames[i : i + step])) for i in range(0, len(frames), step)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _normalized(self, frames: np.ndarray) -> np.ndarray:
+        if frames.dtype == np.uint8:
+            return prepare_batch(frames, self.manifest.preprocessing)
+        return np.ascontiguousarray(frames)
+
+    def _check(self, frames: np.ndarray) -> None:
         if isinstance(frames, np.ndarray) and frames.ndim == 4 and len(frames):
             if frames.dtype == np.uint8 and frames.shape[3] == 3:
-                return prepare_batch(frames, self.manifest.preprocessing)
+                return
             if frames.dtype == np.float32 and frames.shape[1:] == self.input_shape:
-                return np.ascontiguousarray(frames)
+                if not np.isfinite(frames).all():  # int8 would turn a NaN into a plausible answer
+                    raise BackendError(
+                        "the input holds NaN or infinite numbers. Mend what makes it: a sensor, a mean, a std"
+                    )
+                return
         found = f"{frames.dtype} {frames.shape}" if isinstance(frames, np.ndarray) else type(frames).__name__
         _, height, width = self.input_shape
         raise BackendError(
@@ -83,6 +92,53 @@ class LoadedEngine:
         self.close()
 
 
+def load_with(
+    bundle: Folder, backend: str, threads: Optional[int], also: Tuple[str, ...]
+) -> Tuple[LoadedEngine, Dict[str, bytes]]:
+    """Return a bundle's engine as :func:`load` does, and the bytes of those files of ``also`` that the bundle has, all
+    from one reading: a bundle that is exchanged meanwhile cannot mix with its successor."""
+    record = _choose(bundle, read_manifest(bundle), backend)
+    manifest, contents = verify_and_read(bundle, (record.file.path, *also))
+    if record != _choose(bundle, manifest, backend) or record.file.path not in contents:
+        raise BundleError(f"{bundle} changed while it was being read. Load it again.")
+    check_preprocessing(bundle, manifest)
+    return LoadedEngine(open_record(contents[record.file.path], record, threads), manifest, record), contents
+
+
+def open_record(content: bytes, record: Engine, threads: Optional[int] = None) -> OpenEngine:
+    """Return the open engine of a record; its backend's library is loaded only now.
+
+    Args:
+        content: the engine file's bytes, already verified.
+
+    Raises:
+        BackendError: the engine cannot be opened.
+        MissingPackageError: the backend's packages are not installed.
+    """
+    if record.backend in ("tensorrt", "tensorrt-rtx"):
+        from edgeres.backends.tensorrt.session import open_session
+
+        return open_session(content, record.built_for, flavour=record.backend)
+    if record.backend != "cpu":
+        raise BackendError(f"there is no backend {record.backend!r}. Compile the bundle again: edgeres compile BUNDLE")
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingPackageError.for_extra("onnxruntime", "running an engine on the CPU", "cpu")
+    from edgeres.backends import cpu
+
+    return cpu.open_engine(content, record.options, threads)
+
+
+def check_preprocessing(bundle: Folder, manifest: Manifest) -> None:
+    """Refuse a manifest whose preprocessing no frame can go through.
+
+    Raises:
+        BundleError: with every mistake in it.
+    """
+    wrong = problems(manifest.preprocessing)
+    if wrong:
+        raise BundleError(numbered(f"{bundle}: preprocessing", wrong) + "\nBuild it again.")
+
+
 def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None) -> LoadedEngine:
     """Return a bundle's engine, after every file of the bundle has been checked against its manifest.
 
@@ -96,30 +152,7 @@ def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None) -
         IntegrityError: a file is not the one that the manifest binds; nothing was opened.
         BackendError: the engine cannot be opened.
     """
-    record = _choose(bundle, read_manifest(bundle), backend)
-    manifest, contents = verify_and_read(bundle, (record.file.path,))
-    if record != _choose(bundle, manifest, backend) or record.file.path not in contents:
-        raise BundleError(f"{bundle} changed while it was being read. Load it again.")
-    return LoadedEngine(open_record(contents[record.file.path], record, threads), manifest, record)
-
-
-def open_record(content: bytes, record: Engine, threads: Optional[int] = None) -> OpenEngine:
-    """Return the open engine of a record; its backend's library is loaded only now.
-
-    Args:
-        content: the engine file's bytes, already verified.
-
-    Raises:
-        BackendError: the engine does not fit this machine, or cannot be opened.
-        MissingPackageError: the backend's packages are not installed.
-    """
-    if record.backend == "cpu":
-        from edgeres.backends import cpu
-
-        return cpu.open_engine(content, record.options, threads)
-    from edgeres.backends.tensorrt.session import open_session
-
-    return open_session(content, record.built_for, flavour=record.backend)
+    return load_with(bundle, backend, threads, ())[0]
 
 
 def _choose(bundle: Folder, manifest: Manifest, backend: str) -> Engine:

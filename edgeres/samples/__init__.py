@@ -66,6 +66,8 @@ def _source(path: Path, labelled: bool) -> Source:
             )
     except OSError as problem:
         raise SampleError(f"cannot read {path}: {problem.strerror or problem}. Check its permissions.") from None
+    if not path.is_file():
+        raise SampleError(f"{path} is a pipe or a device, not an ordinary file. Save what it gives into one.")
     if ending in LIST_ENDINGS:
         return _images(list_file(path))
     if ending in ARRAY_ENDINGS:

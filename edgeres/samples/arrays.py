@@ -11,11 +11,11 @@ from typing import Any, Optional, Tuple
 
 import numpy as np
 
-from edgeres.errors import SampleError
+from edgeres.errors import SampleError, first_line
 
 # What a .npz may claim to hold once it is unpacked: more is a mistake, or meant to fill the memory.
 LARGEST_BYTES = 64 << 30
-DAMAGED = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, ValueError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error)
 
 
 class ArraySource:
@@ -54,7 +54,9 @@ def open_array(path: Path) -> ArraySource:
     try:
         content, labels = _read_zip(path) if zipped else (np.load(path, mmap_mode="r", allow_pickle=False), None)
     except DAMAGED as problem:
-        reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+        # numpy's own words may advise to unpickle the file after all: they are not passed on.
+        reason = getattr(problem, "strerror", None) or ("" if "pickle" in str(problem) else first_line(problem))
+        reason = reason or "it holds Python objects, or is damaged"
         writer = "numpy.savez" if zipped else "numpy.save"
         raise SampleError(
             f"cannot read {path}: {reason.rstrip('.')}. Write it again, with {writer} and without object arrays."

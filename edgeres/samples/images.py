@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
@@ -34,6 +37,7 @@ class ImageSource:
         """
         path = self._paths[index]
         try:
+            _check_file(path)
             with Image.open(path) as image:
                 _check_size(image)
                 return _rgb(image)
@@ -60,6 +64,7 @@ class ImageSource:
         """
         path = self._paths[index]
         try:
+            _check_file(path)
             with Image.open(path) as image:
                 _check_size(image)
                 _check_mode(image)
@@ -71,6 +76,12 @@ class ImageSource:
         except Exception as problem:  # as in frame()
             return f"cannot read {path}: {_words(problem)}. Repair or remove it."
         return None
+
+
+def _check_file(path: Path) -> None:
+    # Opening a pipe or a device may wait for ever, or never come to an end.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise SampleError("it is not an ordinary file")
 
 
 def _check_size(image: Image.Image) -> None:

@@ -10,8 +10,10 @@ from typing import FrozenSet, Iterator, List, NamedTuple, Optional, Tuple
 import numpy as np
 
 from edgeres.errors import SampleError, numbered
+from edgeres.files import read_bounded
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+LARGEST_LIST = 1 << 28  # bytes: some millions of lines
 LARGEST_LABEL = 2**31 - 1
 # Python refuses to read numbers of thousands of digits, with an error of its own.
 LONGEST_LABEL = 20
@@ -116,7 +118,7 @@ def list_file(path: Path) -> Listing:
         SampleError: it is no text, names no image or missing ones, or its labels are malformed; every line is told.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bounded(path, LARGEST_LIST).decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
         raise SampleError(f"{path} is not UTF-8 text. A list file names one image per line.") from None
     except OSError as problem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -99,20 +99,30 @@ def build(name: str) -> nn.Module:
         return enliven(ResNet(tiny, 10), seed=4)
 
 
+def quantized(module: nn.Module, folder: Path, keep_float: Sequence[str] = ()) -> Net:
+    """Return a module exported, calibrated on 16 random images, and quantized."""
+    exported = export_module(module, (SIZE, SIZE))
+    path = folder / "model.fp32.onnx"
+    path.write_bytes(exported.content)
+    fp32 = onnx.load(path)
+    placement = plan(fp32, exported.modules, keep_float)
+    batches = [np.random.default_rng(i).standard_normal((8, 3, SIZE, SIZE)).astype(np.float32) for i in range(2)]
+    ranges = choose(observe(path, placement.tensors, batches), "minmax", 99.99)
+    return Net(module, exported, fp32, placement, ranges, write_int8(fp32, placement, ranges))
+
+
 @pytest.fixture(scope="session")
 def net(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
     """Return ``net(name)``: ``cifar`` (option A), ``basic`` or ``bottleneck`` (max pool stem, option B), quantized."""
 
     @cache
     def make(name: str) -> Net:
-        module = build(name)
-        exported = export_module(module, (SIZE, SIZE))
-        path: Path = tmp_path_factory.mktemp(name) / "model.fp32.onnx"
-        path.write_bytes(exported.content)
-        fp32 = onnx.load(path)
-        placement = plan(fp32, exported.modules)
-        batches = [np.random.default_rng(i).standard_normal((8, 3, SIZE, SIZE)).astype(np.float32) for i in range(2)]
-        ranges = choose(observe(path, placement.tensors, batches), "minmax", 99.99)
-        return Net(module, exported, fp32, placement, ranges, write_int8(fp32, placement, ranges))
+        return quantized(build(name), tmp_path_factory.mktemp(name))
 
     return make
+
+
+@pytest.fixture
+def quantize(tmp_path: Path) -> Callable[..., Net]:
+    """Return ``quantize(module, keep_float)``: any module for 32×32 images, calibrated on random ones and quantized."""
+    return lambda module, keep_float=(): quantized(module, tmp_path, keep_float)

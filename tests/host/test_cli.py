@@ -25,7 +25,7 @@ REPORT_KEYS = {
 def edgeres(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run the command and check its exit code; no error may show a traceback."""
     command = [sys.executable, "-m", "edgeres", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == code, done.stderr + done.stdout
     assert "Traceback" not in done.stderr
     return done
@@ -218,6 +218,55 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(place: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "cannot write" in done.stderr
     assert before == {path.name: path.read_bytes() for path in (place / "full").iterdir()}
+
+
+def test_a_gate_keeps_its_verdict_when_nobody_reads_it(place: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(place / "few.npz", images=frames, labels=np.zeros(20, np.int64))
+    for arguments, code in ((["build/digits-int8"], 0), (["build/digits-int8", "--validation", "few.npz"], 3)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "edgeres", "validate", *arguments, "--json"]
+        done = subprocess.run(command, cwd=place, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_model_that_prints_does_not_spoil_the_json(place: Path) -> None:
+    (place / "noisy_net.py").write_text(
+        "import torch\nprint('hello from the import')\n"
+        "def net():\n    print('hello from the model')\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),\n"
+        "                               torch.nn.Linear(4, 10))\n"
+    )
+    np.save(place / "grey.npy", np.full((4, 32, 32, 3), 128, np.uint8))
+    options = ["--model", "noisy_net:net", "--input-size", "32", "--calibration", "grey.npy", "--out", "noisy"]
+    done = edgeres("build", *options, "--json", cwd=place)
+    assert json.loads(done.stdout)["name"] == "net"
+    assert "hello from the model" in done.stderr
+
+
+def test_pipes_and_devices_are_refused_and_not_waited_for(place: Path) -> None:
+    (place / "odd").mkdir()
+    os.mkfifo(place / "odd/pipe.png")
+    os.symlink("/dev/zero", place / "odd/zero.png")
+    for name in ("pipe.txt", "pipe.npz", "pipe.toml", "pipe.onnx"):
+        os.mkfifo(place / name)
+    os.symlink("/dev/zero", place / "zero.txt")
+    os.symlink("/dev/zero", place / "zero.toml")
+    for source in ("odd", "pipe.txt", "pipe.npz", "zero.txt"):
+        assert "ordinary file" in edgeres("build", "--calibration", source, "--out", "never", cwd=place, code=1).stderr
+    for recipe in ("pipe.toml", "zero.toml"):
+        assert "ordinary file" in edgeres("build", recipe, cwd=place, code=1).stderr
+    edgeres("inspect", "pipe.onnx", cwd=place, code=1)
+
+
+def test_control_characters_from_outside_do_not_reach_the_terminal(place: Path) -> None:
+    (place / "names").mkdir()
+    (place / "names/\x1b]0;owned\x07.png").write_bytes(b"junk")
+    done = edgeres("build", "--calibration", "names", "--out", "never", cwd=place, code=1)
+    assert "\x1b" not in done.stderr
+    assert "\\x1b]0;owned" in done.stderr
 
 
 def test_a_read_only_place_is_a_sentence(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -252,6 +253,72 @@ def test_nan_weights_are_refused() -> None:
         export_module(module, (9, 9))
 
 
+class Foreign(torch.autograd.Function):
+    """An operator that exports into a domain of its own."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.relu()
+
+    @staticmethod
+    def symbolic(g: Any, x: Any) -> Any:
+        return g.op("their.domain::Fancy", x).setType(x.type())
+
+
+def test_operators_outside_standard_onnx_are_refused_by_name() -> None:
+    model = seeded(lambda: Head(lambda y: Foreign.apply(y)))
+    with pytest.raises(ExportError, match=r"the exported model has operators .* their\.domain::Fancy\. Export it"):
+        export_module(model, (8, 8))
+
+
+class Ending(nn.Module):
+    """A global pool, and one of the many ways to write what comes after it."""
+
+    def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.pool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 4)
+        self.flatten = flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.flatten(self.pool(torch.relu(self.norm(self.conv(x))))))
+        return y
+
+
+@pytest.mark.parametrize(
+    "flatten",
+    [
+        lambda x: x.view(x.size(0), -1),
+        lambda x: x.reshape(x.shape[0], 6),
+        lambda x: x.view(x.shape[0], x.shape[1]),
+        lambda x: torch.flatten(x, 1),
+    ],
+    ids=["view", "reshape", "both sizes", "flatten"],
+)
+def test_flattening_by_the_batch_is_a_flatten(flatten: Callable[[Tensor], Tensor], exact: Exact) -> None:
+    module = seeded(lambda: Ending(flatten)).eval()
+    model = onnx.load_model_from_string(export_module(module, (8, 8)).content)
+    assert operators(model) == ["Conv", "Relu", "GlobalAveragePool", "Flatten", "Gemm"]
+    for batch in (1, 3):
+        x = np.random.default_rng(batch).standard_normal((batch, 3, 8, 8)).astype(np.float32)
+        with torch.inference_mode():
+            np.testing.assert_allclose(exact(model, x), module(torch.from_numpy(x)).numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [lambda x: x.shape[0], lambda x: x.size(0)])
+def test_a_channel_shuffle_has_constant_shapes(size: Callable[[Tensor], int], exact: Exact) -> None:
+    def shuffle(x: Tensor) -> Tensor:
+        grouped = x.view(size(x), 2, 3, x.shape[2], x.shape[3]).transpose(1, 2).reshape(size(x), 6, 1, 1)
+        return grouped.flatten(1)
+
+    module = seeded(lambda: Ending(shuffle)).eval()
+    model = onnx.load_model_from_string(export_module(module, (8, 8)).content)
+    assert not {"Shape", "Gather", "Concat"} & set(operators(model))
+    x = np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype(np.float32)
+    with torch.inference_mode():
+        np.testing.assert_allclose(exact(model, x), module(torch.from_numpy(x)).numpy(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(9, 9), (1, 1)])
 def test_an_input_size_that_does_not_fit_is_refused(size: tuple[int, int]) -> None:
     module = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 6 * 6, 4))
@@ -379,6 +446,50 @@ def test_constants_fold_and_nothing_else(body: str, left: list[str], graph: Grap
     model = graph(f"{HEAD} {{ {body} }}", FOLDABLE)
     unchanged(model, fold_constants, exact)
     assert operators(model) == left
+
+
+SHAPED = "s = Shape (c) n = Gather <axis = 0> (s, zero) u = Unsqueeze (n, one)"
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        (f"c = Conv (x, w) {SHAPED} t = Concat <axis = 0> (u, m64) y = Reshape (c, t)", ["Conv", "Flatten"]),
+        (f"c = Conv (x, w) {SHAPED} t = Concat <axis = 0> (u, m1) y = Reshape (c, t)", ["Conv", "Flatten"]),
+        # half the batch: what looks alike, and is not
+        (
+            f"c = Conv (x, w) {SHAPED} h = Mul (u, two) t = Concat <axis = 0> (h, m1) y = Reshape (c, t)",
+            ["Conv", "Shape", "Gather", "Unsqueeze", "Mul", "Concat", "Reshape"],
+        ),
+        # the channels in front
+        (f"c = Conv (x, w) {SHAPED} t = Concat <axis = 0> (m4, u, m1) y = Reshape (c, t)", None),
+    ],
+    ids=["size", "rest", "another batch", "batch elsewhere"],
+)
+def test_only_what_keeps_the_batch_becomes_a_flatten(
+    body: str, left: list[str] | None, graph: Graph, exact: Exact
+) -> None:
+    extra = {
+        **{name: np.array([value]) for name, value in (("m64", 64), ("m1", -1), ("m4", 4), ("two", 2))},
+        "zero": np.array(0),
+        "one": np.array([0]),
+    }
+    rank = "k0,k1,k2" if left is None else "k0,k1"
+    model = graph(f"net (float[N,3,6,6] x) => (float[{rank}] y) {{ {body} }}", {**FOLDABLE, **extra})
+    unchanged(model, simplify, exact)
+    assert left is None or operators(model) == left
+    assert ("Flatten" in operators(model)) == (left is not None and "Flatten" in left)
+
+
+def test_a_convolution_whose_shape_is_asked_for_still_takes_its_batch_norm(graph: Graph, exact: Exact) -> None:
+    body = (
+        f"c = Conv (x, w) {SHAPED} n0 = BatchNormalization (c, g, beta, mu, var) "
+        "t = Concat <axis = 0> (u, m1) y = Reshape (n0, t)"
+    )
+    extra = {"m1": np.array([-1]), "zero": np.array(0), "one": np.array([0])}
+    model = graph(f"net (float[N,3,6,6] x) => (float[k0,k1] y) {{ {body} }}", {**FOLDABLE, **extra})
+    unchanged(model, simplify, exact)
+    assert operators(model) == ["Conv", "Flatten"]
 
 
 @pytest.mark.parametrize(

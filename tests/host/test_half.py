@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from edgeres.errors import QuantizationError
+from edgeres.errors import LintError, QuantizationError
 from edgeres.quantize import fp16_content, write_fp16
 
 Graph = Callable[..., onnx.ModelProto]
@@ -132,3 +132,19 @@ def test_content_is_that_of_the_file_and_repeats(net: Callable[[str], Any], tmp_
     assert len(layers) == len(model.graph.node) - 2
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     assert weights["conv1.weight"].dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("domain", "opset", "words"), [("their.domain", 17, "of domain their.domain"), ("", 18, "opset 18")]
+)
+def test_what_tensorrt_does_not_read_is_refused(
+    domain: str, opset: int, words: str, graph: Graph, tmp_path: Path
+) -> None:
+    model = graph("net (float[N,4] x) => (float[N,4] y) { a = Exp (x) y = Relu (a) }", opset=opset)
+    if domain:
+        model.graph.node[0].domain = domain
+        model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
+    path = tmp_path / "model.fp32.onnx"
+    onnx.save(model, path)
+    with pytest.raises(LintError, match=rf"model\.fp16\.onnx: .*{words}"):
+        fp16_content(path, {})

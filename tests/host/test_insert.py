@@ -15,13 +15,15 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from edgeres.artifacts import FileRef
-from edgeres.errors import ExportError, QuantizationError
-from edgeres.quantize import int8_content, plan_file, write_int8
+from edgeres.artifacts import FileRef, TensorRange
+from edgeres.errors import ExportError, LintError, QuantizationError
+from edgeres.quantize import int8_content, plan, plan_file, write_int8
 from edgeres.quantize.describe import describe_file
 from edgeres.quantize.graph import Graph as Index
 
+Graph = Callable[..., onnx.ModelProto]
 Exact = Callable[[onnx.ModelProto, np.ndarray], np.ndarray]
+SOME_RANGE = TensorRange(12.7, 0.1, "minmax", -12.7, 12.7, 1, 0.0, 0.0, None)
 NETS = ("cifar", "basic", "bottleneck")
 
 
@@ -144,6 +146,55 @@ def test_a_dead_channel_quantizes_to_zeros(net: Callable[[str], Any], exact: Exa
     assert np.isfinite(exact(written, np.ones((1, 3, 32, 32), np.float32))).all()
 
 
+def test_names_that_are_taken_are_not_taken_twice(graph: Graph, exact: Exact) -> None:
+    body = """
+        c = Conv (x, w)
+        x_scale = Relu (c)
+        x_2_dequantized = Neg (x_scale)
+        y = Conv (x_2_dequantized, w_zero_point)"""
+    weights = {
+        "w": np.full((4, 3, 1, 1), 0.127, np.float32),
+        "w_zero_point": np.full((4, 4, 1, 1), -0.127, np.float32),
+    }
+    model = graph(f"net (float[N,3,4,4] x) => (float[N,4,4,4] y) {{ {body} }}", weights)
+    model.graph.node[0].name = "w_QuantizeLinear"
+    placement = plan(model, {})
+    ranges = dict.fromkeys(placement.tensors, SOME_RANGE)
+    written = write_int8(model, placement, ranges)
+    names = [node.name for node in written.graph.node]
+    assert len(set(names)) == len(names)
+    assert written == write_int8(model, placement, ranges)
+    x = np.random.default_rng(0).integers(-12, 12, (2, 3, 4, 4)).astype(np.float32) / 10
+    np.testing.assert_allclose(exact(written, x), exact(model, x), atol=0.03)
+
+
+def test_a_weight_read_along_two_axes_has_two_pairs(graph: Graph, exact: Exact) -> None:
+    k = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32) * np.array([[1], [9], [30], [99]])
+    body = "{ a = Gemm <transB = 1> (x, k) b = MatMul (x, k) y = Add (a, b) }"
+    model = graph(f"net (float[N,4] x) => (float[N,4] y) {body}", {"k": k.astype(np.float32)})
+    placement = plan(model, {})
+    assert [(weight.tensor, weight.axis) for weight in placement.weights] == [("k", 0), ("k", 1)]
+    written = write_int8(model, placement, {"x": SOME_RANGE})
+    tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in written.graph.initializer}
+    index = Index(written)
+    scales = {
+        node.op_type: tensors[index.producer[node.input[1]].input[1]]
+        for node in written.graph.node
+        if node.op_type in ("Gemm", "MatMul")
+    }
+    np.testing.assert_allclose(scales["Gemm"], np.abs(k).max(1) / 127, rtol=1e-6)
+    np.testing.assert_allclose(scales["MatMul"], np.abs(k).max(0) / 127, rtol=1e-6)
+    x = np.random.default_rng(1).standard_normal((8, 4)).astype(np.float32)
+    assert np.abs(exact(written, x) - exact(model, x)).max() < 0.03 * np.abs(exact(model, x)).max()
+
+
+def test_what_is_written_is_checked(graph: Graph) -> None:
+    text = "net (float[N,3,4,4] x) => (float[N,4,4,4] y) { c = Conv (x, w) y = Relu (c, c) }"
+    model = graph(text, {"w": np.ones((4, 3, 1, 1), np.float32)}, valid=False)
+    with pytest.raises(LintError, match=r"model\.int8\.onnx: edgeres wrote ONNX that is not valid"):
+        write_int8(model, plan(model, {}), {"x": SOME_RANGE})
+
+
 def test_from_file_to_content_is_the_same(net: Callable[[str], Any], tmp_path: Path) -> None:
     found = net("cifar")
     path = tmp_path / "model.fp32.onnx"
@@ -168,6 +219,15 @@ def test_a_written_file_tells_its_precisions(net: Callable[[str], Any], tmp_path
         path.write_bytes(content)
         with pytest.raises(ExportError, match=r"model\.int8\.onnx"):
             describe_file(path)
+
+
+def test_a_file_whose_error_has_no_words_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(onnx, "load", refuse)
+    with pytest.raises(ExportError, match="cannot be read as ONNX: RuntimeError"):
+        describe_file(tmp_path / "model.onnx")
 
 
 def test_the_export_record_holds_the_facts(net: Callable[[str], Any]) -> None:

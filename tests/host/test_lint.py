@@ -28,7 +28,9 @@ LEGAL = """net (float[N,3,8,8] x) => (float[N,5] y) {
     e = Conv <pads = [1, 1, 1, 1]> (rd, vd, b)
     a = Add (e, rd)
     t = Relu (a)
-    p = GlobalAveragePool (t)
+    tq = QuantizeLinear (t, s, z)
+    td = DequantizeLinear (tq, s, z)
+    p = GlobalAveragePool (td)
     f = Flatten (p)
     fq = QuantizeLinear (f, s, z)
     fd = DequantizeLinear (fq, s, z)
@@ -50,6 +52,9 @@ WEIGHTS: dict[str, Any] = {
     "z3": np.zeros(3, np.int8),
     "s4": np.full(4, 0.5, np.float32),
     "z4": np.zeros(4, np.int8),
+    "wt": np.ones((4, 4, 1, 1), np.float32),
+    "low": np.float32(0),
+    "high": np.float32(6),
     "s5": np.full(5, 0.5, np.float32),
     "z5": np.zeros(5, np.int8),
     "zw": np.array(7, np.int8),
@@ -85,7 +90,7 @@ BREACHES: dict[str, tuple[str, str, str, int]] = {
     ),
     "twice": (
         "f = Flatten (p)",
-        pair("r", "s", "z", to="again") + "\nm = Mul (p, againd) f = Flatten (p)",
+        pair("r", "s", "z", to="again") + "\nm = Mul (againd, againd) f = Flatten (p)",
         "quantized twice",
         2,
     ),
@@ -112,6 +117,42 @@ BREACHES: dict[str, tuple[str, str, str, int]] = {
         f"{GEMM}\n    y = Gemm <transB = 1> (fd, kd, kb)",
         pair("kt", "s4", "z4", "<axis = 0>") + "\ny = MatMul (fd, ktd)",
         "along axis 0, its output channels are axis 1",
+        1,
+    ),
+    "before Clip": ("r = Relu (c)", pair("c", "s", "z") + "\nr = Clip (cd, low, high)", "stands between Conv", 1),
+    "axes that differ": (
+        "vd = DequantizeLinear <axis = 0>",
+        "vd = DequantizeLinear <axis = 1>",
+        "along axis 1",
+        2,
+    ),
+    "number of scales": (CONV, pair("w", "s3", "z3", "<axis = 0>"), "3 scales for 4 channels along axis 0", 2),
+    "no such axis": (CONV, pair("w", "s4", "z4", "<axis = 4>"), "axis 4", 3),
+    "ConvTranspose weights alone": (
+        "r = Relu (c)",
+        pair("wt", "s4", "z4", "<axis = 1>") + "\nct = ConvTranspose (c, wtd)\nr = Relu (ct)",
+        "only its weights is quantized",
+        1,
+    ),
+    "ConvTranspose axis": (
+        "r = Relu (c)",
+        pair("c", "s", "z") + "\n" + pair("wt", "s4", "z4", "<axis = 0>") + "\nr = ConvTranspose (cd, wtd)",
+        "along axis 0, its output channels are axis 1",
+        1,
+    ),
+    "branch of Add": ("a = Add (e, rd)", pair("e", "s", "z") + "\na = Add (ed, r)", "its branch is quantized", 1),
+    "branch of Add, turned": ("a = Add (e, rd)", pair("e", "s", "z") + "\na = Add (r, ed)", "its branch is", 1),
+    "pool's output alone": (
+        "GlobalAveragePool (td)",
+        "GlobalAveragePool (t)",
+        "its output is quantized, but not its",
+        1,
+    ),
+    "pool's input alone": ("(fd, kd, kb)", "(f, k, kb)", "its input is quantized, but not all that reads", 1),
+    "pool also read in float": (
+        "f = Flatten (p)",
+        "f = Flatten (p) m = Sigmoid (p)",
+        "its input is quantized, but not all that reads its output",
         1,
     ),
     "both sides of Add": (
@@ -172,7 +213,7 @@ def test_foreign_domains_are_found_where_they_are_used(graph: Graph) -> None:
     model = graph(LEGAL, WEIGHTS)
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     assert lint(model) == []
-    model.graph.node.append(onnx.helper.make_node("Gelu", ["p"], ["gelu"], domain="com.microsoft"))
+    model.graph.node.append(onnx.helper.make_node("Gelu", ["e"], ["gelu"], domain="com.microsoft"))
     assert lint(model) == ["operator Gelu is of domain com.microsoft, not of standard ONNX"]
 
 
@@ -219,6 +260,23 @@ def test_bytes_must_be_cast_first(graph: Graph) -> None:
         ("a = Add (e, rd)", "a = Add (e, r)"),
         ("a = Add (e, rd)", "a = Add (rd, e)"),
         ("r = Relu (c)", "ab = Add (c, b3) r = Relu (ab)"),
+        ("r = Relu (c)", "r = Clip (c, low, high)"),
+        ("GlobalAveragePool (td)", "ReduceMean <axes = [2, 3]> (td)"),
+        ("f = Flatten (p)", "sh = Shape (p) f = Reshape (p, flat) sz = Size (p)"),
+        # beside a reader in float, so the pool runs in float; what quantizes its output reads float
+        (
+            "p = GlobalAveragePool (td)\n    f = Flatten (p)",
+            "p = GlobalAveragePool (t) f = Flatten (p) m = Sigmoid (p)",
+        ),
+        # int8 scales of one tensor: an axis says nothing there
+        (CONV, pair("w", "s", "z").replace("wd = DequantizeLinear", "wd = DequantizeLinear <axis = 0>")),
+        # one weight read along two axes
+        (
+            GEMM,
+            f"{GEMM}\nsqq = QuantizeLinear <axis = 0> (sq, s4, z4) sqd = DequantizeLinear <axis = 0> (sqq, s4, z4)\n"
+            "sq1 = QuantizeLinear <axis = 1> (sq, s4, z4) sqe = DequantizeLinear <axis = 1> (sq1, s4, z4)\n"
+            "m1 = Gemm <transB = 1> (fd, sqd) m2 = MatMul (fd, sqe)",
+        ),
         # a skip that is read before its ReLU, as in pre-activation nets: the Q stands beside the ReLU, not before it
         ("a = Add (e, rd)", pair("c", "s", "z") + "\na = Add (e, cd)"),
     ],
@@ -231,11 +289,37 @@ def test_bytes_must_be_cast_first(graph: Graph) -> None:
         "float skip",
         "order",
         "constant",
+        "Clip",
+        "ReduceMean",
+        "Shape",
+        "pool in float",
+        "axis of one scale",
+        "two axes",
         "beside",
     ],
 )
 def test_what_is_close_to_a_breach_is_none(old: str, new: str, graph: Graph) -> None:
-    assert breached(graph, old, new, b3=np.ones((4, 1, 1), np.float32)) == []
+    extra = {"flat": np.array([-1, 4]), "sq": np.ones((4, 4), np.float32)}
+    assert breached(graph, old, new, b3=np.ones((4, 1, 1), np.float32), **extra) == []
+
+
+def test_axes_of_q_and_dq_that_differ_are_told_of_the_pair(graph: Graph) -> None:
+    problems = breached(graph, "vd = DequantizeLinear <axis = 0>", "vd = DequantizeLinear <axis = 1>")
+    assert "it dequantizes along axis 1 what QuantizeLinear_8 quantizes along axis 0" in problems[0]
+
+
+def test_a_pool_that_is_meant_to_run_in_float_may(graph: Graph) -> None:
+    model = graph(LEGAL.replace("GlobalAveragePool (td)", "GlobalAveragePool (t)"), WEIGHTS)
+    pool = next(node.name for node in model.graph.node if node.op_type == "GlobalAveragePool")
+    assert len(lint(model)) == 1
+    assert lint(model, {pool}) == []
+    check(model, "model.int8.onnx", {pool})
+
+
+def test_what_is_not_valid_onnx_is_refused(graph: Graph) -> None:
+    model = graph(LEGAL.replace("r = Relu (c)", "r = Relu (c, c)"), WEIGHTS, valid=False)
+    with pytest.raises(LintError, match=r"model\.int8\.onnx: edgeres wrote ONNX that is not valid .*Relu.*Report it"):
+        check(model, "model.int8.onnx")
 
 
 def test_all_breaches_are_told_at_once(graph: Graph) -> None:

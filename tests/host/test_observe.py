@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch.nn import functional as F
@@ -144,3 +145,19 @@ def test_a_file_that_onnxruntime_does_not_take_is_refused_in_words(
     onnx.save(model, tmp_path / "odd.onnx")
     with pytest.raises(CalibrationError, match=r"odd\.onnx"):
         observe(tmp_path / "odd.onnx", ["relu"], [images(1)])
+
+
+def test_an_error_without_a_word_is_told_by_its_kind(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(Exception):
+        pass
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise Silent
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ort.InferenceSession, "run", refuse)
+        with pytest.raises(CalibrationError, match=r"does not run on samples of shape .*: Silent"):
+            observe(path, ["relu"], [images(1)])
+    monkeypatch.setattr(ort, "InferenceSession", refuse)
+    with pytest.raises(CalibrationError, match=r"does not accept net\.onnx: Silent"):
+        observe(path, ["relu"], [images(1)])

@@ -10,14 +10,18 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from edgeres.artifacts import TensorRange
+from edgeres.errors import QuantizationError
 from edgeres.export import export_module
 from edgeres.quantize import Placement, plan, write_int8
 from edgeres.quantize.graph import Graph as Index
 
 Graph = Callable[..., onnx.ModelProto]
+Exact = Callable[[onnx.ModelProto, np.ndarray], np.ndarray]
 NETS = ("cifar", "basic", "bottleneck")
+POOL = "GlobalAveragePool"
 SOME_RANGE = TensorRange(12.7, 0.1, "minmax", -12.7, 12.7, 1, 0.0, 0.0, None)
 
 
@@ -212,8 +216,9 @@ def replanned(net: Any, keep: list[str]) -> tuple[Placement, dict[str, str]]:
         ("*.conv2", {"layer1.0.conv2", "layer2.0.conv2", "layer3.0.conv2"}),
         ("/layer3/layer3.0/conv1/Conv", {"layer3.0.conv1"}),
         ("layer?.0.conv[1]", {"layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"}),
-        ("nothing.is.called.so", set()),
-        ("CONV1", set()),
+        ("layer1", {"layer1.0.conv1", "layer1.0.conv2"}),
+        ("layer[13]", {"layer1.0.conv1", "layer1.0.conv2", "layer3.0.conv1", "layer3.0.conv2"}),
+        ("layer2.0", {"layer2.0.conv1", "layer2.0.conv2"}),
     ],
 )
 def test_patterns_keep_layers_in_float(pattern: str, kept: set[str], net: Callable[[str], Any]) -> None:
@@ -250,6 +255,35 @@ def test_a_pool_in_front_of_a_float_layer_stays_in_float(net: Callable[[str], An
     pool = next(layer for layer in placement.layers if layer.op == "GlobalAveragePool")
     assert pool.precision == "float"
     assert "one side" in pool.reason
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        (["CONV1"], r"'CONV1' \(did you mean conv1"),
+        (["layer1.0.con1"], r"'layer1\.0\.con1' \(did you mean .*layer1\.0\.conv1"),
+        (["layer1.0.conv"], r"'layer1\.0\.conv' \(did you mean"),
+        (["1.0.conv1"], "'1.0.conv1'"),
+        (["layer"], "'layer'"),
+        ([""], "''"),
+        (["zzz", "fc", "yyy.*"], r"in the model: 'zzz'; 'yyy\.\*'\. Patterns"),
+    ],
+)
+def test_patterns_that_name_nothing_are_refused_with_what_is_close(
+    patterns: list[str], words: str, net: Callable[[str], Any]
+) -> None:
+    found = net("cifar")
+    with pytest.raises(QuantizationError, match=words) as caught:
+        plan(found.fp32, found.exported.modules, patterns)
+    assert "'fc'" not in str(caught.value)
+
+
+def test_a_kept_pool_stays_in_float_between_int8_layers(net: Callable[[str], Any]) -> None:
+    placement, precisions = replanned(net("cifar"), ["avgpool"])
+    pool = next(layer for layer in placement.layers if layer.op == "GlobalAveragePool")
+    assert (pool.precision, pool.reason) == ("float", "the recipe keeps 'avgpool' in float")
+    assert set(precisions.values()) == {"int8"}
+    assert placement.kept == (pool.node,)
 
 
 def test_a_kept_block_keeps_its_addition_too(net: Callable[[str], Any]) -> None:
@@ -322,6 +356,18 @@ def test_other_residual_nets_are_quantized_legally(make: type[nn.Module], additi
         ("c = Relu (x) a = Add (c, x) y = GlobalAveragePool (a)", "Add", "float", "not a residual block's"),
         ("c = Conv (x, w) y = GlobalAveragePool (c)", "GlobalAveragePool", "float", "not in int8"),
         ("c = Conv (x, w) s = Sigmoid (c) y = GlobalAveragePool (s)", "Sigmoid", "float", "no int8 form"),
+        ("c = Conv (x, w) s = Clip (c, zero, six) y = GlobalAveragePool (s)", "Clip", "follows", "fused like a ReLU"),
+        ("c = Conv (x, w) d = Concat <axis = 1> (c, c) y = GlobalAveragePool (d)", "Concat", "follows", "neighbours"),
+        ("p = Pad (x, pads) c = Conv (p, w) y = GlobalAveragePool (c)", "Pad", "follows", "moves"),
+        ("p = Pad (x, pads, zero) c = Conv (p, w) y = GlobalAveragePool (c)", "Pad", "follows", "moves"),
+        ("p = Pad (x, pads, six) c = Conv (p, w) y = GlobalAveragePool (c)", "Pad", "float", "does not pad with zeros"),
+        ("p = GlobalAveragePool (x) c = Conv (p, u) y = Relu (c)", POOL, "int8", "both sides"),
+        (
+            "p = GlobalAveragePool (x) s = Shape (p) r = Expand (six, s) c = Conv (p, u) y = Add (c, r)",
+            POOL,
+            "int8",
+            "",
+        ),
         ("c = Conv (x, w) p = GlobalAveragePool (c) y = Conv (p, v)", "GlobalAveragePool", "int8", "both sides"),
         (
             "c = Conv (x, w) p = GlobalAveragePool (c) d = Conv (p, v) y = Add (d, p)",
@@ -343,6 +389,10 @@ def test_what_cannot_be_int8_says_why(body: str, op: str, precision: str, words:
         "wt": np.ones((3, 4, 3, 3), np.float32),
         "v": np.ones((4, 4, 1, 1), np.float32),
         "one": np.ones((4, 1, 1), np.float32),
+        "u": np.ones((4, 3, 1, 1), np.float32),
+        "zero": np.float32(0),
+        "six": np.float32(6),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
     }
     model = graph(f"net (float[N,3,8,8] x) => (float[N,C,1,1] y) {{ {body} }}", ones)
     placement = plan(model, {})
@@ -368,3 +418,219 @@ def test_a_shared_weight_is_quantized_once(graph: Graph) -> None:
     model = graph(f"net (float[N,3,8,8] x) => (float[N,3,h,u] y) {body}", {"w": np.ones((3, 3, 3, 3), np.float32)})
     (weight,) = plan(model, {}).weights
     assert weight.readers == (("Conv_0", 1), ("Conv_2", 1))
+
+
+def test_depths_are_computed_once(graph: Graph) -> None:
+    index = Index(graph("net (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu (x) }"))
+    assert index.convolutions_above is index.convolutions_above
+
+
+def test_pools_in_a_row_are_all_int8(graph: Graph) -> None:
+    body = """{
+        c = Conv (x, w)
+        p = AveragePool <kernel_shape = [2, 2]> (c)
+        q = AveragePool <kernel_shape = [2, 2]> (p)
+        m = ReduceMean <axes = [2, 3], keepdims = 1> (q)
+        f = Flatten (m)
+        y = Gemm <transB = 1> (f, k)
+    }"""
+    weights = {"w": np.ones((4, 3, 3, 3), np.float32), "k": np.ones((5, 4), np.float32)}
+    model = graph(f"net (float[N,3,8,8] x) => (float[N,5] y) {body}", weights)
+    placement = plan(model, {})
+    assert [point.tensor for point in placement.points] == ["x", "c", "p", "q", "f"]
+    pools = [layer.precision for layer in placement.layers if layer.op in ("AveragePool", "ReduceMean")]
+    assert pools == ["int8"] * 3
+    write_int8(model, placement, dict.fromkeys(placement.tensors, SOME_RANGE))
+
+
+@pytest.mark.parametrize("behind", ["f = Flatten (p)", "r = Squeeze (p, plane) f = Flatten (r)"])
+def test_a_network_output_reads_in_float(behind: str, graph: Graph) -> None:
+    weights = {"w": np.ones((4, 3, 3, 3), np.float32), "k": np.ones((5, 4), np.float32), "plane": np.array([2, 3])}
+    body = f"c = Conv (x, w) p = GlobalAveragePool (c) {behind} y = Gemm <transB = 1> (f, k)"
+    model = graph(f"net (float[N,3,8,8] x) => (float[N,5] y, float[N,4] f) {{ {body} }}", weights)
+    placement = plan(model, {})
+    (pool,) = [layer for layer in placement.layers if layer.op == "GlobalAveragePool"]
+    assert pool.precision == "float"
+    assert "the network's output" in pool.reason
+    write_int8(model, placement, dict.fromkeys(placement.tensors, SOME_RANGE))
+
+
+def test_a_pool_whose_readers_are_all_quantized_behind_two_reshapes_is_int8(graph: Graph) -> None:
+    weights = {"w": np.ones((4, 3, 3, 3), np.float32), "k": np.ones((5, 4), np.float32)}
+    body = """{
+        c = Conv (x, w) p = GlobalAveragePool (c)
+        f = Flatten (p) g = Flatten (p)
+        a = Gemm <transB = 1> (f, k) b = Gemm <transB = 1> (g, k) y = Mul (a, b)
+    }"""
+    model = graph(f"net (float[N,3,8,8] x) => (float[N,5] y) {body}", weights)
+    placement = plan(model, {})
+    assert next(layer.precision for layer in placement.layers if layer.op == "GlobalAveragePool") == "int8"
+    write_int8(model, placement, dict.fromkeys(placement.tensors, SOME_RANGE))
+
+
+def sqnr_db(net: Any, exact: Exact) -> float:
+    """Return signal over noise of the int8 logits, on random images that were not calibrated on."""
+    x = np.random.default_rng(99).standard_normal((16, 3, 32, 32)).astype(np.float32)
+    wanted = exact(net.fp32, x).astype(np.float64)
+    return float(10 * np.log10(np.square(wanted).sum() / np.square(exact(net.int8, x) - wanted).sum()))
+
+
+class Viewed(nn.Module):
+    """The usual ending of a hand-written net: a view by the batch's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(torch.relu(self.conv(x)), 1)
+        y: Tensor = self.fc(x.view(x.size(0), -1))
+        return y
+
+
+class Padded(nn.Module):
+    """A shortcut that subsamples, and fills the new channels with something that its input never is."""
+
+    def __init__(self, value: float, mode: str) -> None:
+        super().__init__()
+        self.stem, self.conv1 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.conv2, self.fc = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 5)
+        self.value, self.mode = value, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        small = x[:, :, ::2, ::2]
+        if self.mode == "constant":
+            skip = F.pad(small, (0, 0, 0, 0, 4, 4), value=self.value)
+        else:
+            skip = F.pad(torch.cat([small, small], 1)[..., 1:-1, 1:-1], (1, 1, 1, 1), mode=self.mode)
+        x = torch.relu(self.conv2(torch.relu(self.conv1(x))) + skip)
+        y: Tensor = self.fc(x.mean((2, 3)))
+        return y
+
+
+def depthwise(channels: int, stride: int, expand: int) -> nn.Sequential:
+    """MobileNetV2's inverted residual: expand, depthwise, and a linear projection."""
+    wide = channels * expand
+    return nn.Sequential(
+        nn.Conv2d(channels, wide, 1, bias=False),
+        nn.BatchNorm2d(wide),
+        nn.ReLU6(),
+        nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+        nn.BatchNorm2d(wide),
+        nn.ReLU6(),
+        nn.Conv2d(wide, channels, 1, bias=False),
+        nn.BatchNorm2d(channels),
+    )
+
+
+class Mobile(nn.Module):
+    """A small MobileNetV2: ReLU6, depthwise convolutions, linear bottlenecks with skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.blocks = nn.ModuleList([depthwise(8, 1, 4), depthwise(8, 1, 4), depthwise(8, 2, 4)])
+        self.head, self.fc = nn.Sequential(nn.Conv2d(8, 32, 1), nn.ReLU6()), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            branch = block(x)
+            x = x + branch if branch.shape == x.shape else branch
+        y: Tensor = self.fc(self.head(x).mean((2, 3)))
+        return y
+
+
+class Dense(nn.Module):
+    """DenseNet: each layer reads all before it, through batch norm and ReLU; an average pool between the stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8 + 4 * i) for i in range(4)])
+        self.convs = nn.ModuleList([nn.Conv2d(8 + 4 * i, 4, 3, padding=1) for i in range(4)])
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for i, (norm, conv) in enumerate(zip(self.norms, self.convs, strict=True)):
+            x = torch.cat([x, conv(torch.relu(norm(x)))], 1)
+            x = F.avg_pool2d(x, 2) if i == 1 else x
+        y: Tensor = self.fc(torch.relu(x).mean((2, 3)))
+        return y
+
+
+class Swish(nn.Module):
+    """SiLU between convolutions, and one convolution used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.stem(x))
+        x = x + F.silu(self.body(x))
+        x = F.silu(self.body(x))
+        y: Tensor = self.fc(x.mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("make", "least"),
+    [
+        (Viewed, 30),
+        (lambda: Padded(0.0, "constant"), 25),
+        (lambda: Padded(20.0, "constant"), 25),
+        (lambda: Padded(0.0, "reflect"), 25),
+        (Mobile, 20),
+        (Dense, 25),
+        (Swish, 25),
+    ],
+    ids=["view", "pad 0", "pad 20", "reflect", "MobileNet", "DenseNet", "SiLU"],
+)
+def test_nets_of_other_kinds_keep_their_answers(
+    make: Callable[[], nn.Module], least: float, quantize: Callable[..., Any], exact: Exact
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = make()
+        with torch.no_grad():
+            for part in module.modules():
+                if isinstance(part, (nn.Conv2d, nn.Linear)):
+                    part.weight.mul_(2)  # so that no answer is its bias alone
+            module(torch.randn(64, 3, 32, 32))  # gives the batch norms statistics
+    found = quantize(module)
+    weighted = [layer for layer in found.placement.layers if layer.op in ("Conv", "Gemm")]
+    assert {layer.precision for layer in weighted} == {"int8"}
+    assert sqnr_db(found, exact) >= least
+
+
+def test_a_pool_behind_which_the_batch_is_asked_for_is_int8(quantize: Callable[..., Any]) -> None:
+    found = quantize(Viewed())
+    (pool,) = [layer for layer in found.placement.layers if layer.op == "GlobalAveragePool"]
+    assert (pool.precision, pool.reason) == ("int8", "int8 on both sides: its input and its output are quantized")
+    index = Index(found.int8)
+    assert [index.producer[node.input[0]].op_type for node in index.nodes if node.op_type in (POOL, "Gemm")] == [
+        "DequantizeLinear",
+        "DequantizeLinear",
+    ]
+
+
+def test_the_skips_of_linear_bottlenecks_are_int8(quantize: Callable[..., Any]) -> None:
+    found = quantize(Mobile())
+    additions = [layer.precision for layer in found.placement.layers if layer.op == "Add"]
+    assert additions == ["int8 skip"] * 2
+    clips = [layer for layer in found.placement.layers if layer.op == "Clip"]
+    assert {layer.precision for layer in clips} == {"follows"}
+    index = Index(found.int8)
+    assert {index.producer[node.input[0]].op_type for node in index.nodes if node.op_type == "Clip"} == {"Conv"}
+
+
+def test_a_filled_shortcut_has_a_range_of_its_own(quantize: Callable[..., Any]) -> None:
+    found = quantize(Padded(20.0, "constant"))
+    pad = next(node.output[0] for node in found.fp32.graph.node if node.op_type == "Pad")
+    (point,) = [point for point in found.placement.points if point.tensor == pad]
+    assert point.range_of == pad
+    assert found.ranges[pad].amax >= 20

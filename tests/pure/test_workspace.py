@@ -131,11 +131,19 @@ def test_a_relative_place_stays_where_it_was_meant(out: Path, monkeypatch: pytes
 
 def test_a_bundle_named_by_two_dots_is_itself(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(out, "old")
-    monkeypatch.chdir(out / "engines")
-    make(Path(".."), "new")
-    monkeypatch.chdir("/")
+    monkeypatch.chdir(out.parent)
+    make(Path(out.name) / "engines" / "..", "new")
     assert_is(out, "new")
     assert beside(out) == []
+
+
+def test_a_bundle_that_somebody_stands_in_is_not_replaced(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(out, "old")
+    monkeypatch.chdir(out / "engines")
+    with pytest.raises(BundleError, match=r"you are inside .*cd \.\."):
+        make(Path(".."), "new")
+    monkeypatch.chdir("/")
+    assert_is(out, "old")
 
 
 def test_a_record_says_what_was_made(out: Path) -> None:
@@ -351,7 +359,7 @@ def test_a_file_is_left_alone(out: Path) -> None:
 def test_a_link_is_left_alone(out: Path, target: str) -> None:
     make(out.parent / "elsewhere", "old")
     out.symlink_to(target)
-    with pytest.raises(BundleError, match=r"is not a folder.*--out"):
+    with pytest.raises(BundleError, match=r"is a link.*--out"):
         make(out, "new")
     assert os.readlink(out) == target
     assert_is(out.parent / "elsewhere", "old")

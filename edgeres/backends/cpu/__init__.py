@@ -3,7 +3,9 @@
 By default ONNX Runtime fuses Q/DQ into int8 kernels. On x86 processors without VNNI their 8-bit multiply–add saturates
 at 16 bits, and everywhere their fused requantization rounds at other places than the file does; either costs accuracy
 that no other runtime of the same file loses. So Q/DQ stays in float here: the weights are dequantized once, activations
-are rounded to their grid where the file says so, and everything else is optimized as usual.
+are rounded to their grid where the file says so, and everything else is optimized as usual, but for the last level:
+its blocked layout sums in another order, which flips a rounding here and there. Without it the answers are those of the
+unoptimized graph, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,9 +18,16 @@ import numpy as np
 import onnxruntime as ort
 
 from edgeres.artifacts import Engine, FileRef
-from edgeres.errors import BackendError
+from edgeres.errors import BackendError, first_line
 
-EXACT = {"session.disable_quant_qdq": "1"}
+LEVEL = "graph_optimization_level"
+LEVELS = {
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+EXACT = {"session.disable_quant_qdq": "1", LEVEL: "extended"}
+FAST = {LEVEL: "all"}
+"""For models without Q/DQ, whose answers no rounding can flip."""
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "avx512vnni", "avxvnni"})
 
 
@@ -37,7 +46,7 @@ class CpuRunner:
             logits: np.ndarray = session.run(None, {self._input: batch})[0]
         except Exception as problem:  # onnxruntime's exceptions share no base but Exception
             raise BackendError(
-                f"onnxruntime failed on a batch of shape {batch.shape}: {_first_line(problem)}"
+                f"onnxruntime failed on a batch of shape {batch.shape}: {first_line(problem)}"
             ) from problem
         return logits
 
@@ -54,8 +63,13 @@ def compile_engine(file: FileRef, precision: str) -> Engine:
         precision=precision,
         file=file,
         built_for={"onnxruntime": ort.__version__, "machine": platform.machine()},
-        options=dict(EXACT),
+        options=options_for(precision),
     )
+
+
+def options_for(precision: str) -> Dict[str, str]:
+    """Return the options with which a model of this precision means on the CPU what its file says."""
+    return dict(EXACT if precision == "int8" else FAST)
 
 
 def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] = None) -> CpuRunner:
@@ -63,7 +77,7 @@ def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] 
 
     Args:
         content: the ONNX file's bytes, already verified.
-        options: session configuration entries, as the Engine holds them.
+        options: as the Engine holds them: the level of graph optimization, and session configuration entries.
         threads: for one operator; None leaves it to onnxruntime (one per core).
 
     Raises:
@@ -75,15 +89,18 @@ def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] 
         settings.intra_op_num_threads = threads
     try:
         for key, value in options.items():
-            settings.add_session_config_entry(key, value)
+            if key == LEVEL:
+                settings.graph_optimization_level = LEVELS[value]
+            else:
+                settings.add_session_config_entry(key, value)
         return CpuRunner(ort.InferenceSession(content, settings, providers=["CPUExecutionProvider"]))
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
-        raise BackendError(f"onnxruntime does not accept this model: {_first_line(problem)}") from problem
+        raise BackendError(f"onnxruntime does not accept this model: {first_line(problem)}") from problem
 
 
-def open_model(path: Path, threads: Optional[int] = None) -> CpuRunner:
-    """Return a runner of an ONNX file with the exact options; for the FP32 reference and for stages that build."""
-    return open_engine(path.read_bytes(), EXACT, threads)
+def open_model(path: Path, precision: str, threads: Optional[int] = None) -> CpuRunner:
+    """Return a runner of an ONNX file with the options of its precision; for stages that build."""
+    return open_engine(path.read_bytes(), options_for(precision), threads)
 
 
 def cpu_flags() -> FrozenSet[str]:
@@ -110,8 +127,3 @@ def describe(precision: str = "int8") -> str:
     if machine in ("x86_64", "AMD64") and not VNNI & flags:
         return "no VNNI: fused int8 kernels would saturate, so Q/DQ is computed in float (exact)"
     return "Q/DQ is computed in float (exact)"
-
-
-def _first_line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines()
-    return lines[0] if lines else type(problem).__name__
