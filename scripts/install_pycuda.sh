@@ -2,7 +2,7 @@
 # Install pycuda into the active Python, on a machine with neither a GPU nor a CUDA toolkit: scripts/install_pycuda.sh [CACHE]
 # The tests need it. Where a toolkit is, `pip install pycuda` does; that is the way on a Jetson.
 #
-# pycuda comes as sources only. What they need beyond a C++ compiler: three headers, which NVIDIA publishes as small
+# pycuda comes as sources only. What they need beyond a C++ compiler: two headers, which NVIDIA publishes as small
 # packages, and a libcuda.so to name at link time, for which an empty one is enough. The wheel is kept in CACHE
 # (default: ${XDG_CACHE_HOME:-~/.cache}/edgeres/wheels) for each Python; building one takes some minutes.
 set -euo pipefail
@@ -38,11 +38,12 @@ build() {
     pip download --no-deps --no-binary pycuda --dest "$work" "pycuda==$version" || fail "pip cannot fetch pycuda; see above."
     tar -xzf "$work/pycuda-$version.tar.gz" -C "$work"
     mkdir "$work/stub"
-    "$compiler" -shared -Wl,-soname,libcuda.so.1 -o "$work/stub/libcuda.so" -x c++ /dev/null
+    "$compiler" -shared -Wl,-soname,libcuda.so.1 -o "$work/stub/libcuda.so" -x c++ /dev/null ||
+        fail "$compiler cannot make a shared library; see above."
 
     found=$(find "$work/cuda" -name cuda.h -o -name cudaProfiler.h)
     [[ $(wc -l <<<"$found") -eq 2 ]] || fail "${headers[*]} lack a header; they hold: ${found:-none}"
-    # Not optimized: compiling then takes less than half as long, and the tests wait for nothing in it.
+    # Not optimized: compiling then takes half as long, and the tests wait for nothing in it.
     cat >"$work/pycuda-$version/siteconf.py" <<CONFIG
 CUDA_ENABLE_CURAND = False
 CUDA_INC_DIR = [$(while read -r header; do printf '"%s", ' "$(dirname "$header")"; done <<<"$found")]
@@ -67,4 +68,7 @@ tag=$(python -c 'import sysconfig; print(sysconfig.get_config_var("SOABI"))')
 if python -c "import pycuda, sys; sys.exit(pycuda.VERSION_TEXT != '$version')" 2>/dev/null; then
     exit 0
 fi
-install_cached || { build && install_cached; }
+if ! install_cached; then
+    build
+    install_cached || fail "the wheel that was built is not in $cache/$tag."
+fi
