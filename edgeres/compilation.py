@@ -223,6 +223,6 @@ def engine_words(engine: Engine) -> str:
         from edgeres.backends import cpu
 
         return cpu.describe(engine.precision)
-    heavy = [layer for layer in engine.layers if layer.constants]
-    int8 = sum(layer.precision == "int8" for layer in heavy)
-    return f"{engine.file.path}, {engine.built_for.get('tensorrt', '')}, {int8} of {len(heavy)} weighted layers in int8"
+    int8 = sum(layer.precision == "int8" for layer in engine.layers)
+    made_by = f"{engine.built_for.get('flavour', engine.backend)} {engine.built_for.get('tensorrt', '')}".strip()
+    return f"{engine.file.path} by {made_by}, {int8} of {len(engine.layers)} layers compute in int8"

@@ -56,7 +56,7 @@ def jetson() -> Dict[str, str]:
             facts[name] = Path(path).read_text(encoding="utf-8", errors="replace").strip("\0\n ").splitlines()[0]
         except (OSError, IndexError):
             continue
-    return facts
+    return facts if "l4t" in facts else {}
 
 
 def _ability(what: str, needed: Any, extra: str) -> Dict[str, Any]:

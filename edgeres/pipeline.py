@@ -256,13 +256,16 @@ class Build:
             def work() -> Made:
                 content = int8_content(self.workspace.folder / files.FP32_MODEL, placement, table.tensors)
                 self.workspace.write(name, content)
-                self.workspace.write(files.MIXED_MODEL, mixed_content(self.workspace.folder / name))
-                refs = [files.file_ref(self.workspace.folder, path) for path in (name, files.MIXED_MODEL)]
+                mixed, paths = mixed_content(self.workspace.folder / name), [name]
+                if mixed != content:  # a net that is int8 throughout has nothing left to be float16
+                    self.workspace.write(files.MIXED_MODEL, mixed)
+                    paths.append(files.MIXED_MODEL)
+                refs = [files.file_ref(self.workspace.folder, path) for path in paths]
                 count = sum(layer.precision == "int8" for layer in placement.layers)
                 if not placement.weights:
                     self.warn("NOT ONE layer is in int8: see `edgeres inspect` for the reason of each")
-                noun = QuantizedModel(refs[0], precision, placement.layers, refs[1])
-                return noun, (name, files.MIXED_MODEL), f"{name}, {count} layers in int8"
+                noun = QuantizedModel(refs[0], precision, placement.layers, refs[-1])
+                return noun, tuple(paths), f"{name}, {count} layers in int8"
 
         record = self.stage("quantize", inputs, precision, work)
         return from_data(record.facts, QuantizedModel, "stage quantize")

@@ -96,16 +96,12 @@ def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
 
 
 def show_engine(place: str, engine: Engine, words: str) -> None:
-    """Print what was compiled, what it fits, and the layers that do not compute in the bundle's precision."""
+    """Print what was compiled and what it fits."""
     out = console()
-    out.print(f"{place}: {engine.target}: {words}")
+    out.print(printable(f"{place}: {engine.target}: {words}"))
     for name, value in engine.built_for.items():
         if value:
-            out.print(f"  {name}: {value}")
-    others = [layer for layer in engine.layers if layer.constants and layer.precision != engine.precision]
-    if others and engine.precision == "int8":
-        rows = [[layer.module or layer.name, layer.type, layer.precision] for layer in others]
-        show_rows(["layer", "type", "runs in"], rows, f"weighted layers not in {engine.precision}")
+            out.print(printable(f"  {name}: {value}"))
 
 
 def show_report(report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from types import TracebackType
 from typing import Dict, Optional, Protocol, Tuple, Type
 
@@ -102,23 +103,25 @@ def load_with(
     if record != _choose(bundle, manifest, backend) or record.file.path not in contents:
         raise BundleError(f"{bundle} changed while it was being read. Load it again.")
     check_preprocessing(bundle, manifest)
-    return LoadedEngine(open_record(contents[record.file.path], record, threads), manifest, record), contents
+    runner = open_record(contents[record.file.path], record, threads, os.fspath(bundle))
+    return LoadedEngine(runner, manifest, record), contents
 
 
-def open_record(content: bytes, record: Engine, threads: Optional[int] = None) -> OpenEngine:
+def open_record(content: bytes, record: Engine, threads: Optional[int] = None, place: str = "BUNDLE") -> OpenEngine:
     """Return the open engine of a record; its backend's library is loaded only now.
 
     Args:
         content: the engine file's bytes, already verified.
+        place: the bundle, for the command that messages advise.
 
     Raises:
-        BackendError: the engine cannot be opened.
+        BackendError: the engine does not fit this machine, or cannot be opened.
         MissingPackageError: the backend's packages are not installed.
     """
     if record.backend in ("tensorrt", "tensorrt-rtx"):
         from edgeres.backends.tensorrt.session import open_session
 
-        return open_session(content, record.built_for, flavour=record.backend)
+        return open_session(content, record.built_for, flavour=record.backend, place=place)
     if record.backend != "cpu":
         raise BackendError(f"there is no backend {record.backend!r}. Compile the bundle again: edgeres compile BUNDLE")
     if importlib.util.find_spec("onnxruntime") is None:

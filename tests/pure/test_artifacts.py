@@ -17,6 +17,7 @@ from edgeres.artifacts import (
     CalibrationTable,
     Discordant,
     Engine,
+    EngineLayer,
     ExportedModel,
     FileRef,
     LayerPlan,
@@ -109,7 +110,9 @@ manifests = st.builds(
     report=st.none() | reports,
     warnings=many(words),
 )
+engine_layers = st.builds(EngineLayer, words, words, words, many(words), many(words), many(words), many(words), words)
 NOUNS: Dict[type, Any] = {
+    EngineLayer: engine_layers,
     FileRef: file_refs,
     Preprocessing: preprocessings,
     SampleSet: sample_sets,

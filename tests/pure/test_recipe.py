@@ -449,7 +449,15 @@ VALUES = {
     "quantization.keep_float": ([[], ["fc", "layer*"]], ["fc", [1], {"fc": True}]),
     "validation.max_drop": ([0, 0.0, 0.5, 100], [-0.1, 100.1, math.nan, math.inf, -math.inf, "0.5", 10**400]),
     "validation.policy": (["ci", "point"], ["CI", ""]),
-    "engine.backend": (["auto", "cpu"], ["gpu", ""]),
+    "engine.backend": (["auto", "cpu", "tensorrt", "tensorrt-rtx"], ["gpu", ""]),
+    "engine.target": (["cpu", "gpu", "dla0", "dla1", "rtx"], ["GPU", "", 0]),
+    "engine.batch": ([[1, 1, 1], [1, 8, 32]], [[8, 1, 32], [0, 1, 2], [1, 8], "1,8,32", [1, 8, 4]]),
+    "engine.workspace_mib": ([1, 4096], [0, -1, "1G"]),
+    "engine.optimization_level": ([0, 5], [-1, 6, "high"]),
+    "engine.gpu_fallback": ([True, False], [1, "yes"]),
+    "engine.version_compatible": ([True, False], [1, "yes"]),
+    "engine.hardware_compatible": ([True, False], [1, "yes"]),
+    "engine.strict": ([True, False], [1, "yes"]),
     "precision": (PRECISIONS, ["int4", "INT8", "", 8, ["int8"], 1 << 20_000]),
 }
 
@@ -471,7 +479,8 @@ def test_good_values_are_taken_and_bad_ones_refused(place: Path, key: str) -> No
 
 def test_every_key_has_a_value_that_was_tried() -> None:
     keys = {f"{name}.{field.name}" for name, kind in SECTIONS.items() for field in msgspec.structs.fields(kind)}
-    elsewhere = {"model.source", "model.weights", "input.std", "calibration.samples", "validation.samples"}
+    paths = {"model.weights", "calibration.samples", "validation.samples", "engine.timing_cache"}
+    elsewhere = {"model.source", "input.std", *paths}
     assert keys == {key for key in VALUES if "." in key} | elsewhere
 
 

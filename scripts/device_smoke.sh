@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# One command for the owner of a board: scripts/device_smoke.sh BUNDLE [REPORT]
+# Compiles a bundle that was built on a host, judges the engine against the FP32 logits in the bundle, and writes what
+# happened to REPORT (default: device_smoke.txt). Needs the base install, tensorrt, and cuda-python or pycuda.
+set -uo pipefail
+
+if [[ $# -lt 1 || ! -d $1 ]]; then
+    printf 'scripts/device_smoke.sh BUNDLE [REPORT]: name the folder of a bundle, such as build/digits-int8\n' >&2
+    exit 2
+fi
+bundle=$1 report=${2:-device_smoke.txt} failed=0
+
+step() {
+    printf '\n== %s\n' "$*"
+    "$@" </dev/null
+    local code=$?
+    printf '== exit code %d\n' "$code"
+    [[ $code -eq 0 ]] || failed=1
+}
+
+{
+    date -u
+    [[ -r /etc/nv_tegra_release ]] && cat /etc/nv_tegra_release
+    step edgeres doctor
+    step edgeres verify "$bundle"
+    step edgeres compile "$bundle" --backend tensorrt
+    step edgeres inspect "$bundle" --json
+    step edgeres validate "$bundle" --backend tensorrt
+    printf '\n== %s\n' "$([[ $failed -eq 0 ]] && echo 'all good' || echo 'something failed: see above')"
+} 2>&1 | tee "$report"
+! tail -n 1 "$report" | grep -q failed

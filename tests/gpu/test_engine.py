@@ -1,0 +1,80 @@
+"""The engine on a real GPU: its answers against what the ONNX means, threads, reloading. Runs as it is on a board."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgeres
+from edgeres.compilation import gpu_is_usable
+
+pytestmark = pytest.mark.skipif(not gpu_is_usable(), reason="needs a GPU with tensorrt, and cuda-python or pycuda")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded default, compiled by TensorRT for the GPU here, with a CPU engine beside it."""
+    from edgeres.compilation import compile_bundle
+    from edgeres.recipe import engine_section
+
+    out = tmp_path_factory.mktemp("gpu") / "digits-int8"
+    edgeres.build(precision="int8", backend="cpu", out=out)
+    compile_bundle(out, engine_section({}, {"backend": "tensorrt"}), lambda *_: None)
+    return out
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8)  # more than the largest batch
+
+
+def test_the_engine_answers_what_the_onnx_means(bundle: Path, frames: np.ndarray) -> None:
+    with edgeres.load(bundle, backend="tensorrt") as gpu, edgeres.load(bundle, backend="cpu") as cpu:
+        got, wanted = gpu(frames), cpu(frames)
+    noise = np.square(got.astype(np.float64) - wanted).sum()
+    assert 10 * np.log10(np.square(wanted.astype(np.float64)).sum() / noise) >= 25
+    assert (got.argmax(1) == wanted.argmax(1)).mean() >= 0.97
+
+
+def test_the_engine_keeps_the_accuracy(bundle: Path) -> None:
+    report = edgeres.validate(bundle, backend="tensorrt")
+    assert report.backend == "tensorrt"
+    assert report.verdict in ("pass", "inconclusive")
+    assert report.agreement >= 0.995
+
+
+def test_every_weighted_layer_runs_in_int8(bundle: Path) -> None:
+    with edgeres.load(bundle, backend="tensorrt") as engine:
+        weighted = [layer for layer in engine.record.layers if layer.constants]
+    assert weighted
+    assert {layer.precision for layer in weighted} == {"int8"}
+
+
+def test_threads_get_the_answers_of_one_thread(bundle: Path, frames: np.ndarray) -> None:
+    with edgeres.load(bundle, backend="tensorrt") as engine:
+        wanted = [engine(frames[i : i + 7]) for i in range(0, 70, 7)]
+        wrong: list[int] = []
+
+        def work() -> None:
+            for _ in range(20):
+                for i, logits in enumerate(wanted):
+                    if not np.array_equal(engine(frames[7 * i : 7 * i + 7]), logits):
+                        wrong.append(i)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_loading_again_and_again(bundle: Path, frames: np.ndarray) -> None:
+    answers = []
+    for _ in range(5):
+        with edgeres.load(bundle, backend="tensorrt") as engine:
+            answers.append(engine(frames[:3]))
+    assert all(np.array_equal(answers[0], other) for other in answers[1:])
