@@ -88,9 +88,11 @@ class Build:
 
     def open_samples(self) -> None:
         """Find the calibration and validation samples and refuse what is wrong with them; nothing is decoded yet."""
-        from edgeres.preflight import open_inputs, require_host_packages
+        from edgeres.preflight import open_inputs, require_backend, require_host_packages
 
         require_host_packages(self.recipe)
+        if self.last >= STAGES.index("compile"):
+            require_backend(self.recipe)
         if self.recipe.precision != "int8" and STAGES[self.last] in ("observe", "calibrate"):
             raise CalibrationError(f"{self.recipe.precision} needs no ranges. Calibrate for int8: --precision int8")
         self.calibration, self.validation = open_inputs(

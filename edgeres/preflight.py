@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Tuple
 
+from edgeres.compilation import resolve
 from edgeres.errors import MissingPackageError, RecipeError, SampleError
 from edgeres.preprocess import problems as preprocessing_problems
 from edgeres.recipe import Recipe, locate
@@ -32,6 +33,22 @@ def require_host_packages(recipe: Recipe) -> None:
         )
     if missing:
         raise MissingPackageError.for_extra(", ".join(missing), "building a bundle", "host")
+
+
+def require_backend(recipe: Recipe) -> None:
+    """Refuse to start a build whose engine cannot be made here for want of a package; nothing is imported for it.
+
+    Raises:
+        BackendError: the target is not one of the backend's.
+        MissingPackageError: naming the package and how to get it.
+    """
+    backend, _ = resolve(recipe.engine)
+    if backend == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
+        raise MissingPackageError.for_extra("tensorrt", "a TensorRT engine", "tensorrt")
+    if backend == "tensorrt-rtx" and not any(map(importlib.util.find_spec, ("tensorrt_rtx", "tensorrt"))):
+        raise MissingPackageError(
+            "an engine of TensorRT for RTX needs the package tensorrt_rtx. Install it: pip install tensorrt-rtx"
+        )
 
 
 def open_inputs(

@@ -126,6 +126,24 @@ def test_verify_finds_a_flipped_bit(place: Path) -> None:
     assert "reference.npz" in edgeres("validate", "flipped", cwd=place, code=1).stderr
 
 
+def test_compile_replaces_the_engine_of_its_target_and_nothing_else(place: Path) -> None:
+    edgeres("build", "--out", "compiled", cwd=place)
+    before = {path.name: path.read_bytes() for path in (place / "compiled").iterdir() if path.name != "manifest.json"}
+    answer = json.loads(edgeres("compile", "compiled", "--backend", "cpu", "--json", cwd=place).stdout)
+    assert (answer["target"], answer["backend"], answer["file"]["path"]) == ("cpu", "cpu", "model.int8.onnx")
+    manifest = verify(place / "compiled")
+    assert [engine.target for engine in manifest.engines] == ["cpu"]
+    assert manifest.report is not None
+    assert before == {
+        path.name: path.read_bytes() for path in (place / "compiled").iterdir() if path.name != "manifest.json"
+    }
+    targets = {
+        row["target"]: row for row in json.loads(edgeres("compile", "--list-targets", "--json", cwd=place).stdout)
+    }
+    assert set(targets) == {"cpu", "gpu", "dla0", "dla1", "rtx"}
+    assert targets["cpu"]["obstacle"] is None
+
+
 def test_models_and_doctor(place: Path) -> None:
     entries = {entry["name"]: entry for entry in json.loads(edgeres("models", "--json", cwd=place).stdout)}
     assert entries["resnet50"]["parameters"] == 25_557_032
@@ -152,6 +170,12 @@ def test_models_and_doctor(place: Path) -> None:
         (["build", "none.toml"], 1, ["none.toml"]),
         (["build", "--model", "none.onnx", "--calibration", "build"], 1, ["none.onnx"]),
         (["build", "--weights", "answer.json"], 1, ["answer.json"]),
+        (["build", "--backend", "tensorrt"], 1, ["tensorrt", "pip install"]),
+        (["build", "--backend", "cpu", "--target", "rtx"], 1, ["rtx", "--list-targets"]),
+        (["compile", "build/digits-int8", "--target", "gpu"], 1, ["tensorrt", "pip install"]),
+        (["compile", "build/digits-int8", "--target", "moon"], 1, ["moon", "rtx"]),
+        (["compile"], 2, ["name the bundle"]),
+        (["build", "--batch", "8,1,4"], 1, ["engine.batch"]),
         (["build", "--precision", "int4"], 2, ["int4"]),
         (["build", "--nonsense"], 2, ["--nonsense"]),
         (["build", "--input-size", "big"], 2, ["224x160"]),
