@@ -425,16 +425,16 @@ def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
     progress = TerminalProgress()
     progress.stage("compile", str(bundle))
     try:
-        made, warnings = compile_bundle(bundle, section, lambda _, done, total: progress.advance(done, total))
+        made, engine, warnings = compile_bundle(bundle, section, lambda _, done, total: progress.advance(done, total))
     finally:
         progress.stop()
     for text in warnings:
         progress.warn(text)
-    engine = made.manifest.engines[0]
-    if as_json:
-        _print_json({"bundle": made.path, **to_data(engine), "warnings": list(warnings)})
-    else:
-        show_engine(made.path, engine, engine_words(engine))
+    with _answered():
+        if as_json:
+            _print_json({"bundle": made.path, **to_data(engine), "warnings": list(warnings)})
+        else:
+            show_engine(made.path, engine, engine_words(engine))
     return OK
 
 

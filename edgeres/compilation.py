@@ -6,7 +6,6 @@ Nothing here needs torch or onnx: a bundle that was built on a host is compiled 
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
@@ -24,7 +23,7 @@ from edgeres.artifacts import (
     from_data,
     from_json,
 )
-from edgeres.bundle import verify
+from edgeres.bundle import read_verified, verify
 from edgeres.errors import BackendError, BundleError
 from edgeres.files import file_ref
 from edgeres.recipe import EngineSection
@@ -64,13 +63,15 @@ def resolve(section: EngineSection) -> Tuple[str, str]:
 
 def gpu_is_usable() -> bool:
     """Whether TensorRT is installed and a GPU answers."""
-    if importlib.util.find_spec("tensorrt") is None:
-        return False
+    from edgeres.backends.tensorrt import load_module
     from edgeres.backends.tensorrt.device import open_device
 
     try:
+        if importlib.util.find_spec("tensorrt") is None:
+            return False
+        load_module("tensorrt")
         open_device().close()
-    except Exception:  # no driver, no device, no package: whatever it is, this machine has no GPU to use
+    except Exception:  # no driver, no device, another library under the bindings: there is no GPU to use from here
         return False
     return True
 
@@ -105,7 +106,6 @@ def _tensorrt_engine(
         table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
         cache = dla_cache(backend, {name: value.amax for name, value in table.tensors.items()})
     plan = f"engines/{target}.engine"
-    (folder / "engines").mkdir(exist_ok=True)
     batch = section.batch if target in ("gpu", "rtx") else (section.batch[1],) * 3  # a DLA has one batch size
     result = build_in_child(
         BuildRequest(
@@ -130,11 +130,14 @@ def _tensorrt_engine(
     layers, complaints = attribute(result.layers, model.layers)
     if complaints and section.strict:
         raise BackendError("with --strict, every layer must run as planned: " + "; ".join(complaints))
+    ref = file_ref(folder, plan)
+    if ref.sha256 != result.sha256:
+        raise BackendError(f"{plan} changed after it was built. Compile again, with nothing else writing there.")
     engine = Engine(
         target=target,
         backend=backend,
         precision=model.precision,
-        file=file_ref(folder, plan),
+        file=ref,
         built_for=result.built_for,
         options={"batch": ",".join(map(str, batch)), "source": source.path},
         model_sha256=source.sha256,
@@ -150,14 +153,15 @@ def _source(wanted: str, exported: ExportedModel, model: QuantizedModel) -> File
     if wanted == "qdq-fp16":
         if model.mixed is None:
             raise BundleError(
-                "this bundle has no FP16 form of its int8 model. Quantize it again: edgeres quantize BUNDLE"
+                "this bundle has no form of its int8 model for strongly typed TensorRT (10.12 and newer, and RTX). "
+                "Quantize it again with this edgeres, and read its warnings: edgeres quantize BUNDLE"
             )
         return model.mixed
     return model.file
 
 
-def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[Bundle, Tuple[str, ...]]:
-    """Return a bundle with one more engine (or a newer one for the same target), and warnings.
+def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[Bundle, Engine, Tuple[str, ...]]:
+    """Return a bundle with one more engine (or a newer one for the same target), that engine, and warnings.
 
     The bundle is verified first and changed whole, at the end; engines for other targets stay.
 
@@ -165,34 +169,60 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
         BundleError: there is no intact bundle, or it was never quantized.
         BackendError: the engine cannot be built.
     """
-    manifest = verify(bundle)
+    verify(bundle)  # before anything is made beside it: the name may be a typing mistake
+    with Workspace(bundle) as workspace:
+        if workspace.unfinished:
+            raise BundleError(f"an unfinished build stands beside {bundle}. Finish it first: edgeres build {bundle}")
+        manifest = verify(bundle)  # again, now that no other build can change it
+        exported, model = _models(bundle, manifest)
+        for ref in manifest.files:
+            workspace.write(ref.path, read_verified(bundle, ref))
+        engine, warnings = compile_engine(workspace.folder, section, exported, model, watch)
+        changed = with_engine(manifest, engine, warnings)
+        workspace.commit(changed)
+    return Bundle(str(bundle), changed), engine, warnings
+
+
+def _models(bundle: Path, manifest: Manifest) -> Tuple[ExportedModel, QuantizedModel]:
+    """Return a bundle's models, all of them among its verified files."""
+    if "export" not in manifest.stages:
+        raise BundleError(f"{bundle} holds no model that edgeres exported. Build it again: edgeres build {bundle}")
     if "quantize" not in manifest.stages and manifest.precision != "fp32":
         raise BundleError(f"{bundle} holds no {manifest.precision} model yet. Make it: edgeres quantize {bundle}")
     exported = from_data(manifest.stages["export"].facts, ExportedModel, "stage export")
     model = QuantizedModel(exported.file, "fp32", ())
     if "quantize" in manifest.stages:
         model = from_data(manifest.stages["quantize"].facts, QuantizedModel, "stage quantize")
-    with Workspace(bundle) as workspace:
-        for ref in manifest.files:
-            place = workspace.folder / ref.path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle / ref.path, place)
-        engine, warnings = compile_engine(workspace.folder, section, exported, model, watch)
-        changed = with_engine(manifest, engine, warnings)
-        workspace.commit(changed)
-    return Bundle(str(bundle), changed), warnings
+    for ref in (exported.file, model.file, model.mixed):
+        if ref is not None and ref not in manifest.files:
+            raise BundleError(
+                f"{bundle}: {ref.path} is not in the list of files. Build it again: edgeres build {bundle}"
+            )
+    return exported, model
 
 
 def with_engine(manifest: Manifest, engine: Engine, warnings: Tuple[str, ...]) -> Manifest:
-    """Return a manifest with ``engine`` in front, in the place of an older one for the same target."""
-    engines = (engine, *(other for other in manifest.engines if other.target != engine.target))
+    """Return a manifest with ``engine`` in the place of an older one for the same target.
+
+    It goes in front, where ``load`` looks first, if this machine can run it. A verdict on an engine that is replaced by
+    another does not hold any more, and is dropped.
+    """
+    others = tuple(other for other in manifest.engines if other.target != engine.target)
+    replaced = [other for other in manifest.engines if other.target == engine.target and other.file != engine.file]
     refs: Dict[str, FileRef] = {ref.path: ref for ref in manifest.files}
     refs[engine.file.path] = engine.file
+    report, stages = manifest.report, dict(manifest.stages)
+    if replaced and report is not None and report.backend == engine.backend:
+        report = None
+        refs.pop(files.REPORT, None)
+        stages.pop("validate", None)
     known: List[str] = [*manifest.warnings, *(w for w in warnings if w not in manifest.warnings)]
     return msgspec.structs.replace(
         manifest,
-        engines=engines,
+        engines=(engine, *others) if engine.backend == "cpu" or gpu_is_usable() else (*others, engine),
         files=tuple(refs[path] for path in sorted(refs)),
+        stages=stages,
+        report=report,
         warnings=tuple(known),
     )
 

@@ -30,7 +30,7 @@ from edgeres.artifacts import (
     to_data,
     to_json,
 )
-from edgeres.errors import BundleError, CalibrationError, ExportError, RecipeError
+from edgeres.errors import BundleError, CalibrationError, ExportError, QuantizationError, RecipeError
 from edgeres.progress import Progress
 from edgeres.provenance import provenance, versions
 from edgeres.recipe import Recipe, locate, recipe_data
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from edgeres.samples import Samples
 
 STAGES = ("export", "observe", "calibrate", "quantize", "compile", "reference", "validate")
-FORMAT = 1  # part of every key: raise it when a stage's result changes with the same inputs
+FORMAT = 2  # part of every key: raise it when a stage's result changes with the same inputs
 
 Made = Tuple[Any, Tuple[str, ...], str]
 """What a stage's work returns: its noun (or plain data), the files it wrote, and a few words on what it made."""
@@ -258,15 +258,23 @@ class Build:
             def work() -> Made:
                 content = int8_content(self.workspace.folder / files.FP32_MODEL, placement, table.tensors)
                 self.workspace.write(name, content)
-                mixed, paths = mixed_content(self.workspace.folder / name), [name]
-                if mixed != content:  # a net that is int8 throughout has nothing left to be float16
-                    self.workspace.write(files.MIXED_MODEL, mixed)
-                    paths.append(files.MIXED_MODEL)
-                refs = [files.file_ref(self.workspace.folder, path) for path in paths]
+                paths = [name]
+                try:
+                    mixed = mixed_content(self.workspace.folder / name)
+                    if mixed != content:  # a net that is int8 throughout has nothing left to be float16
+                        self.workspace.write(files.MIXED_MODEL, mixed)
+                        paths.append(files.MIXED_MODEL)
+                except QuantizationError as problem:  # the CPU and TensorRT up to 10.11 do without
+                    self.warn(f"there is no form of this model for TensorRT 10.12 and newer: {problem}")
+                    paths.append("")
+                refs = [files.file_ref(self.workspace.folder, path) if path else None for path in paths]
+                paths = [path for path in paths if path]
                 count = sum(layer.precision == "int8" for layer in placement.layers)
                 if not placement.weights:
                     self.warn("NOT ONE layer is in int8: see `edgeres inspect` for the reason of each")
-                noun = QuantizedModel(refs[0], precision, placement.layers, refs[-1])
+                noun = QuantizedModel(
+                    files.file_ref(self.workspace.folder, name), precision, placement.layers, refs[-1]
+                )
                 return noun, tuple(paths), f"{name}, {count} layers in int8"
 
         record = self.stage("quantize", inputs, precision, work)

@@ -208,7 +208,8 @@ def engine_section(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> E
         RecipeError: with every mistake found.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
-    values = dict(stored)
+    values = dict(stored) if isinstance(stored, dict) else {}
+    values.pop("timing_cache", None)  # a file of the host's, and not for a bundle to choose here
     if {"backend", "target"} & given.keys():
         values = {name: value for name, value in values.items() if name not in ("backend", "target")}
     values.update(given)

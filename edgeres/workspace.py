@@ -48,6 +48,7 @@ class Workspace:
         self.out = Path(os.path.abspath(out))  # without any ..: its name names the work folder
         self.folder = self.out.parent / f".{self.out.name}.work"
         self.records: Dict[str, StageRecord] = {}
+        self.unfinished = False
         self._earlier: Optional[Manifest] = None
         self._lock: Optional[int] = None
 
@@ -61,6 +62,7 @@ class Workspace:
             if self.folder.exists() and not (self.folder / RECORDS).is_dir():
                 shutil.rmtree(self.folder)  # an earlier bundle, exchanged and not removed yet
             (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
+            self.unfinished = any((self.folder / RECORDS).iterdir())
         except OSError as problem:
             self._release()
             raise BundleError(
@@ -76,7 +78,7 @@ class Workspace:
     def __exit__(
         self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        if self.folder.is_dir() and not self.records:
+        if self.folder.is_dir() and not self.records and not self.unfinished:
             shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it that the next build could go on from
         self._release()
 

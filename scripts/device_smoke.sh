@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# One command for the owner of a board: scripts/device_smoke.sh BUNDLE [REPORT]
-# Compiles a bundle that was built on a host, judges the engine against the FP32 logits in the bundle, and writes what
-# happened to REPORT (default: device_smoke.txt). Needs the base install, tensorrt, and cuda-python or pycuda.
+# One command for the owner of a board: scripts/device_smoke.sh BUNDLE [SAMPLES] [REPORT]
+# Compiles a bundle that was built on a host, judges the engine against the FP32 logits in the bundle on SAMPLES (a bundle
+# holds none; left out, those it was built with are looked for where they were), and writes what happened to REPORT
+# (default: device_smoke.txt). Needs the base install, tensorrt, and cuda-python or pycuda.
 set -uo pipefail
 
 if [[ $# -lt 1 || ! -d $1 ]]; then
-    printf 'scripts/device_smoke.sh BUNDLE [REPORT]: name the folder of a bundle, such as build/digits-int8\n' >&2
+    printf 'scripts/device_smoke.sh BUNDLE [SAMPLES] [REPORT]: name the folder of a bundle, such as build/digits-int8\n' >&2
     exit 2
 fi
-bundle=$1 report=${2:-device_smoke.txt} failed=0
+bundle=$1 samples=${2:-} report=${3:-device_smoke.txt}
 
 step() {
     printf '\n== %s\n' "$*"
@@ -18,6 +19,7 @@ step() {
     [[ $code -eq 0 ]] || failed=1
 }
 
+failed=0
 {
     date -u
     [[ -r /etc/nv_tegra_release ]] && cat /etc/nv_tegra_release
@@ -25,7 +27,7 @@ step() {
     step edgeres verify "$bundle"
     step edgeres compile "$bundle" --backend tensorrt
     step edgeres inspect "$bundle" --json
-    step edgeres validate "$bundle" --backend tensorrt
+    step edgeres validate "$bundle" --backend tensorrt ${samples:+--validation "$samples"}
     printf '\n== %s\n' "$([[ $failed -eq 0 ]] && echo 'all good' || echo 'something failed: see above')"
 } 2>&1 | tee "$report"
 ! tail -n 1 "$report" | grep -q failed

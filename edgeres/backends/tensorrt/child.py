@@ -97,6 +97,8 @@ def _started(sink: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=output,
             pass_fds=(sink,),
+            # `python -m` would import from the working folder first; Python 3.11 can be told not to, older ones cannot.
+            cwd=os.sep,
             env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         )
     except OSError as problem:

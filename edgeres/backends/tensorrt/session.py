@@ -192,6 +192,8 @@ class _Engine:
 
     def deserialize(self, plan: bytes, target: str) -> None:
         """Give the plan to TensorRT. ``engine_host_code_allowed`` stays as it is, off."""
+        if target not in ("", "gpu", "dla0", "dla1"):
+            raise BackendError(f"the engine was built for {target!r}, which is no device. Compile the bundle again.")
         if target.startswith("dla"):
             core = int(target[len("dla") :])
             if core >= self._runtime.num_DLA_cores:
