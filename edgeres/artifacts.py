@@ -12,7 +12,7 @@ file from a newer edgeres is named as that instead of being half understood. Pat
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Optional, Tuple, Type, TypeVar, Union
 
 import msgspec
 
@@ -271,8 +271,3 @@ def from_data(data: Any, kind: Type[T], where: str) -> T:
         return msgspec.convert(data, type=kind)
     except msgspec.ValidationError as problem:
         raise BundleError(f"{where}: {problem}. Build the bundle again.") from None
-
-
-def layer_lines(layers: Tuple[LayerPlan, ...]) -> List[str]:
-    """Return one sentence per layer, for logs and messages."""
-    return [f"{layer.module or layer.node} ({layer.op}): {layer.precision}, {layer.reason}" for layer in layers]

@@ -13,9 +13,8 @@
     ├── QuantizationError           the graph cannot be quantized
     │   └── LintError               a written graph breaks a rule that TensorRT depends on
     ├── BackendError                an engine cannot be compiled, opened or run
-    ├── BundleError                 a bundle is missing, incomplete or busy
-    │   └── IntegrityError          a bundle's file is not the one its manifest binds
-    └── GateError                   an accuracy gate did not pass; carries the report
+    └── BundleError                 a bundle is missing, incomplete or busy
+        └── IntegrityError          a bundle's file is not the one its manifest binds
 
 A message says what is wrong, where, and what to do next. Anything else that escapes is a bug in edgeres.
 """
@@ -102,14 +101,6 @@ class BundleError(EdgeresError):
 
 class IntegrityError(BundleError):
     """A bundle's file is not the one that its manifest binds."""
-
-
-class GateError(EdgeresError):
-    """An accuracy gate did not pass. ``report`` is the :class:`edgeres.artifacts.Report` that says why."""
-
-    def __init__(self, message: str, report: object) -> None:
-        self.report = report
-        super().__init__(message)
 
 
 def first_line(problem: BaseException) -> str:

@@ -30,7 +30,6 @@ from edgeres.artifacts import (
     TensorRange,
     from_data,
     from_json,
-    layer_lines,
     to_data,
     to_json,
 )
@@ -294,14 +293,3 @@ def test_a_bundle_shows_its_report() -> None:
     manifest = Manifest("net", "int8", {}, TABLE.preprocessing, (), {}, {}, report=report)
     assert Bundle("build/net", manifest).report is report
     assert Bundle("build/net", msgspec.structs.replace(manifest, report=None)).report is None
-
-
-def test_a_layer_is_named_by_its_module_or_else_by_its_node() -> None:
-    plans = (
-        LayerPlan("/conv1/Conv", "Conv", "conv1", "int8", "weights per channel"),
-        LayerPlan("/Flatten", "Flatten", "", "float", "moves no numbers"),
-    )
-    assert layer_lines(plans) == [
-        "conv1 (Conv): int8, weights per channel",
-        "/Flatten (Flatten): float, moves no numbers",
-    ]

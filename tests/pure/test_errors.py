@@ -37,8 +37,6 @@ def drawn() -> Dict[str, str]:
 def example(kind: Type[EdgeresError]) -> EdgeresError:
     if issubclass(kind, LISTING):
         return kind("net.toml", ["one is wrong", "two is wrong"])
-    if kind is errors.GateError:
-        return errors.GateError("accuracy fell", {"verdict": "fail"})
     return kind("what is wrong")
 
 
