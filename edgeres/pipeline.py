@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from edgeres.samples import Samples
 
 STAGES = ("export", "observe", "calibrate", "quantize", "compile", "reference", "validate")
-FORMAT = 2  # part of every key: raise it when a stage's result changes with the same inputs
+FORMAT = 3  # part of every key: raise it when a stage's result changes with the same inputs
 
 Made = Tuple[Any, Tuple[str, ...], str]
 """What a stage's work returns: its noun (or plain data), the files it wrote, and a few words on what it made."""

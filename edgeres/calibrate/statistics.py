@@ -1,8 +1,7 @@
-"""Streaming statistics of tensors: how often each bfloat16 pattern occurred.
+"""The statistics of all tensors of a pass, and their file, which believes nothing that contradicts itself.
 
-The upper 16 bits of a float32 are its sign, its exponent and seven bits of mantissa: a histogram bin that is at most
-1/128 as wide as its value, for every magnitude, with no range to be known beforehand. Counts are integers, so merging
-is exact, and neither the order of the samples nor how they were batched can change anything.
+Only bins that were hit are written. Which of a channel's bins those are follows from the bins of the whole tensor, so
+its counts stand alone: for each tensor a table of channels by bins, one after the other.
 """
 
 from __future__ import annotations
@@ -10,76 +9,33 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
+from edgeres.calibrate.tensor import BINS, FINER, INFINITE, MAGNITUDES, TensorStatistics
 from edgeres.errors import CalibrationError
 
-BINS = 1 << 16
-MAGNITUDES = BINS // 2  # the sign is the top bit: patterns of x ≥ 0 come first, those of x ≤ −0 after them
-INFINITE = 0x7F80  # this magnitude pattern and all above it are infinities and NaNs
+__all__ = ["INFINITE", "MAGNITUDES", "Statistics", "TensorStatistics"]
+
 # what a file holds, and of which kind (numpy's letters: text, signed, float, unsigned)
-ENTRIES = {"names": "U", "samples": "i", "extremes": "f", "starts": "i", "bins": "u", "counts": "i"}
-CHUNK = 1 << 20  # elements counted at once: numpy's bincount makes an 8-byte copy of each
+ENTRIES = {
+    "names": "U",
+    "samples": "i",
+    "starts": "i",
+    "bins": "u",
+    "counts": "i",
+    "channels": "i",
+    "extremes": "f",
+    "channel_counts": "u",
+}
 
 
-@dataclass
-class TensorStatistics:
-    """What one tensor did over all samples.
-
-    ``counts`` is int64 ``(65536,)``, indexed by the upper 16 bits of the float32 pattern; ``minimum`` and ``maximum``
-    are exact, in the tensor's own units.
-    """
-
-    counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
-    minimum: float = float("inf")
-    maximum: float = float("-inf")
-
-    def update(self, x: np.ndarray) -> None:
-        """Count every element of ``x``, float32 of any shape."""
-        if not x.size:
-            return
-        flat = np.ascontiguousarray(x, np.float32).reshape(-1)
-        patterns = flat.view(np.uint32)
-        for start in range(0, flat.size, CHUNK):
-            self.counts += np.bincount(patterns[start : start + CHUNK] >> 16, minlength=BINS)
-        # adding 0.0 makes −0.0 a plain zero: which of two equal zeros is found first depends on the order
-        self.minimum = min(self.minimum, float(flat.min()) + 0.0)
-        self.maximum = max(self.maximum, float(flat.max()) + 0.0)
-
-    def merge(self, other: TensorStatistics) -> None:
-        """Add what another pass counted; merging parts gives exactly the whole."""
-        self.counts += other.counts
-        self.minimum = min(self.minimum, other.minimum)
-        self.maximum = max(self.maximum, other.maximum)
-
-    @property
-    def elements(self) -> int:
-        return int(self.counts.sum())
-
-    @property
-    def amax(self) -> float:
-        """The largest |x| seen, exactly; 0.0 where nothing was counted."""
-        return max(abs(self.minimum), abs(self.maximum)) if self.elements else 0.0
-
-    @property
-    def zeros(self) -> int:
-        """How many elements were zero (or a denormal below 2⁻¹³³, which no int8 grid tells from zero)."""
-        return int(self.counts[0] + self.counts[MAGNITUDES])
-
-    @property
-    def not_finite(self) -> int:
-        """How many elements were NaN or infinite."""
-        return int(self.counts[INFINITE:MAGNITUDES].sum() + self.counts[MAGNITUDES + INFINITE :].sum())
-
-
-@dataclass
 class Statistics:
     """The statistics of every observed tensor, by name, and how many samples they come from."""
 
-    tensors: dict[str, TensorStatistics]
-    samples: int = 0
+    def __init__(self, tensors: dict[str, TensorStatistics], samples: int = 0) -> None:
+        self.tensors = tensors
+        self.samples = samples
 
     @classmethod
     def empty(cls, names: Iterable[str]) -> Statistics:
@@ -106,15 +62,20 @@ class Statistics:
     def to_bytes(self) -> bytes:
         """Return the statistics as an npz file; equal statistics give equal bytes."""
         names = sorted(self.tensors)
-        used = [np.flatnonzero(self.tensors[name].counts) for name in names]
-        pairs = list(zip(names, used, strict=True))
+        tensors = [self.tensors[name] for name in names]
+        used = [np.flatnonzero(tensor.counts) for tensor in tensors]
+        tables = _joined([tensor.channel_counts.reshape(-1) for tensor in tensors], np.int64)
+        extremes = [np.stack([tensor.channel_minimum, tensor.channel_maximum], axis=1) for tensor in tensors]
         arrays = {
             "names": np.array(names, dtype=np.str_),
             "samples": np.int64(self.samples),
-            "extremes": np.array([[self.tensors[n].minimum, self.tensors[n].maximum] for n in names], np.float64),
             "starts": np.cumsum([0, *(len(bins) for bins in used)], dtype=np.int64),
-            "bins": np.concatenate([*used, np.empty(0, np.int64)]).astype(np.uint16),
-            "counts": np.concatenate([np.empty(0, np.int64), *(self.tensors[n].counts[b] for n, b in pairs)]),
+            "bins": _joined(used, np.uint16),
+            "counts": _joined([tensor.counts[bins] for tensor, bins in zip(tensors, used, strict=True)], np.int64),
+            "channels": np.array([tensor.channels_seen for tensor in tensors], np.int64),
+            "extremes": np.concatenate([np.empty((0, 2), np.float32), *extremes]),
+            # the narrowest type that holds them all: most of the file, and eight times as long in int64
+            "channel_counts": tables.astype(np.min_scalar_type(tables.max(initial=0))),
         }
         stream = io.BytesIO()
         np.savez_compressed(stream, **arrays)
@@ -136,6 +97,10 @@ class Statistics:
             raise CalibrationError(f"{where}: not a statistics file ({reason}). Calibrate again.") from None
 
 
+def _joined(arrays: list[np.ndarray], kind: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, kind), *arrays]).astype(kind)
+
+
 def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as stream:
         array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
@@ -147,22 +112,50 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 def _checked(data: Mapping[str, np.ndarray]) -> Statistics:
     """Return the statistics in a file's arrays; raise ValueError where these contradict one another."""
     names = [str(name) for name in data["names"]]
-    starts, bins, counts, extremes = data["starts"], data["bins"], data["counts"], data["extremes"]
-    steps = np.diff(starts)
-    if len(set(names)) != len(names) or starts.shape != (len(names) + 1,) or extremes.size != 2 * len(names):
-        raise ValueError("its names, starts and extremes do not belong together")
-    if starts[0] != 0 or (steps < 0).any() or not starts[-1] == len(bins) == len(counts) or bins.shape != counts.shape:
-        raise ValueError("its bins and counts are not complete")
-    if (counts < 1).any() or data["samples"].shape != () or data["samples"] < 0 or np.isnan(extremes).any():
-        raise ValueError("it holds numbers that nobody can have counted")
-    statistics = Statistics.empty(names)
-    statistics.samples = int(data["samples"])
-    for name, start, stop, (minimum, maximum) in zip(
-        names, starts[:-1], starts[1:], extremes.reshape(-1, 2), strict=True
+    starts, bins, counts, channels = data["starts"], data["bins"], data["counts"], data["channels"]
+    if len(set(names)) != len(names) or starts.shape != (len(names) + 1,) or channels.shape != (len(names),):
+        raise ValueError("its names, starts and channels do not belong together")
+    if (
+        starts[0] != 0
+        or (np.diff(starts) < 0).any()
+        or not starts[-1] == len(bins) == len(counts)
+        or bins.shape != counts.shape
     ):
-        tensor, used = statistics.tensors[name], bins[start:stop]
-        if (np.diff(used.astype(np.int64)) <= 0).any():
-            raise ValueError(f"the bins of {name} are not in order")
-        tensor.counts[used] = counts[start:stop]
-        tensor.minimum, tensor.maximum = float(minimum), float(maximum)
+        raise ValueError("its bins and counts are not complete")
+    if (counts < 1).any() or data["samples"].shape != () or data["samples"] < 0:
+        raise ValueError("it holds numbers that nobody can have counted")
+    if ((channels > 0) != (np.diff(starts) > 0)).any() or data["extremes"].shape != (channels.sum(), 2):
+        raise ValueError("its channels and extremes do not belong together")
+    statistics = Statistics({}, int(data["samples"]))
+    rest, extremes = data["channel_counts"], data["extremes"]
+    for name, start, stop, seen in zip(names, starts[:-1], starts[1:], channels, strict=True):
+        whole = _whole(name, bins[start:stop], counts[start:stop])
+        columns = np.unique(bins[start:stop] // FINER)
+        table, rest = rest[: seen * columns.size], rest[seen * columns.size :]
+        if table.shape != (seen * columns.size,):
+            raise ValueError(f"the channels of {name} are not complete")
+        table, limits, extremes = table.reshape(seen, columns.size), extremes[:seen], extremes[seen:]
+        _check_channels(name, whole, columns, table, limits)
+        statistics.tensors[name] = TensorStatistics.restored(whole, table, limits)
+    if rest.size:
+        raise ValueError("it counts channels of no tensor")
     return statistics
+
+
+def _whole(name: str, bins: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    if (np.diff(bins.astype(np.int64)) <= 0).any():
+        raise ValueError(f"the bins of {name} are not in order")
+    whole = np.zeros(BINS, np.int64)
+    whole[bins] = counts
+    return whole
+
+
+def _check_channels(name: str, whole: np.ndarray, columns: np.ndarray, table: np.ndarray, extremes: np.ndarray) -> None:
+    """Every element lies in one channel, channels are of one size, and an extreme is a number that was counted."""
+    rows = table.sum(axis=1, dtype=np.int64)
+    if (table.sum(axis=0, dtype=np.int64) != whole.reshape(-1, FINER).sum(axis=1)[columns]).any():
+        raise ValueError(f"the channels of {name} do not add up to it")
+    if (rows != rows[:1]).any():
+        raise ValueError(f"the channels of {name} are of different sizes")
+    if np.isnan(extremes).any() or (extremes[:, 0] > extremes[:, 1]).any():
+        raise ValueError(f"the extremes of {name} are none")

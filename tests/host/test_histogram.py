@@ -18,7 +18,11 @@ from edgeres.calibrate import Statistics, TensorStatistics
 from edgeres.errors import CalibrationError
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
-SAMPLES = arrays.arrays(np.float32, st.tuples(st.integers(1, 12), st.integers(1, 6)), elements=FINITE)
+SHAPES = st.one_of(
+    st.tuples(st.integers(1, 12), st.integers(1, 6)),
+    st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)),
+)
+SAMPLES = arrays.arrays(np.float32, SHAPES, elements=FINITE)
 NAMES = ("input", "relu", "never seen")
 
 
@@ -39,12 +43,40 @@ def test_order_and_batch_size_change_nothing(x: np.ndarray, source: random.Rando
     assert counted([x[order][:cut], x[order][cut:]]).to_bytes() == whole
 
 
-@given(SAMPLES, SAMPLES)
-def test_merged_parts_are_exactly_the_whole(x: np.ndarray, y: np.ndarray) -> None:
-    merged = counted([x])
-    merged.merge(counted([y]))
+@given(SAMPLES, st.data())
+def test_merged_parts_are_exactly_the_whole(x: np.ndarray, data: st.DataObject) -> None:
+    y = data.draw(arrays.arrays(np.float32, (data.draw(st.integers(1, 4)), *x.shape[1:]), elements=FINITE))
+    merged = Statistics.empty(NAMES)
+    for part in (x, y):
+        merged.merge(counted([part]))
     assert merged.to_bytes() == counted([x, y]).to_bytes()
     assert merged.samples == len(x) + len(y)
+
+
+@given(SAMPLES)
+def test_each_channel_is_counted_by_its_upper_twelve_bits(x: np.ndarray) -> None:
+    statistics = counted([x[:1], x[1:]]).tensors["input"]
+    wanted = np.zeros((x.shape[1], 4096), np.int64)
+    for channel in range(x.shape[1]):
+        for value in x[:, channel].reshape(-1):
+            wanted[channel, int.from_bytes(struct.pack(">f", value)[:2], "big") >> 4] += 1
+    np.testing.assert_array_equal(statistics.channels, wanted)
+    np.testing.assert_array_equal(statistics.channel_bins, np.flatnonzero(wanted.any(axis=0)))
+    np.testing.assert_array_equal(statistics.channel_counts, wanted[:, statistics.channel_bins])
+    others = (0, *range(2, x.ndim))
+    np.testing.assert_array_equal(statistics.channel_minimum, x.min(axis=others))
+    np.testing.assert_array_equal(statistics.channel_maximum, x.max(axis=others))
+    np.testing.assert_array_equal(statistics.channel_amax, np.abs(x).max(axis=others))
+
+
+def test_channels_that_come_and_go_are_refused_in_words() -> None:
+    one, other = TensorStatistics(), TensorStatistics()
+    one.update(np.ones((2, 3, 4), np.float32))
+    other.update(np.ones((2, 5, 4), np.float32))
+    with pytest.raises(CalibrationError, match="3 channels, and now has 5"):
+        one.update(np.ones((2, 5, 4), np.float32))
+    with pytest.raises(CalibrationError, match="3 channels, and now has 5"):
+        one.merge(other)
 
 
 def test_statistics_of_other_tensors_are_not_merged() -> None:
@@ -78,7 +110,7 @@ def test_tensors_longer_than_a_chunk_are_counted_to_the_end(monkeypatch: pytest.
     x = np.arange(-50, 51, dtype=np.float32)
     whole, pieces = TensorStatistics(), TensorStatistics()
     whole.update(x)
-    monkeypatch.setattr("edgeres.calibrate.statistics.CHUNK", 7)
+    monkeypatch.setattr("edgeres.calibrate.tensor.CHUNK", 7)
     pieces.update(x)
     np.testing.assert_array_equal(whole.counts, pieces.counts)
 
@@ -104,6 +136,7 @@ def test_nan_and_infinity_are_noticed(bad: float) -> None:
     statistics = TensorStatistics()
     statistics.update(np.array([1.0, bad, -2.0, np.finfo(np.float32).max], np.float32))
     assert statistics.not_finite == 1
+    assert not np.isnan([statistics.minimum, statistics.maximum]).any()
 
 
 def test_nothing_counted_is_no_range() -> None:
@@ -122,8 +155,9 @@ def test_a_file_gives_back_exactly_what_was_counted(x: np.ndarray) -> None:
     assert list(read.tensors) == sorted(NAMES)
     for name in NAMES:
         np.testing.assert_array_equal(read.tensors[name].counts, statistics.tensors[name].counts)
-        assert read.tensors[name].minimum == statistics.tensors[name].minimum
-        assert read.tensors[name].maximum == statistics.tensors[name].maximum
+        np.testing.assert_array_equal(read.tensors[name].channels, statistics.tensors[name].channels)
+        np.testing.assert_array_equal(read.tensors[name].channel_minimum, statistics.tensors[name].channel_minimum)
+        np.testing.assert_array_equal(read.tensors[name].channel_maximum, statistics.tensors[name].channel_maximum)
 
 
 def test_no_tensors_at_all_survive_a_file() -> None:
@@ -175,8 +209,17 @@ def test_other_files_are_refused(content: bytes) -> None:
         ("starts", np.array([0, 3])),
         ("starts", np.array([0.0, 3.0, 3.0, 6.0])),
         ("extremes", np.zeros((2, 2))),
-        ("extremes", np.zeros((3, 3))),
-        ("extremes", np.full((3, 2), np.nan)),
+        ("extremes", np.zeros((6, 3))),
+        ("extremes", np.full((6, 2), np.nan)),
+        ("extremes", np.array([[1.0, 0.0]] * 6)),
+        ("channels", np.array([3, 0, 2])),
+        ("channels", np.array([3, 3, 0])),
+        ("channels", np.array([3.0, 0.0, 3.0])),
+        ("channel_counts", np.zeros(18, np.uint8)),
+        ("channel_counts", np.ones(18, np.uint8)),
+        ("channel_counts", np.array([1, 0, 0, 0, 1, 0, 0, 0] * 2, np.uint8)),
+        ("channel_counts", np.array([1, 0, 0, 0, 1, 1, 0, 0, 0] * 2, np.uint8)),
+        ("channel_counts", np.array([1, 0, 0, 0, 1, 0, 0, 0, 1] * 2, np.int64)),
         ("bins", np.array([1, 1, 1, 2, 3, 4], np.uint16)),
         ("bins", np.array([70000, 1, 2, 3, 4, 5])),
         ("samples", np.int64(-3)),

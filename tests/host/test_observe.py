@@ -66,8 +66,10 @@ def test_it_counts_what_torch_computes(path: Path, weights: dict[str, np.ndarray
         wanted = TensorStatistics()
         wanted.update(values)
         np.testing.assert_array_equal(observed.tensors[name].counts, wanted.counts, err_msg=name)
-        assert observed.tensors[name].minimum == wanted.minimum
-        assert observed.tensors[name].maximum == wanted.maximum
+        np.testing.assert_array_equal(observed.tensors[name].channels, wanted.channels, err_msg=name)
+        channels = (0, *range(2, values.ndim))
+        np.testing.assert_array_equal(observed.tensors[name].channel_minimum, values.min(channels), err_msg=name)
+        np.testing.assert_array_equal(observed.tensors[name].channel_maximum, values.max(channels), err_msg=name)
 
 
 def test_batches_and_order_change_nothing(path: Path) -> None:
