@@ -13,6 +13,7 @@ import numpy as np
 
 from edgeres.affine import QMAX, QMIN
 from edgeres.calibrate.statistics import INFINITE, MAGNITUDES, TensorStatistics
+from edgeres.noise import integral, point_error
 
 ENTROPY_BINS = 2048
 ENTROPY_STRIDE = 4
@@ -170,26 +171,12 @@ def squared_error(histogram: Histogram, amax: np.ndarray) -> np.ndarray:
     for i, candidate in enumerate(amax):
         scale = candidate / QMAX
         for counts, last in sides:
-            error = _integral(histogram.high / scale, last) - _integral(histogram.low / scale, last)
+            error = integral(histogram.high / scale, last) - integral(histogram.low / scale, last)
             # where a bin has no width (all its elements are the maximum itself) its single value's error counts
-            point = _point_error(histogram.high / scale, last)
+            point = point_error(histogram.high / scale, last)
             mean = np.where(histogram.high > histogram.low, error * scale / width, point)
             total[i] += scale**2 * float((counts * mean).sum())
     return total
-
-
-def _integral(x: np.ndarray, last: int) -> np.ndarray:
-    """Return ∫₀ˣ (t − q(t))² dt, in steps³, for the grid 0, 1, …, ``last``."""
-    inside = np.minimum(x, last + 0.5)
-    whole = np.floor(inside + 0.5)
-    rounding = whole / 12 + (inside - whole) ** 3 / 3
-    clipping = np.where(x > last + 0.5, ((x - last) ** 3 - 0.125) / 3, 0.0)
-    return np.asarray(rounding + clipping)
-
-
-def _point_error(x: np.ndarray, last: int) -> np.ndarray:
-    """Return (x − q(x))², in steps², for the grid 0, 1, …, ``last``."""
-    return np.asarray((x - np.minimum(np.rint(x), last)) ** 2)
 
 
 METHODS: dict[str, Callable[[Histogram, float], float]] = {

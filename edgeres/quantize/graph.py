@@ -42,6 +42,16 @@ class Graph:
         found = self.initializers.get(tensor)
         return None if found is None else numpy_helper.to_array(found)
 
+    def values(self, initializer: str) -> np.ndarray:
+        """Return an initializer's values, which must be there."""
+        return numpy_helper.to_array(self.initializers[initializer])
+
+    def set_values(self, initializer: str, values: np.ndarray) -> None:
+        """Give an initializer other values, in its own data type."""
+        tensor = self.initializers[initializer]
+        kind = numpy_helper.to_array(tensor).dtype
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, dtype=kind), initializer))
+
     def is_activation(self, tensor: str) -> bool:
         """Whether ``tensor`` depends on the network's input (a name that nobody makes is not)."""
         return bool(tensor) and tensor not in self.initializers and (tensor in self.producer or tensor in self.inputs)

@@ -1,0 +1,62 @@
+"""What quantizing costs, as numbers: squared errors of a grid, and a tensor's noise at every step size.
+
+A channel is scaled by a factor before it is quantized (equalization folds the factor into the weights around it), so
+what counts is its step in its own units: the tensor's step over the factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Tuple
+
+import numpy as np
+
+PER_OCTAVE = 4
+OCTAVES = (-6, 10)  # of the step, around the one whose grid just reaches the channel's largest magnitude
+STEPS = (OCTAVES[1] - OCTAVES[0]) * PER_OCTAVE + 1
+SMALLEST = 1e-30  # a channel that never fired has no magnitude to measure by
+
+
+def integral(x: np.ndarray, last: int, clipping: float = 1.0) -> np.ndarray:
+    """Return ∫₀ˣ (t − q(t))² dt, in steps³, for the grid 0, 1, …, ``last``; beyond it counted ``clipping`` times."""
+    inside = np.minimum(x, last + 0.5)
+    whole = np.floor(inside + 0.5)
+    rounding = whole / 12 + (inside - whole) ** 3 / 3
+    clipped = np.where(x > last + 0.5, ((x - last) ** 3 - 0.125) / 3, 0.0)
+    return np.asarray(rounding + clipping * clipped)
+
+
+def point_error(x: np.ndarray, last: int, clipping: float = 1.0) -> np.ndarray:
+    """Return (x − q(x))², in steps², for the grid 0, 1, …, ``last``; beyond it counted ``clipping`` times."""
+    return np.asarray((x - np.minimum(np.rint(x), last)) ** 2 * np.where(x > last + 0.5, clipping, 1.0))
+
+
+@dataclass(frozen=True)
+class NoiseTable:
+    """Mean squared quantization error of each of a tensor's channels at log-spaced steps.
+
+    ``log_step`` is float64 ``(C,)``: log2 of the step, in the channel's own units, whose grid just reaches its largest
+    magnitude. ``error`` is float64 ``(C, STEPS)``, squared units: at step 2^(``log_step`` + ``OCTAVES[0]`` +
+    s / ``PER_OCTAVE``). ``power`` is the mean of x², ``mean`` that of x, both float64 ``(C,)``. ``alive`` is bool
+    ``(C,)``: channels that were ever other than zero. ``grid`` is the first and the last step.
+    """
+
+    log_step: np.ndarray
+    error: np.ndarray
+    power: np.ndarray
+    mean: np.ndarray
+    alive: np.ndarray
+    grid: Tuple[int, int]
+
+    def at(self, log_step: np.ndarray) -> np.ndarray:
+        """Return the mean squared error of each channel at step 2^``log_step``, both float64 ``(C,)``."""
+        place = np.clip((log_step - self.log_step - OCTAVES[0]) * PER_OCTAVE, 0, STEPS - 1 - 1e-9)
+        left = place.astype(np.int64)
+        rows, share = np.arange(len(self.error)), place - left
+        logs = self.log_error
+        return np.asarray(np.exp(logs[rows, left] * (1 - share) + logs[rows, left + 1] * share))
+
+    @property
+    def log_error(self) -> np.ndarray:
+        """The natural logarithm of ``error``, which is interpolated between steps: float64 ``(C, STEPS)``."""
+        return np.asarray(np.log(np.maximum(self.error, SMALLEST**2)))

@@ -1,0 +1,266 @@
+"""Weights and biases that make up for quantization, layer by layer, in closed form.
+
+Each layer is fitted, in the order of the network, so that from the *quantized* input that it will really read it gives
+the *float* network's output as nearly as int8 weights can: first by least squares (which also takes in what the layers
+before it, and the skip of its block, did wrong), then by rounding one input at a time, the error of each rounding
+passed on to the weights not yet rounded. The bias takes what is left of the mean.
+
+Source: Nagel et al. 2019 (arXiv:1906.04721), section 4.2, for bias correction; Nagel et al., "Up or Down? Adaptive
+Rounding for Post-Training Quantization", 2020 (arXiv:2004.10568), section 3.3, for rounding by the layer's output, here
+solved as in Frantar et al., "GPTQ", 2023 (arXiv:2210.17323), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgeres.affine import QMAX, channel_amax, scale_from_amax
+from edgeres.quantize.follow import Follower, Quantizer, padded
+from edgeres.quantize.graph import attribute
+from edgeres.quantize.placement import Placement
+
+RIDGE = 1e-2  # pulls the least squares to the original weights, in shares of each input's own variance
+DAMPING = 3e-3  # of the mean variance, added to every input's, so that rounding never divides by nearly nothing
+MULTIPLICATIONS = 4e10  # per layer, for the products of its inputs; positions are thinned out beyond that
+BLOCK = 128  # inputs rounded before the rest of the matrix is brought up to date
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What was found: by the name of an initializer, its new values, float32; and the steps of those that are rounded.
+
+    ``scales`` is float32 ``(K,)`` for each rounded weight.
+    """
+
+    constants: dict[str, np.ndarray]
+    scales: dict[str, np.ndarray]
+
+
+@dataclass
+class _Chunk:
+    """Some images on their way through the float network and the quantized one."""
+
+    exact: dict[str, Tensor]
+    coarse: dict[str, Tensor]
+    quantized: dict[str, Tensor]
+
+
+@dataclass
+class _Moments:
+    """Means of a layer's inputs and targets and of their products, by group, float64."""
+
+    inputs: Tensor  # (g, D)
+    targets: Tensor  # (g, K / g)
+    square: Tensor  # (g, D, D), centred
+    cross: Tensor  # (g, D, K / g), centred
+
+
+def compensate(
+    follower: Follower,
+    placement: Placement,
+    quantizer: Quantizer,
+    images: Sequence[np.ndarray],
+    rounding: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Compensation:
+    """Return weights on their int8 grids, and biases, that bring each layer's output back to the float network's.
+
+    Args:
+        follower: the float network, with a bias in every layer that is to be corrected.
+        quantizer: what quantization makes of each activation.
+        images: batches, float32 ``(n, 3, H, W)``, normalized.
+        rounding: False leaves the weights' integers as plain rounding has them, and corrects biases only.
+    """
+    axes = {weight.readers[0][0]: weight.axis for weight in placement.weights if len(weight.readers) == 1}
+    found = Compensation({}, {})
+    constants: dict[str, Tensor] = {}
+    chunks = [_Chunk({follower.input: x}, {follower.input: x}, {}) for x in map(torch.from_numpy, images)]
+    order = follower.schedule()
+    layers = [node for node in order if _is_layer(follower, node)]
+    left = {name: len(readers) for name, readers in follower.readers.items()}
+    with torch.no_grad():
+        for node in order:
+            if _is_layer(follower, node):
+                _fit(follower, node, axes.get(node.name), chunks, quantizer, constants, found, rounding)
+                progress(layers.index(node) + 1, len(layers))
+            for chunk in chunks:
+                chunk.exact[node.output[0]] = follower.step(node, chunk.exact, {}, None)
+                chunk.coarse[node.output[0]] = follower.step(node, chunk.coarse, chunk.quantized, quantizer, constants)
+            for name in node.input:
+                left[name] -= 1
+                if not left[name]:
+                    for chunk in chunks:
+                        chunk.exact.pop(name, None)
+                        chunk.coarse.pop(name, None)
+                        chunk.quantized.pop(name, None)
+    return found
+
+
+def _is_layer(follower: Follower, node: onnx.NodeProto) -> bool:
+    """Whether a node is a layer with constant weights and bias that nobody else reads."""
+    return node.op_type in ("Conv", "Gemm", "MatMul") and all(
+        name in follower.constants and len(follower.readers[name]) == 1 for name in node.input[1:] if name
+    )
+
+
+def _fit(
+    follower: Follower,
+    node: onnx.NodeProto,
+    axis: int | None,
+    chunks: list[_Chunk],
+    quantizer: Quantizer,
+    constants: dict[str, Tensor],
+    found: Compensation,
+    rounding: bool,
+) -> None:
+    """Find one layer's weights (``axis`` is their output channels'; None leaves them) and bias."""
+    weights = follower.constants[node.input[1]].double()
+    rows = weights if axis in (0, None) and not _columns_are_outputs(node) else weights.T
+    groups = attribute(node, "group", 1)
+    assert isinstance(groups, int)
+    flat = rows.reshape(groups, rows.shape[0] // groups, -1)  # (g, K / g, D)
+    moments = _moments(follower, node, chunks, quantizer, constants, groups)
+    fitted = flat
+    if axis is not None:
+        amax = channel_amax(rows.float().numpy(), 0)
+        scale = scale_from_amax(amax)
+        steps = torch.from_numpy(scale.astype(np.float64)).reshape(groups, -1)
+        fitted = torch.stack(
+            [
+                _rounded(flat[i], steps[i], moments, i)
+                if rounding
+                else torch.clamp(torch.round(flat[i] / steps[i][:, None]), -QMAX, QMAX) * steps[i][:, None]
+                for i in range(groups)
+            ]
+        )
+        found.scales[node.input[1]] = scale
+        new = fitted.reshape(rows.shape)
+        constants[node.input[1]] = (new if rows is weights else new.T).float().contiguous()
+        found.constants[node.input[1]] = constants[node.input[1]].numpy()
+    if len(node.input) > 2 and node.input[2]:
+        bias = moments.targets - torch.einsum("gkd,gd->gk", fitted, moments.inputs)
+        constants[node.input[2]] = bias.reshape(-1).float()
+        found.constants[node.input[2]] = constants[node.input[2]].numpy()
+
+
+def _columns_are_outputs(node: onnx.NodeProto) -> bool:
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
+
+
+def _rounded(weights: Tensor, steps: Tensor, moments: _Moments, group: int) -> Tensor:
+    """Return a group's weights, float64 ``(K, D)``, fitted and then rounded to multiples of ``steps``, ``(K,)``."""
+    square, cross = moments.square[group], moments.cross[group]
+    ridge = torch.diag(RIDGE * torch.diagonal(square) + 1e-12)
+    fitted = weights + torch.linalg.solve(square + ridge, cross - square @ weights.T).T
+    return round_in_turn(fitted, steps, square)
+
+
+def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor) -> Tensor:
+    """Return ``weights`` rounded to int8 multiples of ``steps``, each input's error passed on to those after it.
+
+    Args:
+        weights: float64 ``(K, D)``.
+        steps: float64 ``(K,)``.
+        square: float64 ``(D, D)``, the covariance of the inputs.
+
+    Source: Frantar et al. 2023 (arXiv:2210.17323), section 3, step 3 (Cholesky) and algorithm 1, with inputs taken in
+    the order of falling variance.
+    """
+    size = weights.shape[1]
+    variance = torch.diagonal(square).clone()
+    floor = DAMPING * variance.mean() + 1e-12
+    order = torch.argsort(variance, descending=True)
+    matrix = (square + floor * torch.eye(size, dtype=square.dtype))[order][:, order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True)
+    rest, rounded = weights[:, order].clone(), torch.empty_like(weights)
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        part, own = rest[:, start:stop], inverse[start:stop, start:stop]
+        errors = torch.empty_like(part)
+        for j in range(stop - start):
+            column = part[:, j]
+            rounded[:, start + j] = torch.clamp(torch.round(column / steps), -QMAX, QMAX) * steps
+            errors[:, j] = (column - rounded[:, start + j]) / own[j, j]
+            part[:, j:] -= errors[:, j : j + 1] * own[j, j:]
+        rest[:, stop:] -= errors @ inverse[start:stop, stop:]
+    return rounded[:, torch.argsort(order)]
+
+
+def _moments(
+    follower: Follower,
+    node: onnx.NodeProto,
+    chunks: list[_Chunk],
+    quantizer: Quantizer,
+    constants: Mapping[str, Tensor],
+    groups: int,
+) -> _Moments:
+    generator = torch.Generator().manual_seed(0)
+    sums: list[Tensor] = []
+    count, thin = 0, 0
+    for chunk in chunks:
+        read = follower.read(node, 0, node.input[0], chunk.coarse, chunk.quantized, quantizer, constants)
+        target = follower.step(node, chunk.exact, {}, None)
+        target = target + _skip_error(follower, node, chunk, quantizer)
+        x, y = _rows(node, read, groups, follower), _targets(target, groups)
+        if not thin:
+            work = x.shape[0] * x.shape[1] * x.shape[2] * (x.shape[2] + y.shape[2]) * len(chunks)
+            thin = max(1, int(np.ceil(work / MULTIPLICATIONS)))
+        if thin > 1:
+            chosen = torch.randperm(x.shape[1], generator=generator)[: max(1, x.shape[1] // thin)]
+            x, y = x[:, chosen], y[:, chosen]
+        count += x.shape[1]
+        parts = [x.sum(1), y.sum(1), x.transpose(1, 2) @ x, x.transpose(1, 2) @ y]
+        sums = [a + b.double() for a, b in zip(sums, parts, strict=True)] if sums else [p.double() for p in parts]
+    inputs, targets, square, cross = (total / count for total in sums)
+    return _Moments(
+        inputs,
+        targets,
+        square - inputs[:, :, None] * inputs[:, None],
+        cross - inputs[:, :, None] * targets[:, None],
+    )
+
+
+def _skip_error(follower: Follower, node: onnx.NodeProto, chunk: _Chunk, quantizer: Quantizer) -> Tensor:
+    """Return what the skip of a residual addition lost, where this layer is the addition's branch: it can make up for
+    the part of it that its own input tells."""
+    readers = follower.readers.get(node.output[0], [])
+    if len(readers) == 1 and readers[0].op_type == "Add" and node.output[0] != follower.output:
+        add = readers[0]
+        index = 1 if add.input[0] == node.output[0] else 0
+        skip = add.input[index]
+        if skip in chunk.exact and skip in chunk.coarse and skip != node.output[0]:
+            read = follower.read(add, index, skip, chunk.coarse, chunk.quantized, quantizer)
+            return chunk.exact[skip] - read
+    return torch.zeros(())
+
+
+def _rows(node: onnx.NodeProto, x: Tensor, groups: int, follower: Follower) -> Tensor:
+    """Return what each output position reads, float32 ``(g, positions, D)``."""
+    if node.op_type != "Conv":
+        return x.reshape(1, -1, x.shape[-1])
+    kernel = follower.constants[node.input[1]].shape[2:]
+    pads, strides, dilations = (attribute(node, name, default) for name, default in (
+        ("pads", [0, 0, 0, 0]), ("strides", [1, 1]), ("dilations", [1, 1])))  # fmt: skip
+    assert isinstance(pads, list)
+    assert isinstance(strides, list)
+    assert isinstance(dilations, list)
+    columns = F.unfold(padded(x, pads), tuple(kernel), dilation=tuple(dilations), stride=tuple(strides))
+    n, _, positions = columns.shape
+    rows: Tensor = columns.reshape(n, groups, -1, positions).permute(1, 0, 3, 2).reshape(groups, n * positions, -1)
+    return rows
+
+
+def _targets(y: Tensor, groups: int) -> Tensor:
+    """Return a layer's outputs in the order of :func:`_rows`, float32 ``(g, positions, K / g)``."""
+    if y.ndim < 4:
+        return y.reshape(1, -1, y.shape[-1])
+    n, outputs = y.shape[:2]
+    rows: Tensor = y.reshape(n, groups, outputs // groups, -1).permute(1, 0, 3, 2)
+    return rows.reshape(groups, -1, outputs // groups)
