@@ -1,7 +1,8 @@
 """The numerical core: the one place where a scale is computed, and what int8 means.
 
 Symmetric int8 as ONNX and TensorRT have it: real = scale × integer, zero point 0, integers −128…127, rounding half to
-even, saturating.
+even, saturating. What is never negative may be shifted: x − 128·scale is quantized in the place of x, so that the same
+integers stand for the 256 steps from 0 to 255·scale.
 
 Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 13; Nagel et al., "A White Paper on Neural Network
 Quantization", 2021 (arXiv:2106.08295), section 2.2.
@@ -9,16 +10,18 @@ Quantization", 2021 (arXiv:2106.08295), section 2.2.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import numpy as np
 
 from edgeres.errors import CalibrationError
 
 QMIN, QMAX = -128, 127
+SYMMETRIC, SHIFTED = (QMIN, QMAX), (0, QMAX - QMIN)
+"""The first and the last step of a grid, in multiples of the scale."""
 
 
-def scale_from_amax(amax: np.ndarray) -> np.ndarray:
+def scale_from_amax(amax: np.ndarray, grid: Tuple[int, int] = SYMMETRIC) -> np.ndarray:
     """Return the step size whose INT8 grid just reaches ``amax``.
 
     A channel that never fired (``amax`` so small that a float32 step would vanish) gets a step of 1.0: it quantizes to
@@ -26,6 +29,7 @@ def scale_from_amax(amax: np.ndarray) -> np.ndarray:
 
     Args:
         amax: float, ``()`` for one range per tensor or ``(C,)`` per channel; largest |x|, in the tensor's own units.
+        grid: ``SYMMETRIC``, or ``SHIFTED`` for a tensor that is never negative.
 
     Returns:
         float32 of the same shape, real units per integer step, always > 0.
@@ -40,8 +44,20 @@ def scale_from_amax(amax: np.ndarray) -> np.ndarray:
             f"a range must be a finite float32 and not negative, not {bad.flat[0]}. "
             "Check the model's weights, and calibrate again."
         )
-    scale = (amax / QMAX).astype(np.float32)
+    scale = (amax / grid[1]).astype(np.float32)
     return np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
+
+
+def shift_from_scale(scale: np.ndarray) -> np.ndarray:
+    """Return what is subtracted from a shifted tensor, 128 steps: exact, and a float32 number.
+
+    Args:
+        scale: float32, any shape, real units per integer step.
+
+    Returns:
+        float64 of the same shape, real units.
+    """
+    return -QMIN * np.asarray(scale, np.float64)
 
 
 def quantize(x: np.ndarray, scale: np.ndarray, axis: Optional[int] = None) -> np.ndarray:
