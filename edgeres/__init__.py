@@ -48,6 +48,7 @@ OPTIONS = {
     "method": "calibration.method",
     "percentile": "calibration.percentile",
     "keep_float": "quantization.keep_float",
+    "activation_range": "quantization.activation_range",
     "validation": "validation.samples",
     "max_drop": "validation.max_drop",
     "policy": "validation.policy",

@@ -80,8 +80,9 @@ class ExportedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor's range and the statistics that it was chosen from; everything in the tensor's own units.
 
-    ``scale`` is ``amax / 127``. ``clipped`` is the share of elements beyond ``amax``; ``sqnr_db`` is the expected
-    signal-to-quantization-noise ratio of the tensor alone.
+    ``scale`` is ``amax / 127``; for a tensor that is never negative it may be ``amax / 255``, and then ``shift``, 128
+    steps, is subtracted before it is quantized. ``clipped`` is the share of elements beyond ``amax``; ``sqnr_db`` is
+    the expected signal-to-quantization-noise ratio of the tensor alone.
     """
 
     amax: float
@@ -93,6 +94,7 @@ class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     zeros: float
     clipped: float
     sqnr_db: Optional[float]
+    shift: float = 0.0
 
 
 class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,13 +123,15 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The Q/DQ (or FP16) ONNX, and the decision taken for each layer.
 
     ``mixed`` is the int8 model's second form, in which everything that is not quantized computes in float16: strongly
-    typed TensorRT (10.12 and later) takes precisions from the graph alone.
+    typed TensorRT (10.12 and later) takes precisions from the graph alone. ``activation_range`` is ``shifted`` where
+    tensors that are never negative have the full int8 range.
     """
 
     file: FileRef
     precision: str
     layers: Tuple[LayerPlan, ...]
     mixed: Optional[FileRef] = None
+    activation_range: str = "symmetric"
 
 
 class EngineLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,7 +155,8 @@ class EngineLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a backend compiled. The CPU's engine is the ONNX itself and the session options that keep its meaning.
 
-    ``model_sha256`` is of the ONNX that it was compiled from; ``layers`` are the builder's own report.
+    ``model_sha256`` is of the ONNX that it was compiled from, ``activation_range`` is that one's; ``layers`` are the
+    builder's own report.
     """
 
     target: str
@@ -162,6 +167,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: Dict[str, str]
     model_sha256: str = ""
     layers: Tuple[EngineLayer, ...] = ()
+    activation_range: str = "symmetric"
 
 
 class Discordant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -194,6 +200,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     samples_to_decide: Optional[int] = None
     samples_source: str = "validation"
     interval_method: str = "Tango 1998"
+    activation_range: str = "symmetric"
 
 
 class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

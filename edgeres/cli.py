@@ -114,6 +114,11 @@ BUILD_OPTIONS = (
         help="Torch modules that stay in float, such as 'fc'. Repeatable.",
     ),
     click.option(
+        "--activation-range",
+        type=click.Choice(["auto", "symmetric", "shifted"]),
+        help="shifted: the full int8 range after a ReLU. Default: auto, shifted for cpu and rtx, symmetric for others.",
+    ),
+    click.option(
         "--validation", metavar="PATH", help="A folder with one subfolder per class, or an .npz with images and labels."
     ),
     click.option(

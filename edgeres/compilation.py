@@ -26,7 +26,7 @@ from edgeres.artifacts import (
 from edgeres.bundle import read_verified, verify
 from edgeres.errors import BackendError, BundleError
 from edgeres.files import file_ref
-from edgeres.recipe import EngineSection
+from edgeres.recipe import EngineSection, Recipe
 from edgeres.workspace import Workspace
 
 Watch = Callable[[str, int, int], None]
@@ -41,6 +41,12 @@ TARGETS: Dict[str, Tuple[str, str]] = {
 """Target → its backend, and what it is."""
 
 DEFAULT_TARGETS = {"cpu": "cpu", "tensorrt": "gpu", "tensorrt-rtx": "rtx"}
+
+
+SHIFTED_TARGETS = ("cpu", "rtx")
+"""Where the full int8 range is known to cost nothing; see CONTRIBUTING, Decisions."""
+
+SYMMETRIC_INSTEAD = "edgeres quantize BUNDLE --activation-range symmetric"
 
 
 def resolve(section: EngineSection) -> Tuple[str, str]:
@@ -59,6 +65,18 @@ def resolve(section: EngineSection) -> Tuple[str, str]:
             "choose another --target: see `edgeres compile --list-targets`"
         )
     return backend, target
+
+
+def activation_range(recipe: Recipe) -> str:
+    """Return ``symmetric`` or ``shifted`` for a recipe: what it says, or what suits its target on this machine.
+
+    Raises:
+        BackendError: the target is not one of the backend's.
+    """
+    wanted = recipe.quantization.activation_range
+    if wanted != "auto":
+        return wanted
+    return "shifted" if resolve(recipe.engine)[1] in SHIFTED_TARGETS else "symmetric"
 
 
 def gpu_is_usable() -> bool:
@@ -84,13 +102,35 @@ def compile_engine(
     Raises:
         BackendError: the backend is missing, refuses the model, or cannot serve the target.
     """
-    backend, _ = resolve(section)
+    backend, target = resolve(section)
+    warnings = _range_warnings(model, target)
     if backend == "cpu":
         from edgeres.backends import cpu
 
         cpu.open_model(folder / model.file.path, model.precision).close()
-        return cpu.compile_engine(model.file, model.precision), ()
-    return _tensorrt_engine(folder, section, exported, model, watch)
+        return cpu.compile_engine(model.file, model.precision, model.activation_range), warnings
+    engine, told = _tensorrt_engine(folder, section, exported, model, watch)
+    return engine, (*told, *warnings)
+
+
+def _range_warnings(model: QuantizedModel, target: str) -> Tuple[str, ...]:
+    """Return what is to be said of a shifted model on a target.
+
+    Raises:
+        BackendError: the target cannot run it.
+    """
+    if model.activation_range == "symmetric" or target in SHIFTED_TARGETS:
+        return ()
+    if target.startswith("dla"):
+        raise BackendError(
+            f"{model.file.path} has activations shifted to the full int8 range, and a DLA quantizes symmetrically: up "
+            "to TensorRT 10.7 it gets scales alone, without the graph that holds the shifts. Where the bundle was "
+            f"built: {SYMMETRIC_INSTEAD}. Then compile it here."
+        )
+    return (
+        "activations are shifted to the full int8 range, and what that costs in time on TensorRT is not measured yet. "
+        f"Compare with the model without: {SYMMETRIC_INSTEAD}",
+    )
 
 
 def _tensorrt_engine(
@@ -142,6 +182,7 @@ def _tensorrt_engine(
         options={"batch": ",".join(map(str, batch)), "source": source.path},
         model_sha256=source.sha256,
         layers=layers,
+        activation_range=model.activation_range,
     )
     return engine, (*result.warnings, *complaints)
 

@@ -39,6 +39,7 @@ def inspect_bundle(folder: Path) -> Dict[str, Any]:
         "opset": exported.opset if exported else None,
         "layers": _engine_layers(manifest) or _layers(quantized),
         "plan": _layers(quantized),
+        "activation_range": quantized.activation_range if quantized else None,
         "ranges": {name: to_data(value) for name, value in table.tensors.items()} if table else {},
         "calibration": _calibration(table),
         "engines": [to_data(engine) for engine in manifest.engines],
@@ -100,7 +101,8 @@ def _calibration(table: Any) -> Any:
 def range_words(value: TensorRange) -> str:
     """Return one tensor's range in a line."""
     sqnr = "" if value.sqnr_db is None else f", {value.sqnr_db:.1f} dB alone"
+    reach = f"0 to {value.amax:.4g}" if value.shift else f"±{value.amax:.4g}"
     return (
-        f"±{value.amax:.4g} by {value.method} (seen {value.minimum:.4g} to {value.maximum:.4g}, "
+        f"{reach} by {value.method} (seen {value.minimum:.4g} to {value.maximum:.4g}, "
         f"{100 * value.zeros:.0f} % zeros, {100 * value.clipped:.3g} % clipped{sqnr})"
     )

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Callable, Dict, Optional, Tuple, Union
 
+import msgspec
 import numpy as np
 
 from edgeres import files
@@ -80,7 +81,7 @@ def judge(
         source: what the samples are: ``validation`` or ``calibration``.
     """
     reference = read_reference(content, files.REFERENCE)
-    return compare(
+    report = compare(
         reference["logits"],
         logits,
         reference.get("labels"),
@@ -90,6 +91,7 @@ def judge(
         precision=engine.precision,
         samples_source=source,
     )
+    return msgspec.structs.replace(report, activation_range=engine.activation_range)
 
 
 def stored_logits(content: Optional[bytes], samples: Samples) -> Optional[np.ndarray]:
@@ -149,7 +151,7 @@ def validate_bundle(
             )
         logits = run_samples(engine, samples, manifest.preprocessing, watch)
         judged = ValidationSection(**manifest.recipe.get("validation", {}))
-        return compare(
+        report = compare(
             reference,
             logits,
             samples.labels,
@@ -158,6 +160,7 @@ def validate_bundle(
             backend=engine.record.backend,
             precision=engine.record.precision,
         )
+        return msgspec.structs.replace(report, activation_range=engine.record.activation_range)
 
 
 def fp32_record(manifest: Manifest) -> Engine:

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, List, Optional, Tuple
 
 from edgeres import __version__, files
 from edgeres.artifacts import (
@@ -38,6 +38,7 @@ from edgeres.workspace import Workspace, stage_key
 
 if TYPE_CHECKING:
     from edgeres.export.exported import Exported
+    from edgeres.quantize import Placement
     from edgeres.samples import Samples
 
 STAGES = ("export", "observe", "calibrate", "quantize", "compile", "reference", "validate")
@@ -180,8 +181,8 @@ class Build:
 
         return self.stage("observe", inputs, f"{len(samples)} samples", work).files[0]
 
-    def calibrate(self, exported: ExportedModel, statistics: FileRef) -> CalibrationTable:
-        """Choose each tensor's range from the statistics."""
+    def calibrate(self, exported: ExportedModel, statistics: FileRef, shifted: FrozenSet[str]) -> CalibrationTable:
+        """Choose each tensor's range from the statistics; ``shifted`` may use the full int8 range."""
         plan = self.recipe.calibration
         assert self.calibration is not None  # observe() has refused that
         chosen = self.calibration.sample_set()
@@ -195,13 +196,15 @@ class Build:
             "samples": chosen.digest,
             "source": chosen.source,
             "preprocessing": to_data(self.recipe.preprocessing),
+            "shifted": sorted(shifted),
         }
 
         def work() -> Made:
             from edgeres.calibrate import Statistics, choose
 
             path = self.workspace.folder / files.STATISTICS
-            ranges = choose(Statistics.from_bytes(path.read_bytes(), str(path)), plan.method, plan.percentile)
+            found = Statistics.from_bytes(path.read_bytes(), str(path))
+            ranges = choose(found, plan.method, plan.percentile, shifted)
             table = CalibrationTable(
                 model_sha256=exported.file.sha256,
                 preprocessing=self.recipe.preprocessing,
@@ -248,37 +251,53 @@ class Build:
                 return QuantizedModel(ref, precision, layers), (name,), f"{name}, all layers in float16"
 
         else:
-            from edgeres.quantize import int8_content, mixed_content, plan_file
+            from edgeres.compilation import activation_range
+            from edgeres.quantize import plan_file, shiftable_file
 
-            placement = plan_file(self.workspace.folder / files.FP32_MODEL, exported.modules, keep)
+            fp32 = self.workspace.folder / files.FP32_MODEL
+            placement = plan_file(fp32, exported.modules, keep)
+            shifted = activation_range(self.recipe) == "shifted"
             statistics = self.observe(exported, placement.tensors)
-            table = self.calibrate(exported, statistics)
+            allowed = shiftable_file(fp32, placement) if shifted else frozenset()
+            table = self.calibrate(exported, statistics, allowed)
             inputs["ranges"] = to_data(table.tensors)
 
             def work() -> Made:
-                content = int8_content(self.workspace.folder / files.FP32_MODEL, placement, table.tensors)
-                self.workspace.write(name, content)
-                paths = [name]
-                try:
-                    mixed = mixed_content(self.workspace.folder / name)
-                    if mixed != content:  # a net that is int8 throughout has nothing left to be float16
-                        self.workspace.write(files.MIXED_MODEL, mixed)
-                        paths.append(files.MIXED_MODEL)
-                except QuantizationError as problem:  # the CPU and TensorRT up to 10.11 do without
-                    self.warn(f"there is no form of this model for TensorRT 10.12 and newer: {problem}")
-                    paths.append("")
-                refs = [files.file_ref(self.workspace.folder, path) if path else None for path in paths]
-                paths = [path for path in paths if path]
-                count = sum(layer.precision == "int8" for layer in placement.layers)
-                if not placement.weights:
-                    self.warn("NOT ONE layer is in int8: see `edgeres inspect` for the reason of each")
-                noun = QuantizedModel(
-                    files.file_ref(self.workspace.folder, name), precision, placement.layers, refs[-1]
-                )
-                return noun, tuple(paths), f"{name}, {count} layers in int8"
+                return self._write_int8(placement, table)
 
         record = self.stage("quantize", inputs, precision, work)
         return from_data(record.facts, QuantizedModel, "stage quantize")
+
+    def _write_int8(self, placement: Placement, table: CalibrationTable) -> Made:
+        """Write the Q/DQ model, and its second form where that is another."""
+        from edgeres.quantize import int8_content, mixed_content
+
+        name = files.model_file("int8")
+        content, layers = int8_content(self.workspace.folder / files.FP32_MODEL, placement, table.tensors)
+        self.workspace.write(name, content)
+        paths, second = [name], name
+        try:
+            mixed = mixed_content(self.workspace.folder / name)
+            if mixed != content:  # a net that is int8 throughout has nothing left to be float16
+                self.workspace.write(files.MIXED_MODEL, mixed)
+                second = files.MIXED_MODEL
+                paths.append(second)
+        except QuantizationError as problem:  # the CPU and TensorRT up to 10.11 do without
+            self.warn(f"there is no form of this model for TensorRT 10.12 and newer: {problem}")
+            second = ""
+        if not placement.weights:
+            self.warn("NOT ONE layer is in int8: see `edgeres inspect` for the reason of each")
+        count = sum(layer.precision == "int8" for layer in layers)
+        shifted = sum(value.shift > 0 for value in table.tensors.values())
+        noun = QuantizedModel(
+            file=files.file_ref(self.workspace.folder, name),
+            precision="int8",
+            layers=layers,
+            mixed=files.file_ref(self.workspace.folder, second) if second else None,
+            activation_range="shifted" if shifted else "symmetric",
+        )
+        made = f"{name}, {count} layers in int8" + (f", {shifted} tensors over the full range" if shifted else "")
+        return noun, tuple(paths), made
 
     def compile(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
         """Make the backend's engine."""
@@ -326,7 +345,7 @@ class Build:
             f"no GPU here can run {engine.file.path}, so the verdict is on what {model.file.path} means, computed on "
             f"the CPU. Where the engine will run: edgeres validate BUNDLE --backend {engine.backend}"
         )
-        return cpu.compile_engine(model.file, model.precision)
+        return cpu.compile_engine(model.file, model.precision, model.activation_range)
 
     def validate(self, exported: ExportedModel, engine: Engine) -> None:
         """Compare the engine with the FP32 model, on the validation samples or else on those of calibration."""

@@ -27,6 +27,7 @@ else:
 
 PRECISIONS = ("fp32", "fp16", "int8")
 METHODS = ("minmax", "percentile", "entropy", "mse")
+ACTIVATION_RANGES = ("auto", "symmetric", "shifted")
 POLICIES = ("ci", "point")
 BACKENDS = ("auto", "cpu", "tensorrt", "tensorrt-rtx")
 TARGETS = ("cpu", "gpu", "dla0", "dla1", "rtx")
@@ -70,9 +71,14 @@ class CalibrationSection(msgspec.Struct, frozen=True):
 
 
 class QuantizationSection(msgspec.Struct, frozen=True):
-    """``keep_float`` are shell patterns of torch modules that stay in float."""
+    """``keep_float`` are shell patterns of torch modules that stay in float.
+
+    ``activation_range`` is ``symmetric``; ``shifted``, which gives what is never negative the full int8 range; or
+    ``auto``, which takes what suits the engine's target.
+    """
 
     keep_float: Tuple[str, ...] = ()
+    activation_range: str = "auto"
 
 
 class ValidationSection(msgspec.Struct, frozen=True):
@@ -336,6 +342,12 @@ def _mistakes(recipe: Recipe) -> List[str]:
     if recipe.validation.policy not in POLICIES:
         problems.append(f"validation.policy: {recipe.validation.policy!r} is not one of {', '.join(POLICIES)}")
     problems.extend(_engine_mistakes(recipe.engine))
+    wanted = recipe.quantization.activation_range
+    if wanted not in ACTIVATION_RANGES:
+        ranges = ", ".join(ACTIVATION_RANGES)
+        problems.append(f"quantization.activation_range: {wanted!r} is not one of {ranges}")
+    elif wanted == "shifted" and (recipe.engine.target or "").startswith("dla"):
+        problems.append("quantization.activation_range: a DLA takes symmetric ranges only; leave out, or say symmetric")
     return problems
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeres.affine import QMAX, QMIN
+from edgeres.affine import SYMMETRIC
 from edgeres.calibrate.statistics import INFINITE, MAGNITUDES, TensorStatistics
 from edgeres.noise import integral, point_error
 
@@ -25,6 +25,7 @@ class Histogram:
 
     ``low`` and ``high`` are float64 ``(B,)``, edges of |x| in the tensor's own units, ascending; ``positive`` and
     ``negative`` are float64 ``(B,)`` counts of x ≥ 0 and x < 0 there. Exact zeros are left out: every grid has them.
+    ``grid`` is the grid that a range is sought for: its first and last step.
     """
 
     low: np.ndarray
@@ -33,9 +34,10 @@ class Histogram:
     negative: np.ndarray
     amax: float
     elements: int
+    grid: tuple[int, int] = SYMMETRIC
 
     @classmethod
-    def of(cls, statistics: TensorStatistics) -> Histogram:
+    def of(cls, statistics: TensorStatistics, grid: tuple[int, int] = SYMMETRIC) -> Histogram:
         positive = statistics.counts[1:INFINITE]
         negative = statistics.counts[MAGNITUDES + 1 : MAGNITUDES + INFINITE]
         hit = np.flatnonzero(positive + negative)
@@ -49,6 +51,7 @@ class Histogram:
             negative=negative[hit].astype(np.float64),
             amax=amax,
             elements=statistics.elements,
+            grid=grid,
         )
 
     @property
@@ -94,7 +97,7 @@ def percentile(histogram: Histogram, share: float) -> float:
 
 
 def entropy(histogram: Histogram, _percentile: float) -> float:
-    """Return the range whose 128 levels keep the distribution of |x| best, by Kullback–Leibler divergence.
+    """Return the range whose levels, 0 to the grid's last, keep the distribution of |x| best, by Kullback–Leibler.
 
     Exact zeros do not count: they are exact on every grid, and after a ReLU they would drown everything else.
 
@@ -105,9 +108,9 @@ def entropy(histogram: Histogram, _percentile: float) -> float:
     edges = np.linspace(0.0, histogram.amax, ENTROPY_BINS + 1)
     linear = np.diff(_cumulative_at(histogram, edges))
     tails = linear.sum() - np.cumsum(linear)
-    best, best_bins = np.inf, ENTROPY_BINS
-    for bins in range(QMAX + 1, ENTROPY_BINS + 1, ENTROPY_STRIDE):
-        divergence = _divergence(linear[:bins], tails[bins - 1])
+    best, best_bins, levels = np.inf, ENTROPY_BINS, histogram.grid[1] + 1
+    for bins in range(levels, ENTROPY_BINS + 1, ENTROPY_STRIDE):
+        divergence = _divergence(linear[:bins], tails[bins - 1], levels)
         if divergence < best:
             best, best_bins = divergence, bins
     return float((best_bins + 0.5) * histogram.amax / ENTROPY_BINS) if best_bins < ENTROPY_BINS else histogram.amax
@@ -120,11 +123,11 @@ def _cumulative_at(histogram: Histogram, points: np.ndarray) -> np.ndarray:
     return np.asarray(np.interp(points, edges, cumulative, left=0.0))
 
 
-def _divergence(inside: np.ndarray, tail: float) -> float:
-    """Return KL(P‖Q) in nats: P is the histogram clipped here, Q its 128-level version spread over P's own support."""
+def _divergence(inside: np.ndarray, tail: float, levels: int) -> float:
+    """Return KL(P‖Q) in nats: P is the histogram clipped here, Q its version of few levels, spread over P's support."""
     p = inside.copy()
     p[-1] += tail
-    starts = (np.arange(QMAX + 1) * inside.size) // (QMAX + 1)
+    starts = (np.arange(levels) * inside.size) // levels
     support = inside > 0
     level = np.add.reduceat(inside, starts)
     hits = np.add.reduceat(support.astype(np.float64), starts)
@@ -167,9 +170,10 @@ def squared_error(histogram: Histogram, amax: np.ndarray) -> np.ndarray:
     """
     width = np.maximum(histogram.high - histogram.low, np.finfo(np.float64).tiny)
     total = np.zeros(len(amax))
-    sides = [(c, last) for c, last in ((histogram.positive, QMAX), (histogram.negative, -QMIN)) if c.any()]
+    first, final = histogram.grid
+    sides = [(c, last) for c, last in ((histogram.positive, final), (histogram.negative, -first)) if c.any()]
     for i, candidate in enumerate(amax):
-        scale = candidate / QMAX
+        scale = candidate / final
         for counts, last in sides:
             error = integral(histogram.high / scale, last) - integral(histogram.low / scale, last)
             # where a bin has no width (all its elements are the maximum itself) its single value's error counts

@@ -1,17 +1,18 @@
 """ExportedModel + CalibrationTable → QuantizedModel: where int8 goes and why, written as standard ONNX.
 
-``plan`` decides, ``write_int8``, ``write_mixed`` and ``write_fp16`` write, ``lint`` states the rules that every written
-graph keeps; the other four do the same from file to file.
+``plan`` decides where, ``shiftable`` what may have the full int8 range; ``write_int8``, ``write_mixed`` and
+``write_fp16`` write, ``lint`` states the rules that every written graph keeps; the rest does it from file to file.
 """
 
 from __future__ import annotations
 
-from edgeres.quantize.documents import fp16_content, int8_content, mixed_content, plan_file
+from edgeres.quantize.documents import fp16_content, int8_content, mixed_content, plan_file, shiftable_file
 from edgeres.quantize.half import write_fp16
 from edgeres.quantize.insert import write_int8
 from edgeres.quantize.lint import lint
 from edgeres.quantize.mixed import write_mixed
 from edgeres.quantize.placement import Placement, Point, plan
+from edgeres.quantize.shiftable import shiftable
 
 __all__ = [
     "Placement",
@@ -22,6 +23,8 @@ __all__ = [
     "mixed_content",
     "plan",
     "plan_file",
+    "shiftable",
+    "shiftable_file",
     "write_fp16",
     "write_int8",
     "write_mixed",

@@ -11,6 +11,7 @@ from onnx import TensorProto
 from edgeres.errors import ExportError, first_line
 from edgeres.quantize.graph import Graph
 from edgeres.quantize.lint import lint
+from edgeres.quantize.offset import shifts_of
 
 PLUMBING = ("QuantizeLinear", "DequantizeLinear", "Constant")
 TYPES = {
@@ -22,7 +23,9 @@ TYPES = {
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return an ONNX file's opset, input, layers (name, type, precision) and breaches of the TensorRT rules.
+    """Return an ONNX file's opset, input, layers (name, type, precision), range of activations, and breaches of rules.
+
+    ``activation_range`` is ``shifted`` where some tensors are quantized over the full int8 range, else ``symmetric``.
 
     Raises:
         ExportError: the file cannot be read as ONNX.
@@ -44,6 +47,7 @@ def describe_file(path: Path) -> dict[str, Any]:
         "inputs": graph.inputs,
         "outputs": graph.outputs,
         "layers": layers,
+        "activation_range": "shifted" if shifts_of(model) else "symmetric",
         "lint": lint(model),
     }
 

@@ -13,6 +13,8 @@ from edgeres.quantize.insert import write_int8
 from edgeres.quantize.lint import check
 from edgeres.quantize.mixed import write_mixed
 from edgeres.quantize.placement import Placement, plan
+from edgeres.quantize.shift import explained
+from edgeres.quantize.shiftable import shiftable
 
 
 def plan_file(fp32: Path, modules: Mapping[str, str], keep_float: Sequence[str]) -> Placement:
@@ -20,10 +22,20 @@ def plan_file(fp32: Path, modules: Mapping[str, str], keep_float: Sequence[str])
     return plan(onnx.load(fp32), modules, keep_float)
 
 
-def int8_content(fp32: Path, placement: Placement, ranges: Mapping[str, TensorRange]) -> bytes:
-    """Return the Q/DQ model of an FP32 file; see :func:`edgeres.quantize.insert.write_int8`."""
-    content: bytes = write_int8(onnx.load(fp32), placement, ranges).SerializeToString(deterministic=True)
-    return content
+def shiftable_file(fp32: Path, placement: Placement) -> frozenset[str]:
+    """Return which ranges of an FP32 file may be shifted; see :func:`edgeres.quantize.shiftable.shiftable`."""
+    return shiftable(onnx.load(fp32), placement)
+
+
+def int8_content(
+    fp32: Path, placement: Placement, ranges: Mapping[str, TensorRange]
+) -> tuple[bytes, tuple[LayerPlan, ...]]:
+    """Return the Q/DQ model of an FP32 file, and what was decided for each node.
+
+    See :func:`edgeres.quantize.insert.write_int8`.
+    """
+    model = write_int8(onnx.load(fp32), placement, ranges)
+    return model.SerializeToString(deterministic=True), explained(placement.layers, model)
 
 
 def fp16_content(fp32: Path, modules: Mapping[str, str]) -> tuple[bytes, tuple[LayerPlan, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,27 @@ from edgeres.artifacts import TensorRange
 from edgeres.errors import QuantizationError
 from edgeres.quantize.graph import Graph
 from edgeres.quantize.lint import check
-from edgeres.quantize.placement import Placement
+from edgeres.quantize.placement import Placement, Weight
+from edgeres.quantize.shift import write_shifted
 
 
-def write_int8(model: onnx.ModelProto, placement: Placement, ranges: Mapping[str, TensorRange]) -> onnx.ModelProto:
+def write_int8(
+    model: onnx.ModelProto,
+    placement: Placement,
+    ranges: Mapping[str, TensorRange],
+    weight_scales: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> onnx.ModelProto:
     """Return a copy of ``model`` with the plan's Q/DQ pairs, linted.
 
     Args:
         model: the FP32 graph that the plan was made for.
-        ranges: by tensor name; every tensor of ``placement.tensors`` must be there.
+        ranges: by tensor name; every tensor of ``placement.tensors`` must be there. Those that have a shift are
+            shifted: see :mod:`edgeres.quantize.shift`.
+        weight_scales: by the name of a weight whose values lie on a grid of their own, its steps, float32 ``(K,)``;
+            other weights get the grid that just reaches their largest magnitude per channel.
 
     Raises:
-        QuantizationError: a range is missing.
+        QuantizationError: a range is missing, or a weight's scales do not fit it.
         LintError: the result breaks a rule or is not valid ONNX (a bug in a plan, never the user's fault).
     """
     missing = [name for name in placement.tensors if name not in ranges]
@@ -44,8 +54,7 @@ def write_int8(model: onnx.ModelProto, placement: Placement, ranges: Mapping[str
     behind: dict[str, list[onnx.NodeProto]] = {}
     front: list[onnx.NodeProto] = []
     for weight in placement.weights:
-        values = numpy_helper.to_array(graph.initializers[weight.tensor]).astype(np.float32)
-        scale = scale_from_amax(channel_amax(values, weight.axis))
+        scale = _weight_scale(graph, weight, weight_scales)
         pair, output = _pair(result, names, weight.tensor, scale, weight.axis)
         front.extend(pair)
         for name, index in weight.readers:
@@ -56,8 +65,25 @@ def write_int8(model: onnx.ModelProto, placement: Placement, ranges: Mapping[str
         for name, index in point.readers:
             nodes[name].input[index] = output
     _rewrite(result, graph, front, behind)
-    check(result, "model.int8.onnx", placement.kept)
+    shifts = {point.tensor: np.float64(ranges[point.range_of].shift) for point in placement.points}
+    if any(shifts.values()):
+        result = write_shifted(result, {tensor: np.asarray(shift) for tensor, shift in shifts.items() if shift})
+    check(result, "model.int8.onnx", placement.kept, model)
     return result
+
+
+def _weight_scale(graph: Graph, weight: Weight, given: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return a weight's steps, float32 ``(K,)``: those that were given, or what reaches its largest magnitudes."""
+    values = numpy_helper.to_array(graph.initializers[weight.tensor]).astype(np.float32)
+    if weight.tensor not in given:
+        return scale_from_amax(channel_amax(values, weight.axis))
+    scale = np.asarray(given[weight.tensor], np.float32)
+    if scale.shape != (values.shape[weight.axis],) or not (np.isfinite(scale).all() and (scale > 0).all()):
+        raise QuantizationError(
+            f"{weight.tensor} has {values.shape[weight.axis]} channels along axis {weight.axis}; its scales, of shape "
+            f"{scale.shape}, are not as many positive numbers. Give one for each channel, or none."
+        )
+    return scale
 
 
 class _Names:

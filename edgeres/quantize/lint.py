@@ -14,19 +14,20 @@ import numpy as np
 import onnx
 
 from edgeres.errors import LintError, first_line
+from edgeres.quantize.audit import audit
 from edgeres.quantize.graph import BRANCH_ENDS, POOLS, RESHAPES, Graph, attribute
 
 MAX_OPSET, MIN_OPSET = 17, 13
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def check(model: onnx.ModelProto, where: str, kept: Collection[str] = ()) -> None:
-    """Refuse a graph that breaks a rule, or that is not valid ONNX.
+def check(model: onnx.ModelProto, where: str, kept: Collection[str] = (), fp32: onnx.ModelProto | None = None) -> None:
+    """Refuse a graph that breaks a rule, or that is not valid ONNX; arguments as in :func:`lint`.
 
     Raises:
         LintError: every breach, one sentence each; ``where`` names the graph.
     """
-    problems = lint(model, kept)
+    problems = lint(model, kept, fp32)
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception as problem:  # damaged names make the checker's bindings raise other kinds than its own two
@@ -35,11 +36,13 @@ def check(model: onnx.ModelProto, where: str, kept: Collection[str] = ()) -> Non
         raise LintError(where, problems)
 
 
-def lint(model: onnx.ModelProto, kept: Collection[str] = ()) -> list[str]:
+def lint(model: onnx.ModelProto, kept: Collection[str] = (), fp32: onnx.ModelProto | None = None) -> list[str]:
     """Return every breach of the rules in ``model``, one sentence each; an empty list means that it is legal.
 
     Args:
         kept: names of nodes that are meant to run in float between int8 neighbours.
+        fp32: what it was quantized from, where that is at hand: without it, nobody can tell what part of a bias gives a
+            shift back.
     """
     graph = Graph(model)
     problems = list(_opset(model))
@@ -59,6 +62,7 @@ def lint(model: onnx.ModelProto, kept: Collection[str] = ()) -> list[str]:
         if node.op_type in ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"):
             problems.append(f"{node.name}: TensorRT does not read {node.op_type}; use QuantizeLinear/DequantizeLinear")
     problems.extend(_byte_inputs(graph))
+    problems.extend(audit(graph, fp32))
     return problems
 
 
@@ -180,7 +184,7 @@ def _source(graph: Graph, tensor: str) -> str:
 
 
 def _pool(graph: Graph, node: onnx.NodeProto, kept: bool) -> Iterator[str]:
-    """An average pool has int8 on both sides or on neither; what moves no data may stand behind it."""
+    """An average pool has int8 on both sides or on neither; what moves no data, or shifts it, may stand behind it."""
     made = graph.producer.get(node.input[0])
     quantized = made is not None and made.op_type == "DequantizeLinear"
     behind = _ends(graph, node.output[0])
@@ -191,10 +195,13 @@ def _pool(graph: Graph, node: onnx.NodeProto, kept: bool) -> Iterator[str]:
 
 
 def _ends(graph: Graph, tensor: str) -> list[str]:
-    """Return the operators that read a tensor's values, looking through what moves no data; "" is a graph output."""
+    """Return the operators that read a tensor's values, looking through what moves no data, and through an addition of
+    a constant; "" is a graph output."""
     ends = [""] if tensor in graph.outputs else []
     for reader, index in graph.uses(tensor):
-        ends.extend(_ends(graph, reader.output[0]) if reader.op_type in RESHAPES and index == 0 else [reader.op_type])
+        shifts = reader.op_type == "Add" and not all(graph.is_activation(name) for name in reader.input)
+        through = shifts or (reader.op_type in RESHAPES and index == 0)
+        ends.extend(_ends(graph, reader.output[0]) if through else [reader.op_type])
     return ends
 
 

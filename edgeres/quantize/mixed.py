@@ -23,6 +23,7 @@ from edgeres.errors import QuantizationError
 from edgeres.quantize.graph import POOLS, RESHAPES, Graph
 from edgeres.quantize.half import FLOAT32_INPUTS, LARGEST
 from edgeres.quantize.lint import check
+from edgeres.quantize.offset import shifts_of
 from edgeres.quantize.placement import MOVES
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -118,8 +119,12 @@ def _types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _int8_layers(graph: Graph) -> set[str]:
-    """Return the names of the nodes that are an int8 layer or fuse into one: they read a DQ, or one another."""
+    """Return the names of the nodes that are an int8 layer or fuse into one: they read a DQ, or one another.
+
+    What shifts a tensor for its Q is a part of rounding: float16 would put x − 128·scale into coarser steps than x.
+    """
     layers: set[str] = set()
+    shifted = shifts_of(graph.model).keys()
     for node in graph.nodes:
         made = [graph.producer.get(name) for name in node.input if graph.is_activation(name)]
         dequantized = [maker is not None and maker.op_type == "DequantizeLinear" for maker in made]
@@ -130,6 +135,7 @@ def _int8_layers(graph: Graph) -> set[str]:
             found = all(dequantized)
         elif node.op_type == "Add":
             found = all(map(any, zip(dequantized, fused, strict=True))) and (len(made) == 1 or any(dequantized))
+            found = found or (len(made) == 1 and {reader.name for reader in graph.readers(node.output[0])} <= shifted)
         else:
             found = node.op_type in FOLLOWING and all(map(any, zip(dequantized, fused, strict=True)))
         if found and made:

@@ -46,6 +46,11 @@ def advice(report: Report) -> List[str]:
         )
     if report.verdict == "fail":
         steps.extend(_repairs(report))
+    if report.activation_range == "shifted" and report.backend == "tensorrt":
+        steps.append(
+            "What the full int8 range of activations costs in time on TensorRT is not measured yet: compare with a "
+            "model without it, --activation-range symmetric."
+        )
     return steps
 
 

@@ -447,6 +447,7 @@ VALUES = {
     "calibration.method": (METHODS, ["", "MSE", "kl", 1]),
     "calibration.percentile": ([50.1, 99.99, 100], [50, 0, 100.1, -1, math.nan, math.inf, "99", 10**400]),
     "quantization.keep_float": ([[], ["fc", "layer*"]], ["fc", [1], {"fc": True}]),
+    "quantization.activation_range": (["auto", "symmetric", "shifted"], ["full", "", "Shifted", 1]),
     "validation.max_drop": ([0, 0.0, 0.5, 100], [-0.1, 100.1, math.nan, math.inf, -math.inf, "0.5", 10**400]),
     "validation.policy": (["ci", "point"], ["CI", ""]),
     "engine.backend": (["auto", "cpu", "tensorrt", "tensorrt-rtx"], ["gpu", ""]),
@@ -475,6 +476,14 @@ def test_good_values_are_taken_and_bad_ones_refused(place: Path, key: str) -> No
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, {key: bad[0], "name": "a/b"})
     assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize("target", ["dla0", "dla1"])
+def test_a_dla_takes_symmetric_ranges_only(place: Path, target: str) -> None:
+    flags = {"engine.target": target, "quantization.activation_range": "shifted"}
+    assert problem_of(None, flags).startswith("quantization.activation_range: a DLA takes symmetric ranges only")
+    for good in ("auto", "symmetric"):
+        assert load_recipe(None, {**flags, "quantization.activation_range": good}).engine.target == target
 
 
 def test_every_key_has_a_value_that_was_tried() -> None:

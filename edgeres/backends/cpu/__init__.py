@@ -55,7 +55,7 @@ class CpuRunner:
         self._session = None
 
 
-def compile_engine(file: FileRef, precision: str) -> Engine:
+def compile_engine(file: FileRef, precision: str, activation_range: str = "symmetric") -> Engine:
     """Return the CPU engine of a model: the ONNX file itself and the session options that keep its meaning."""
     return Engine(
         target="cpu",
@@ -64,6 +64,7 @@ def compile_engine(file: FileRef, precision: str) -> Engine:
         file=file,
         built_for={"onnxruntime": ort.__version__, "machine": platform.machine()},
         options=options_for(precision),
+        activation_range=activation_range,
     )
 
 
