@@ -49,6 +49,7 @@ OPTIONS = {
     "percentile": "calibration.percentile",
     "keep_float": "quantization.keep_float",
     "activation_range": "quantization.activation_range",
+    "recovery": "quantization.recovery",
     "validation": "validation.samples",
     "max_drop": "validation.max_drop",
     "policy": "validation.policy",

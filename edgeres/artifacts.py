@@ -81,8 +81,8 @@ class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor's range and the statistics that it was chosen from; everything in the tensor's own units.
 
     ``scale`` is ``amax / 127``; for a tensor that is never negative it may be ``amax / 255``, and then ``shift``, 128
-    steps, is subtracted before it is quantized. ``clipped`` is the share of elements beyond ``amax``; ``sqnr_db`` is
-    the expected signal-to-quantization-noise ratio of the tensor alone.
+    steps, is subtracted before it is quantized (``shifts`` where that differs by channel). ``clipped`` is the share of
+    elements beyond ``amax``; ``sqnr_db`` is the expected signal-to-quantization-noise ratio of the tensor alone.
     """
 
     amax: float
@@ -95,6 +95,7 @@ class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clipped: float
     sqnr_db: Optional[float]
     shift: float = 0.0
+    shifts: Tuple[float, ...] = ()
 
 
 class CalibrationTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -103,8 +103,8 @@ BUILD_OPTIONS = (
     ),
     click.option(
         "--method",
-        type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
-        help="Of finding ranges. Default: mse.",
+        type=click.Choice(["auto", "minmax", "percentile", "entropy", "mse"]),
+        help="Of finding ranges. Default: auto, by the error that each tensor's range will cause.",
     ),
     click.option("--percentile", type=float, help="For --method percentile. Default: 99.99."),
     click.option(
@@ -117,6 +117,11 @@ BUILD_OPTIONS = (
         "--activation-range",
         type=click.Choice(["auto", "symmetric", "shifted"]),
         help="shifted: the full int8 range after a ReLU. Default: auto, shifted for cpu and rtx, symmetric for others.",
+    ),
+    click.option(
+        "--recovery",
+        type=click.Choice(["auto", "none", "fast", "full"]),
+        help="How much is done for the accuracy. Default: auto, which is fast, and more where the verdict is fail.",
     ),
     click.option(
         "--validation", metavar="PATH", help="A folder with one subfolder per class, or an .npz with images and labels."

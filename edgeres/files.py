@@ -19,6 +19,7 @@ FP32_MODEL = "model.fp32.onnx"
 MIXED_MODEL = "model.int8-fp16.onnx"
 TABLE = "calibration.json"
 STATISTICS = "statistics.npz"
+SCALINGS = "scalings.npz"
 REFERENCE = "reference.npz"
 REPORT = "report.json"
 

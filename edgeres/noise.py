@@ -6,10 +6,14 @@ what counts is its step in its own units: the tensor's step over the factor.
 
 from __future__ import annotations
 
+import io
+import zipfile
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Dict, Mapping, Tuple
 
 import numpy as np
+
+from edgeres.errors import CalibrationError
 
 PER_OCTAVE = 4
 OCTAVES = (-6, 10)  # of the step, around the one whose grid just reaches the channel's largest magnitude
@@ -60,3 +64,59 @@ class NoiseTable:
     def log_error(self) -> np.ndarray:
         """The natural logarithm of ``error``, which is interpolated between steps: float64 ``(C, STEPS)``."""
         return np.asarray(np.log(np.maximum(self.error, SMALLEST**2)))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a tensor's channels are scaled before they are quantized, and how much noise on each of them matters.
+
+    ``factors`` is float64 ``(C,)``, all > 0. ``weights`` is float64 ``(C,)``: what one unit of noise power on each
+    element of a channel adds to the power of the logits' noise; empty where nobody asked.
+    """
+
+    factors: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is scaled."""
+        return bool((self.factors == 1).all())
+
+
+def scalings_to_bytes(scalings: Mapping[str, Scaling]) -> bytes:
+    """Return scalings as an npz file; equal ones give equal bytes."""
+    names = sorted(scalings)
+    parts = [scalings[name] for name in names]
+    stream = io.BytesIO()
+    np.savez_compressed(
+        stream,
+        names=np.array(names, dtype=np.str_),
+        channels=np.array([(len(part.factors), len(part.weights)) for part in parts], np.int64).reshape(-1, 2),
+        factors=np.concatenate([np.empty(0), *(part.factors for part in parts)]),
+        weights=np.concatenate([np.empty(0), *(part.weights for part in parts)]),
+    )
+    return stream.getvalue()
+
+
+def scalings_from_bytes(content: bytes, where: str) -> Dict[str, Scaling]:
+    """Return the scalings that :func:`scalings_to_bytes` wrote.
+
+    Raises:
+        CalibrationError: it is not such a file; ``where`` names it in the message.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as data:
+            names, channels, factors, weights = (data[name] for name in ("names", "channels", "factors", "weights"))
+        ends = np.cumsum(channels, axis=0)
+        if channels.shape != (len(names), 2) or (channels < 0).any() or len(set(names.tolist())) != len(names):
+            raise ValueError("its names and channels do not belong together")
+        if len(names) and (factors.shape, weights.shape) != ((ends[-1, 0],), (ends[-1, 1],)):
+            raise ValueError("it is not complete")
+        if not (np.isfinite(factors).all() and (factors > 0).all() and (weights >= 0).all()):
+            raise ValueError("a factor or a weight is not a positive number")
+        return {
+            str(name): Scaling(factors[end[0] - size[0] : end[0]], weights[end[1] - size[1] : end[1]])
+            for name, size, end in zip(names, channels, ends)
+        }
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, IndexError, TypeError) as problem:
+        raise CalibrationError(f"{where}: not a file of scalings ({problem}). Calibrate again.") from None

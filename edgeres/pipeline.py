@@ -1,4 +1,4 @@
-"""The order of the work, top to bottom: export → observe → calibrate → quantize → compile → reference → validate.
+"""The order of the work, top to bottom: export, observe, equalize, calibrate, quantize, compile, reference, validate.
 
 Each stage turns one noun into the next, leaves files in the workspace, and is skipped where a hash of everything it
 depends on says that its result is there already. Rooms are entered late, so that a robot that only validates needs
@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Tuple
 
 from edgeres import __version__, files
 from edgeres.artifacts import (
@@ -21,10 +21,12 @@ from edgeres.artifacts import (
     Engine,
     ExportedModel,
     FileRef,
+    LayerPlan,
     Manifest,
     QuantizedModel,
     Report,
     StageRecord,
+    TensorRange,
     from_data,
     from_json,
     to_data,
@@ -38,10 +40,10 @@ from edgeres.workspace import Workspace, stage_key
 
 if TYPE_CHECKING:
     from edgeres.export.exported import Exported
-    from edgeres.quantize import Placement
+    from edgeres.noise import Scaling
     from edgeres.samples import Samples
 
-STAGES = ("export", "observe", "calibrate", "quantize", "compile", "reference", "validate")
+STAGES = ("export", "observe", "equalize", "calibrate", "quantize", "compile", "reference", "validate")
 FORMAT = 3  # part of every key: raise it when a stage's result changes with the same inputs
 
 Made = Tuple[Any, Tuple[str, ...], str]
@@ -181,8 +183,10 @@ class Build:
 
         return self.stage("observe", inputs, f"{len(samples)} samples", work).files[0]
 
-    def calibrate(self, exported: ExportedModel, statistics: FileRef, shifted: FrozenSet[str]) -> CalibrationTable:
-        """Choose each tensor's range from the statistics; ``shifted`` may use the full int8 range."""
+    def calibrate(
+        self, exported: ExportedModel, statistics: FileRef, shifted: FrozenSet[str], scalings: Dict[str, Scaling]
+    ) -> CalibrationTable:
+        """Choose each tensor's range, once scaled, from the statistics; ``shifted`` may use the full int8 range."""
         plan = self.recipe.calibration
         assert self.calibration is not None  # observe() has refused that
         chosen = self.calibration.sample_set()
@@ -197,6 +201,7 @@ class Build:
             "source": chosen.source,
             "preprocessing": to_data(self.recipe.preprocessing),
             "shifted": sorted(shifted),
+            "scalings": files.sha256_file(self.workspace.folder / files.SCALINGS) if scalings else "",
         }
 
         def work() -> Made:
@@ -204,7 +209,7 @@ class Build:
 
             path = self.workspace.folder / files.STATISTICS
             found = Statistics.from_bytes(path.read_bytes(), str(path))
-            ranges = choose(found, plan.method, plan.percentile, shifted)
+            ranges = choose(found, plan.method, plan.percentile, shifted, scalings)
             table = CalibrationTable(
                 model_sha256=exported.file.sha256,
                 preprocessing=self.recipe.preprocessing,
@@ -251,29 +256,34 @@ class Build:
                 return QuantizedModel(ref, precision, layers), (name,), f"{name}, all layers in float16"
 
         else:
+            from edgeres import recovery
             from edgeres.compilation import activation_range
-            from edgeres.quantize import plan_file, shiftable_file
+            from edgeres.quantize import int8_content, plan_file, shiftable_file
 
             fp32 = self.workspace.folder / files.FP32_MODEL
             placement = plan_file(fp32, exported.modules, keep)
             shifted = activation_range(self.recipe) == "shifted"
             statistics = self.observe(exported, placement.tensors)
             allowed = shiftable_file(fp32, placement) if shifted else frozenset()
-            table = self.calibrate(exported, statistics, allowed)
-            inputs["ranges"] = to_data(table.tensors)
+            scalings = recovery.equalize(self, exported, placement, statistics, allowed)
+            table = self.calibrate(exported, statistics, allowed, scalings)
+            inputs.update(ranges=to_data(table.tensors), **recovery.depends_on(self, scalings))
 
             def work() -> Made:
-                return self._write_int8(placement, table)
+                recovered = recovery.content(self, exported, table.tensors, scalings)
+                if recovered is None:
+                    content, layers = int8_content(fp32, placement, table.tensors)
+                    return self._write_int8(content, layers, table.tensors)
+                return self._write_int8(recovered[0], recovered[1], recovered[2])
 
         record = self.stage("quantize", inputs, precision, work)
         return from_data(record.facts, QuantizedModel, "stage quantize")
 
-    def _write_int8(self, placement: Placement, table: CalibrationTable) -> Made:
+    def _write_int8(self, content: bytes, layers: Tuple[LayerPlan, ...], ranges: Mapping[str, TensorRange]) -> Made:
         """Write the Q/DQ model, and its second form where that is another."""
-        from edgeres.quantize import int8_content, mixed_content
+        from edgeres.quantize import mixed_content
 
         name = files.model_file("int8")
-        content, layers = int8_content(self.workspace.folder / files.FP32_MODEL, placement, table.tensors)
         self.workspace.write(name, content)
         paths, second = [name], name
         try:
@@ -285,10 +295,10 @@ class Build:
         except QuantizationError as problem:  # the CPU and TensorRT up to 10.11 do without
             self.warn(f"there is no form of this model for TensorRT 10.12 and newer: {problem}")
             second = ""
-        if not placement.weights:
+        if not any(layer.precision == "int8" for layer in layers):
             self.warn("NOT ONE layer is in int8: see `edgeres inspect` for the reason of each")
         count = sum(layer.precision == "int8" for layer in layers)
-        shifted = sum(value.shift > 0 for value in table.tensors.values())
+        shifted = sum(value.shift > 0 for value in ranges.values())
         noun = QuantizedModel(
             file=files.file_ref(self.workspace.folder, name),
             precision="int8",

@@ -26,8 +26,9 @@ else:
     import tomli as tomllib
 
 PRECISIONS = ("fp32", "fp16", "int8")
-METHODS = ("minmax", "percentile", "entropy", "mse")
+METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 ACTIVATION_RANGES = ("auto", "symmetric", "shifted")
+RECOVERIES = ("auto", "none", "fast", "full")
 POLICIES = ("ci", "point")
 BACKENDS = ("auto", "cpu", "tensorrt", "tensorrt-rtx")
 TARGETS = ("cpu", "gpu", "dla0", "dla1", "rtx")
@@ -66,7 +67,7 @@ class CalibrationSection(msgspec.Struct, frozen=True):
 
     samples: Optional[str] = None
     count: int = 512
-    method: str = "mse"
+    method: str = "auto"
     percentile: float = 99.99
 
 
@@ -74,11 +75,13 @@ class QuantizationSection(msgspec.Struct, frozen=True):
     """``keep_float`` are shell patterns of torch modules that stay in float.
 
     ``activation_range`` is ``symmetric``; ``shifted``, which gives what is never negative the full int8 range; or
-    ``auto``, which takes what suits the engine's target.
+    ``auto``, which takes what suits the engine's target. ``recovery`` is how much is done for the accuracy: ``none``,
+    ``fast``, ``full``, or ``auto``, which is ``fast``, and more where the verdict is ``fail``.
     """
 
     keep_float: Tuple[str, ...] = ()
     activation_range: str = "auto"
+    recovery: str = "auto"
 
 
 class ValidationSection(msgspec.Struct, frozen=True):
@@ -342,6 +345,9 @@ def _mistakes(recipe: Recipe) -> List[str]:
     if recipe.validation.policy not in POLICIES:
         problems.append(f"validation.policy: {recipe.validation.policy!r} is not one of {', '.join(POLICIES)}")
     problems.extend(_engine_mistakes(recipe.engine))
+    recovery = recipe.quantization.recovery
+    if recovery not in RECOVERIES:
+        problems.append(f"quantization.recovery: {recovery!r} is not one of {', '.join(RECOVERIES)}")
     wanted = recipe.quantization.activation_range
     if wanted not in ACTIVATION_RANGES:
         ranges = ", ".join(ACTIVATION_RANGES)

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeres.affine import SYMMETRIC
+from edgeres.calibrate.noise import channel_edges, is_negative
 from edgeres.calibrate.statistics import INFINITE, MAGNITUDES, TensorStatistics
 from edgeres.noise import integral, point_error
 
 ENTROPY_BINS = 2048
 ENTROPY_STRIDE = 4
+FINE = 64  # bins per octave of a scaled tensor's histogram
+PARTS = 16  # of a channel's bin, which is an eighth of an octave to an octave wide
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,36 @@ class Histogram:
             high=np.minimum(edges[hit + 1], amax),
             positive=positive[hit].astype(np.float64),
             negative=negative[hit].astype(np.float64),
+            amax=amax,
+            elements=statistics.elements,
+            grid=grid,
+        )
+
+    @classmethod
+    def scaled(cls, statistics: TensorStatistics, factors: np.ndarray, grid: tuple[int, int] = SYMMETRIC) -> Histogram:
+        """Return the histogram of a tensor whose channels are multiplied with ``factors``, float64 ``(C,)``.
+
+        It comes from the channels' coarser bins, whose counts are spread evenly over bins of 1/64 octave.
+        """
+        low, high = (edges * factors[:, None] for edges in channel_edges(statistics))
+        channels, bins = np.nonzero((statistics.channel_counts > 0) & (high > 0))
+        counts = statistics.channel_counts[channels, bins] / PARTS
+        negative = is_negative(statistics)[bins]
+        low, width = low[channels, bins], (high - low)[channels, bins] / PARTS
+        places = [np.floor(np.log2(low + (i + 0.5) * width) * FINE).astype(np.int64) for i in range(PARTS)]
+        first = min((int(place.min()) for place in places if place.size), default=0)
+        size = max((int(place.max()) for place in places if place.size), default=0) - first + 1
+        both = np.zeros((2, size))
+        for place in places:
+            for sign, chosen in enumerate((~negative, negative)):
+                both[sign] += np.bincount(place[chosen] - first, weights=counts[chosen], minlength=size)
+        amax = float((statistics.channel_amax * factors).max(initial=0.0))
+        hit = np.flatnonzero(both.sum(axis=0))
+        return cls(
+            low=np.minimum(2.0 ** ((first + hit) / FINE), amax),
+            high=np.minimum(2.0 ** ((first + hit + 1) / FINE), amax),
+            positive=both[0, hit],
+            negative=both[1, hit],
             amax=amax,
             elements=statistics.elements,
             grid=grid,

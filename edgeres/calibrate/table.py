@@ -3,43 +3,65 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
 from edgeres.affine import SHIFTED, SYMMETRIC, scale_from_amax, shift_from_scale
 from edgeres.artifacts import TensorRange
+from edgeres.calibrate.auto import best_step
+from edgeres.calibrate.noise import noise_table
 from edgeres.calibrate.ranges import METHODS, Histogram, squared_error
 from edgeres.calibrate.statistics import Statistics, TensorStatistics
 from edgeres.errors import CalibrationError
+from edgeres.noise import Scaling
+
+AUTO = "auto"  # by the noise that reaches the answer; reads the channels, not one histogram
 
 
 def choose(
-    statistics: Statistics, method: str, percentile: float, shifted: Collection[str] = ()
+    statistics: Statistics,
+    method: str,
+    percentile: float,
+    shifted: Collection[str] = (),
+    scalings: Mapping[str, Scaling] = MappingProxyType({}),
 ) -> dict[str, TensorRange]:
-    """Return the range of every tensor by ``method`` (a key of ``METHODS``), in order of name.
+    """Return the range of every tensor by ``method`` (``auto``, or a key of ``METHODS``), in order of name.
 
     Args:
         percentile: the share in percent that the ``percentile`` method keeps; the others ignore it.
         shifted: tensors that may be shifted to the full int8 range; those that were seen negative are not.
+        scalings: by tensor, what its channels are multiplied with before it is quantized (ranges are of the scaled
+            tensor then), and how much noise on each matters, which ``auto`` weighs.
 
     Raises:
         CalibrationError: the method is unknown, or a tensor was never seen.
     """
-    if method not in METHODS:
-        raise CalibrationError(f"there is no range method {method!r}. Choose one of: {', '.join(METHODS)}")
+    if method not in (AUTO, *METHODS):
+        raise CalibrationError(f"there is no range method {method!r}. Choose one of: {', '.join((AUTO, *METHODS))}")
     empty = [name for name in sorted(statistics.tensors) if not statistics.tensors[name].elements]
     if empty:
         raise CalibrationError(f"the statistics hold no element of tensor {empty[0]!r}. Calibrate again.")
-    return {
-        name: _range(found, method, percentile, SHIFTED if name in shifted and found.minimum >= 0 else SYMMETRIC)
-        for name, found in sorted(statistics.tensors.items())
-    }
+    ranges = {}
+    for name, found in sorted(statistics.tensors.items()):
+        grid = SHIFTED if name in shifted and found.minimum >= 0 else SYMMETRIC
+        ranges[name] = _range(found, method, percentile, grid, scalings.get(name))
+    return ranges
 
 
-def _range(statistics: TensorStatistics, method: str, percentile: float, grid: tuple[int, int]) -> TensorRange:
-    histogram = Histogram.of(statistics, grid)
-    amax = METHODS[method](histogram, percentile)
+def _range(
+    statistics: TensorStatistics, method: str, percentile: float, grid: tuple[int, int], scaling: Scaling | None
+) -> TensorRange:
+    ones = np.ones(statistics.channels_seen)
+    factors = ones if scaling is None else scaling.factors
+    plain = scaling is None or scaling.is_plain
+    histogram = Histogram.of(statistics, grid) if plain else Histogram.scaled(statistics, factors, grid)
+    if method == AUTO:
+        weights = ones if scaling is None or not scaling.weights.size else scaling.weights
+        amax = min(best_step(noise_table(statistics, grid), factors, weights) * grid[1], histogram.amax)
+    else:
+        amax = METHODS[method](histogram, percentile)
     if amax <= 0.0:  # a percentile may fall into the zeros of a sparse tensor: a range of zero would erase the rest
         amax = histogram.amax
     scale = scale_from_amax(np.float64(amax), grid)
@@ -47,8 +69,8 @@ def _range(statistics: TensorStatistics, method: str, percentile: float, grid: t
         amax=amax,
         scale=float(scale),
         method=method,
-        minimum=statistics.minimum,
-        maximum=statistics.maximum,
+        minimum=statistics.minimum if plain else float((statistics.channel_minimum * factors).min()),
+        maximum=statistics.maximum if plain else float((statistics.channel_maximum * factors).max()),
         elements=statistics.elements,
         zeros=statistics.zeros / statistics.elements,
         clipped=histogram.beyond(amax) / statistics.elements,

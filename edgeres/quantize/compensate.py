@@ -28,6 +28,8 @@ from edgeres.quantize.placement import Placement
 
 RIDGE = 1e-2  # pulls the least squares to the original weights, in shares of each input's own variance
 DAMPING = 3e-3  # of the mean variance, added to every input's, so that rounding never divides by nearly nothing
+ENOUGH = 10  # positions per input of a layer; where there are fewer, ridge and damping grow by as much, for with few
+# positions least squares learns the noise of these very images
 MULTIPLICATIONS = 4e10  # per layer, for the products of its inputs; positions are thinned out beyond that
 BLOCK = 128  # inputs rounded before the rest of the matrix is brought up to date
 
@@ -60,6 +62,7 @@ class _Moments:
     targets: Tensor  # (g, K / g)
     square: Tensor  # (g, D, D), centred
     cross: Tensor  # (g, D, K / g), centred
+    positions: int
 
 
 def compensate(
@@ -157,25 +160,27 @@ def _columns_are_outputs(node: onnx.NodeProto) -> bool:
 def _rounded(weights: Tensor, steps: Tensor, moments: _Moments, group: int) -> Tensor:
     """Return a group's weights, float64 ``(K, D)``, fitted and then rounded to multiples of ``steps``, ``(K,)``."""
     square, cross = moments.square[group], moments.cross[group]
-    ridge = torch.diag(RIDGE * torch.diagonal(square) + 1e-12)
+    scarcity = max(1.0, ENOUGH * weights.shape[1] / moments.positions)
+    ridge = torch.diag(RIDGE * scarcity * torch.diagonal(square) + 1e-12)
     fitted = weights + torch.linalg.solve(square + ridge, cross - square @ weights.T).T
-    return round_in_turn(fitted, steps, square)
+    return round_in_turn(fitted, steps, square, DAMPING * scarcity)
 
 
-def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor) -> Tensor:
+def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor, damping: float = DAMPING) -> Tensor:
     """Return ``weights`` rounded to int8 multiples of ``steps``, each input's error passed on to those after it.
 
     Args:
         weights: float64 ``(K, D)``.
         steps: float64 ``(K,)``.
         square: float64 ``(D, D)``, the covariance of the inputs.
+        damping: in shares of the mean variance, what is added to every input's.
 
     Source: Frantar et al. 2023 (arXiv:2210.17323), section 3, step 3 (Cholesky) and algorithm 1, with inputs taken in
     the order of falling variance.
     """
     size = weights.shape[1]
     variance = torch.diagonal(square).clone()
-    floor = DAMPING * variance.mean() + 1e-12
+    floor = damping * variance.mean() + 1e-12
     order = torch.argsort(variance, descending=True)
     matrix = (square + floor * torch.eye(size, dtype=square.dtype))[order][:, order]
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True)
@@ -224,6 +229,7 @@ def _moments(
         targets,
         square - inputs[:, :, None] * inputs[:, None],
         cross - inputs[:, :, None] * targets[:, None],
+        count,
     )
 
 

@@ -65,11 +65,16 @@ def write_int8(
         for name, index in point.readers:
             nodes[name].input[index] = output
     _rewrite(result, graph, front, behind)
-    shifts = {point.tensor: np.float64(ranges[point.range_of].shift) for point in placement.points}
-    if any(shifts.values()):
-        result = write_shifted(result, {tensor: np.asarray(shift) for tensor, shift in shifts.items() if shift})
+    shifts = {point.tensor: shift_of(ranges[point.range_of]) for point in placement.points}
+    if any(shift.any() for shift in shifts.values()):
+        result = write_shifted(result, {tensor: shift for tensor, shift in shifts.items() if shift.any()})
     check(result, "model.int8.onnx", placement.kept, model)
     return result
+
+
+def shift_of(chosen: TensorRange) -> np.ndarray:
+    """Return what is subtracted from a tensor before it is quantized, float64 ``()``, or ``(1, C, 1, 1)``."""
+    return np.array(chosen.shifts).reshape(1, -1, 1, 1) if chosen.shifts else np.asarray(chosen.shift, np.float64)
 
 
 def _weight_scale(graph: Graph, weight: Weight, given: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -1,0 +1,136 @@
+"""Accuracy recovery as stages of a build: which images it reads, what it keeps, and what its results depend on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Dict, FrozenSet, Mapping, Optional, Tuple
+
+from edgeres import files
+from edgeres.artifacts import ExportedModel, FileRef, LayerPlan, TensorRange, to_data
+from edgeres.errors import QuantizationError
+from edgeres.noise import Scaling, scalings_from_bytes, scalings_to_bytes
+from edgeres.provenance import versions
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edgeres.pipeline import Build, Made
+    from edgeres.quantize import Placement
+
+LEVELS = {"none": 0, "fast": 1, "auto": 1, "full": 2}
+TOOLS = ("torch", "onnx", "numpy")
+
+
+def level(job: Build) -> int:
+    """Return how much recovery a build starts with: 0 none, 1 what is fast, 2 all."""
+    return LEVELS[job.recipe.quantization.recovery]
+
+
+def holds_exact_input(job: Build) -> bool:
+    """Whether the first layer is to read exact pixels: not where a DLA would get scales alone, without the graph."""
+    return level(job) > 0 and not (job.recipe.engine.target or "").startswith("dla")
+
+
+def images_of(job: Build) -> Tuple[np.ndarray, int]:
+    """Return the calibration images that the rungs read, float32 ``(N, 3, H, W)``, and how many to take at a time."""
+    import numpy as np
+
+    from edgeres.quantize.recover import images_for
+
+    assert job.calibration is not None  # observe() has refused that
+    count, batch = images_for(job.workspace.folder / files.FP32_MODEL)
+    samples = job.calibration.subset(min(count, len(job.calibration)))
+    preprocessing = job.recipe.preprocessing
+    return np.concatenate(list(samples.batches(preprocessing, preprocessing.batch_size))), batch
+
+
+def equalize(
+    job: Build, exported: ExportedModel, placement: Placement, statistics: FileRef, shifted: FrozenSet[str]
+) -> Dict[str, Scaling]:
+    """Find how sensitive the answer is to noise on each channel, and factors that make the least of it.
+
+    Empty where recovery is off, or cannot follow the model; the latter is a warning.
+    """
+    if not level(job) or not placement.weights:
+        return {}
+    exact = holds_exact_input(job)
+    inputs: Dict[str, Any] = {
+        "model": exported.file.sha256,
+        "statistics": statistics.sha256,
+        "tensors": placement.tensors,
+        "shifted": sorted(shifted),
+        "exact_input": exact,
+        **_samples(job),
+    }
+
+    def work() -> Made:
+        from edgeres.calibrate import Statistics, noise_table
+        from edgeres.quantize.recover import find_scalings, grid_of
+
+        path = job.workspace.folder / files.STATISTICS
+        found = Statistics.from_bytes(path.read_bytes(), str(path)).tensors
+        left_out = (exported.input_name,) if exact else ()
+        tables = {
+            name: noise_table(found[name], grid_of(name in shifted and found[name].minimum >= 0))
+            for name in placement.tensors
+            if name not in left_out
+        }
+        fp32 = job.workspace.folder / files.FP32_MODEL
+        images, batch = images_of(job)
+        try:
+            scalings = find_scalings(fp32, placement, tables, images, batch, job.progress.advance)
+        except QuantizationError as problem:
+            job.warn(f"accuracy recovery is off: {problem}")
+            scalings = {}
+        job.workspace.write(files.SCALINGS, scalings_to_bytes(scalings))
+        scaled = sum(not part.is_plain for name, part in scalings.items() if name in tables)
+        return (
+            {"images": len(images)},
+            (files.SCALINGS,),
+            f"{scaled} of {len(tables)} tensors, on {len(images)} samples",
+        )
+
+    job.stage("equalize", inputs, "channels by the noise that reaches the answer", work)
+    path = job.workspace.folder / files.SCALINGS
+    return scalings_from_bytes(path.read_bytes(), str(path))
+
+
+def content(
+    job: Build, exported: ExportedModel, ranges: Mapping[str, TensorRange], scalings: Mapping[str, Scaling]
+) -> Optional[Tuple[bytes, Tuple[LayerPlan, ...], Dict[str, TensorRange]]]:
+    """Return the recovered Q/DQ model, its plan and its ranges; None where recovery is off."""
+    if not scalings:
+        return None
+    from edgeres.quantize.recover import Recovery, recovered_content
+
+    images, batch = images_of(job)
+    recovery = Recovery(
+        scalings=scalings,
+        exact_input=job.recipe.preprocessing if holds_exact_input(job) else None,
+        images=[images[start : start + batch] for start in range(0, len(images), batch)],
+        rounding=not (job.recipe.engine.target or "").startswith("dla"),  # TensorRT rounds a DLA's weights itself
+    )
+    keep = job.recipe.quantization.keep_float
+    fp32 = job.workspace.folder / files.FP32_MODEL
+    return recovered_content(fp32, exported.modules, keep, ranges, recovery, job.progress.advance)
+
+
+def depends_on(job: Build, scalings: Mapping[str, Scaling]) -> Dict[str, Any]:
+    """Return what the recovered model depends on, besides ranges and model."""
+    if not scalings:
+        return {"recovery": 0}
+    return {
+        "recovery": level(job),
+        "scalings": files.sha256_file(job.workspace.folder / files.SCALINGS),
+        "exact_input": holds_exact_input(job),
+        "target": job.recipe.engine.target,
+        **_samples(job),
+    }
+
+
+def _samples(job: Build) -> Dict[str, Any]:
+    assert job.calibration is not None
+    return {
+        "samples": job.calibration.sample_set().digest,
+        "preprocessing": to_data(job.recipe.preprocessing),
+        "tools": versions(TOOLS),
+    }
