@@ -1,0 +1,157 @@
+"""Network-wise reconstruction: ranges, biases and the rounding of weights, together, by the answer itself.
+
+What the closed-form rungs leave is how errors of different layers add up. Here the quantized network runs with all its
+roundings, and the steps of the activations, the biases and the weights (in units of their steps, which stay) follow the
+gradient of the logits' error, straight through the roundings. Images are moved by a few pixels and mixed in pairs, so
+that what is learned is not these very images; learning rates are small, for the network is nearly right.
+
+Source: Li et al., "BRECQ", 2021 (arXiv:2102.05426), section 3.2, for reconstruction over more than one layer, here over
+all of them; Esser et al., "Learned Step Size Quantization", 2020 (arXiv:1902.08153), section 2.1, for the gradient of a
+step; Bengio et al. 2013 (arXiv:1308.3432) for straight-through rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgeres.affine import QMAX, QMIN
+from edgeres.artifacts import TensorRange
+from edgeres.quantize.follow import Follower
+from edgeres.quantize.insert import shift_of
+from edgeres.quantize.placement import Placement
+
+ROUNDS, FEWEST = 400, 60
+BATCH = 64
+RATES = {"weights": 0.02, "biases": 1e-3, "steps": 1e-3}
+"""Per round at first: in steps of a weight; in shares of a layer's typical output; in natural logarithms."""
+MOVED = 8  # images move by up to 1/8 of their size
+Watch = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Initializers' new values, by name, float32; and each tensor's new step."""
+
+    constants: dict[str, np.ndarray]
+    scales: dict[str, float]
+    rounds: int
+
+
+class _Round(torch.autograd.Function):
+    """Rounding, half to even, whose gradient is that of doing nothing."""
+
+    @staticmethod
+    def forward(_context: object, x: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.round(x)
+
+    @staticmethod
+    def backward(_context: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def reconstruct(
+    follower: Follower,
+    placement: Placement,
+    ranges: Mapping[str, TensorRange],
+    start: Mapping[str, np.ndarray],
+    weight_scales: Mapping[str, np.ndarray],
+    images: np.ndarray,
+    seconds: float,
+    watch: Watch = lambda done, total: None,
+) -> Reconstruction | None:
+    """Return initializers and steps with less error of the logits; None where the time is too short for it.
+
+    Args:
+        follower: the float network.
+        start: initializers to start from, on their grids, float32.
+        weight_scales: steps of the weights among them, float32 ``(K,)``.
+        images: float32 ``(N, 3, H, W)``, normalized.
+        seconds: the time there is.
+    """
+    axes = {weight.tensor: weight.axis for weight in placement.weights}
+    steps = {name: _spread(scale, start[name].ndim, axes[name]) for name, scale in weight_scales.items()}
+    weights = {n: (torch.from_numpy(start[n]) / s).requires_grad_(True) for n, s in steps.items()}
+    biases = {n: torch.from_numpy(v.copy()).requires_grad_(True) for n, v in start.items() if n not in steps}
+    learned = [name for name in placement.tensors if not ranges[name].shifts]
+    logs = {n: torch.tensor(math.log(ranges[n].scale), dtype=torch.float32, requires_grad=True) for n in learned}
+    quantizer = _quantizer(placement, ranges, logs)
+
+    def constants() -> dict[str, Tensor]:
+        rounded = {n: torch.clamp(_Round.apply(w), -QMAX, QMAX) * steps[n] for n, w in weights.items()}
+        return {**rounded, **biases}
+
+    optimizer = torch.optim.Adam(
+        [
+            {"params": list(weights.values()), "lr": RATES["weights"]},
+            *({"params": [b], "lr": RATES["biases"] * float(b.detach().abs().mean() + 1e-8)} for b in biases.values()),
+            {"params": list(logs.values()), "lr": RATES["steps"]},
+        ]
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    generator = torch.Generator().manual_seed(0)
+    every = torch.from_numpy(images)
+    began, done, rounds = time.monotonic(), 0, ROUNDS
+    while done < rounds:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 + math.cos(math.pi * done / rounds)) / 2
+        x = _varied(every[torch.randint(len(every), (BATCH,), generator=generator)], generator)
+        with torch.no_grad():
+            wanted, _ = follower.run(x)
+        got, _ = follower.run(x, (), quantizer, constants())
+        optimizer.zero_grad()
+        ((got - wanted).square().sum() / wanted.square().sum()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        done += 1
+        if done == 3:  # the first rounds are slower: memory is found
+            rounds = min(ROUNDS, int(seconds / ((time.monotonic() - began) / done)))
+            if rounds < FEWEST:
+                return None
+        watch(done, rounds)
+    with torch.no_grad():
+        values = {name: value.detach().numpy() for name, value in constants().items()}
+    return Reconstruction(values, {name: float(torch.exp(log)) for name, log in logs.items()}, done)
+
+
+def _quantizer(
+    placement: Placement, ranges: Mapping[str, TensorRange], logs: Mapping[str, Tensor]
+) -> Callable[[str, Tensor], Tensor]:
+    """Return what Q/DQ makes of a tensor at the present steps, with a gradient for values, and for steps too."""
+    source = {point.tensor: point.range_of for point in placement.points}
+
+    def quantizer(name: str, x: Tensor) -> Tensor:
+        found = ranges[source[name]]
+        if found.shifts:
+            shift = torch.from_numpy(shift_of(found)).to(x.dtype)
+            exact: Tensor = torch.clamp(torch.round(x - shift), QMIN, QMAX) + shift
+            return exact
+        scale = torch.exp(logs[source[name]])
+        moved = QMIN if found.shift else 0
+        steps: Tensor = torch.clamp(_Round.apply(x / scale), QMIN - moved, QMAX - moved)
+        return steps * scale
+
+    return quantizer
+
+
+def _varied(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images moved by a few pixels, edges repeated, and mixed in pairs."""
+    height, width = x.shape[2:]
+    reach = (max(1, height // MOVED), max(1, width // MOVED))
+    down, right = (int(torch.randint(0, 2 * r + 1, (), generator=generator)) for r in reach)
+    moved = F.pad(x, (reach[1], reach[1], reach[0], reach[0]), mode="replicate")
+    moved = moved[:, :, down : down + height, right : right + width]
+    share = torch.rand(len(x), 1, 1, 1, generator=generator) * 0.5
+    share[: len(x) // 2] = 0
+    other = moved[torch.randperm(len(x), generator=generator)]
+    return moved * (1 - share) + other * share
+
+
+def _spread(scale: np.ndarray, ndim: int, axis: int) -> Tensor:
+    return torch.from_numpy(scale).reshape([-1 if i == axis else 1 for i in range(ndim)])
