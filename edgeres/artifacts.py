@@ -63,6 +63,52 @@ class SampleSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return len(self.names)
 
 
+class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One thing that was found about samples. ``text`` says what, where, and what to do next.
+
+    ``severity`` is ``warning``, or ``note`` where too few samples are concerned to matter. ``count`` is how many are,
+    ``names`` are the first of them.
+    """
+
+    kind: str
+    severity: str
+    text: str
+    count: int
+    names: Tuple[str, ...]
+
+
+class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One statistic of images, in calibration and validation samples: the medians, and how far apart the two are.
+
+    ``distance`` is the largest difference of the two distribution functions, 0…1; ``chance`` is what so many samples of
+    one kind stay below; ``far`` says whether it is worth a warning. The medians are in units of a pixel's full scale,
+    or ratios.
+    """
+
+    statistic: str
+    calibration: float
+    validation: float
+    distance: float
+    chance: float
+    far: bool
+
+
+class Hygiene(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was found about the calibration samples before anything was computed from them.
+
+    ``calibration`` and ``validation`` are how many samples were looked at; hashes were compared of all.
+    """
+
+    calibration: int
+    validation: int
+    findings: Tuple[Finding, ...]
+    comparisons: Tuple[Comparison, ...] = ()
+
+    @property
+    def warnings(self) -> Tuple[str, ...]:
+        return tuple(finding.text for finding in self.findings if finding.severity == "warning")
+
+
 class ExportedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The FP32 ONNX. ``modules`` maps each node's name to the torch module (or source node) that it came from."""
 

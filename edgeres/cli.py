@@ -308,6 +308,9 @@ def inspect(path: Path, as_json: bool) -> int:
             rows = [[x["module"] or x["name"], x["type"], x["precision"]] for x in facts["layers"]]
             show_rows(["module", "type", "runs in"], rows, f"layers of the engine for {facts['layers'][0]['target']}")
         show_rows(["tensor", "range"], _range_rows(facts["ranges"]), "ranges")
+        if facts["hygiene"] is not None and facts["hygiene"]["comparisons"]:
+            columns = ["images'", "calibration", "validation", "distance", ""]
+            show_rows(columns, _comparison_rows(facts["hygiene"]), "medians, and the distance of the distributions")
     else:
         rows = [[x["name"], x["type"], x["precision"]] for x in facts["layers"]]
         show_rows(["layer", "type", "precision"], rows, f"{path}, opset {facts['opset']}")
@@ -321,6 +324,13 @@ def _range_rows(ranges: Dict[str, Any]) -> List[List[str]]:
     from edgeres.inspection import range_words
 
     return [[name, range_words(from_data(value, TensorRange, name))] for name, value in ranges.items()]
+
+
+def _comparison_rows(hygiene: Dict[str, Any]) -> List[List[str]]:
+    return [
+        [x["statistic"], *(f"{x[key]:.3f}" for key in ("calibration", "validation", "distance")), "far" * x["far"]]
+        for x in hygiene["comparisons"]
+    ]
 
 
 @cli.command()

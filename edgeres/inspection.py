@@ -42,6 +42,7 @@ def inspect_bundle(folder: Path) -> Dict[str, Any]:
         "activation_range": quantized.activation_range if quantized else None,
         "ranges": {name: to_data(value) for name, value in table.tensors.items()} if table else {},
         "calibration": _calibration(table),
+        "hygiene": manifest.stages["hygiene"].facts if "hygiene" in manifest.stages else None,
         "engines": [to_data(engine) for engine in manifest.engines],
         "validation": to_data(manifest.report) if manifest.report else None,
         "provenance": manifest.provenance,

@@ -1,4 +1,4 @@
-"""The order of the work, top to bottom: export, observe, equalize, calibrate, quantize, compile, reference, validate.
+"""The order of the work: hygiene, export, observe, equalize, calibrate, quantize, compile, reference, validate.
 
 Each stage turns one noun into the next, leaves files in the workspace, and is skipped where a hash of everything it
 depends on says that its result is there already. Rooms are entered late, so that a robot that only validates needs
@@ -21,6 +21,7 @@ from edgeres.artifacts import (
     Engine,
     ExportedModel,
     FileRef,
+    Hygiene,
     LayerPlan,
     Manifest,
     QuantizedModel,
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
     from edgeres.noise import Scaling
     from edgeres.samples import Samples
 
-STAGES = ("export", "observe", "equalize", "calibrate", "quantize", "compile", "reference", "validate")
+# Where a build may stop. Hygiene is looked at first of all, but an export alone does not need it.
+STAGES = ("export", "hygiene", "observe", "equalize", "calibrate", "quantize", "compile", "reference", "validate")
 FORMAT = 3  # part of every key: raise it when a stage's result changes with the same inputs
 
 Made = Tuple[Any, Tuple[str, ...], str]
@@ -104,6 +106,35 @@ class Build:
         wanted = self.recipe.calibration.count
         if self.calibration is not None and self.recipe.precision == "int8" and len(self.calibration) < wanted:
             self.warn(f"{len(self.calibration)} calibration samples were found; {wanted} were asked for")
+
+    def hygiene(self) -> None:
+        """Say what is wrong with the calibration samples, before any time is spent on them.
+
+        However wrong they are, the build goes on: the verdict at its end, with numbers, is what a gate needs.
+        """
+        samples, others, frame = self.calibration, self.validation, self.recipe.input
+        if samples is None or self.recipe.precision != "int8":
+            return
+        inputs = {
+            "calibration": samples.sample_set().digest,
+            "available": samples.whole().names,
+            "validation": others.sample_set().digest if others is not None else None,
+            "size": frame.size,
+            "resize": frame.resize,
+        }
+
+        def work() -> Made:
+            from edgeres.samples import examine
+
+            found = examine(samples, others, size=frame.size, resize=frame.resize, watch=self.progress.advance)
+            said = len(found.warnings)
+            made = f"{found.calibration + found.validation} samples looked at, {said or 'no'} warning{'s'[: said != 1]}"
+            return found, (), made
+
+        with contextlib.suppress(_Reached):
+            record = self.stage("hygiene", inputs, f"{len(samples)} calibration samples", work)
+            for text in from_data(record.facts, Hygiene, "stage hygiene").warnings:
+                self.warn(text)
 
     def export(self) -> ExportedModel:
         """Write the FP32 ONNX."""
@@ -427,6 +458,7 @@ def build(
         job = Build(recipe, workspace, until, progress or Progress())
         job.open_samples()
         with contextlib.suppress(_Reached):
+            job.hygiene()
             exported = job.export()
             model = job.quantize(exported)
             engine = job.compile(exported, model)

@@ -78,8 +78,9 @@ class Workspace:
     def __exit__(
         self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
-        if self.folder.is_dir() and not self.records and not self.unfinished:
-            shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it that the next build could go on from
+        made = any(record.files for record in self.records.values())  # what has no files was hardly any work
+        if self.folder.is_dir() and not made and not self.unfinished:
+            shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it that the next build should go on from
         self._release()
 
     def reuse(self, name: str, key: str) -> Optional[StageRecord]:

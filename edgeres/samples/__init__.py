@@ -10,9 +10,10 @@ import numpy as np
 from edgeres.errors import MissingPackageError, SampleError
 from edgeres.samples.arrays import from_arrays, open_array
 from edgeres.samples.collection import Samples, Source
+from edgeres.samples.hygiene import examine
 from edgeres.samples.listing import IMAGE_ENDINGS, Listing, list_file, list_folder
 
-__all__ = ["Samples", "open_samples", "samples_from_arrays"]
+__all__ = ["Samples", "examine", "open_samples", "samples_from_arrays"]
 
 LIST_ENDINGS = (".txt", ".lst")
 ARRAY_ENDINGS = (".npy", ".npz")

@@ -29,6 +29,10 @@ class Source(Protocol):
     def frame(self, index: int) -> np.ndarray:
         """Return uint8 (H, W, 3), RGB."""
 
+    def glimpse(self, index: int, side: int) -> np.ndarray:
+        """Return uint8 (H, W, 3), RGB: the frame, or where that is cheaper, one scaled down to no less than ``side``
+        pixels on its short side."""
+
     def sha256(self, index: int) -> str:
         """Return the hash of what the sample was stored as."""
 
@@ -77,6 +81,25 @@ class Samples:
             SampleError: its file cannot be read.
         """
         return self._content.frame(self._taken[index])
+
+    def glimpse(self, index: int, side: int) -> np.ndarray:
+        """Return one sample as uint8 (H, W, 3), RGB, 0…255: the frame itself, or where that is cheaper to decode, one
+        scaled down whose short side still has ``side`` pixels.
+
+        Raises:
+            SampleError: its file cannot be read.
+        """
+        return self._content.glimpse(self._taken[index], side)
+
+    def whole(self) -> Samples:
+        """Return all the samples that there are, of which these are the ones taken."""
+        return Samples(self.source, self._content, None, self._hashes)
+
+    def located(self, index: int, problem: SampleError) -> SampleError:
+        """Return a problem with one sample as an error that names the sample."""
+        if self.names[index] in str(problem):
+            return problem
+        return SampleError(f"{self.source}, {self.names[index]}: {problem}")
 
     def subset(self, count: int) -> Samples:
         """Return ``count`` of these samples, spread evenly over their order, or all of them if there are fewer.
@@ -147,9 +170,7 @@ class Samples:
             try:
                 return prepare(self.frame(position), preprocessing)
             except SampleError as problem:
-                if self.names[position] in str(problem):
-                    raise
-                raise SampleError(f"{self.source}, {self.names[position]}: {problem}") from None
+                raise self.located(position, problem) from None
 
         inputs = in_order(prepared, range(len(self)), threads, max(2 * threads, batch_size))
         try:

@@ -17,6 +17,7 @@ import edgeres
 from edgeres.artifacts import CalibrationTable, from_json
 from edgeres.bundle import verify
 from edgeres.errors import BundleError, CalibrationError, EdgeresError, IntegrityError, RecipeError
+from edgeres.inspection import inspect_bundle
 from edgeres.progress import Progress
 from edgeres.quantize import lint
 from edgeres.recipe import dossier
@@ -183,14 +184,23 @@ def test_second_build_reuses_every_stage(copy: Path) -> None:
     watcher = Watcher()
     edgeres.build(out=copy, progress=watcher)
     assert watcher.ran == []
-    assert watcher.taken == ["export", "observe", "calibrate", "quantize", "compile", "reference", "validate"]
+    assert watcher.taken == [
+        "hygiene",
+        "export",
+        "observe",
+        "calibrate",
+        "quantize",
+        "compile",
+        "reference",
+        "validate",
+    ]
     assert before == {path.name: path.read_bytes() for path in copy.iterdir() if path.name != "manifest.json"}
 
 
 def test_another_method_does_not_observe_again(copy: Path) -> None:
     watcher = Watcher()
     bundle = edgeres.build(copy, out=copy, method="percentile", progress=watcher)
-    assert watcher.taken == ["export", "observe", "reference"]
+    assert watcher.taken == ["hygiene", "export", "observe", "reference"]
     assert watcher.ran == ["calibrate", "quantize", "compile", "validate"]
     table = from_json((copy / "calibration.json").read_bytes(), CalibrationTable, "table")
     assert {value.method for value in table.tensors.values()} == {"percentile"}
@@ -252,9 +262,65 @@ def test_few_samples_cannot_decide(tmp_path: Path) -> None:
 def test_a_ruined_calibration_fails(tmp_path: Path) -> None:
     grey = np.full((4, 32, 32, 3), 128, np.uint8)  # normalized: almost zero, and so is every range
     np.save(tmp_path / "grey.npy", grey)
-    report = edgeres.build(calibration=tmp_path / "grey.npy", out=tmp_path / "bundle").report
+    watcher = Watcher()
+    report = edgeres.build(calibration=tmp_path / "grey.npy", out=tmp_path / "bundle", progress=watcher).report
     assert report is not None
     assert report.verdict == "fail"
+    assert any("all 4 calibration samples are constant" in text for text in watcher.warnings)
+
+
+def test_of_the_default_samples_nothing_is_said(digits: Path) -> None:
+    manifest = verify(digits)
+    assert manifest.warnings == ()
+    facts = inspect_bundle(digits)["hygiene"]
+    assert (facts["calibration"], facts["validation"], facts["findings"]) == (200, 512, [])
+    assert {one["statistic"] for one in facts["comparisons"]} > {"brightness", "contrast", "sharpness"}
+
+
+def test_warnings_about_samples_come_before_the_work_and_every_time(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    for image in sorted((tmp_path / "validation/3").iterdir())[:2]:
+        shutil.copy(image, tmp_path / "calibration/3" / f"again-{image.name}")
+    watcher = Watcher()
+    first = edgeres.build(recipe, out=tmp_path / "bundle", progress=watcher)
+    assert watcher.ran[0] == "hygiene"
+    kinds = {finding["kind"] for finding in first.manifest.stages["hygiene"].facts["findings"]}
+    assert kinds == {"too few", "overlap"}
+    said = [text for text in first.manifest.warnings if "2 of 22 calibration samples are validation samples" in text]
+    assert len(said) == 1
+    again = Watcher()
+    second = edgeres.build(recipe, out=tmp_path / "bundle", progress=again)
+    assert again.taken[0] == "hygiene"
+    assert again.warnings == watcher.warnings == list(second.manifest.warnings)
+
+
+def test_nothing_is_looked_at_where_nothing_is_calibrated(tmp_path: Path) -> None:
+    watcher = Watcher()
+    edgeres.build(small_recipe(tmp_path, precision="fp32"), out=tmp_path / "bundle", progress=watcher)
+    assert "hygiene" not in watcher.ran
+
+
+def test_an_export_alone_looks_at_no_sample(tmp_path: Path) -> None:
+    from edgeres.pipeline import build
+    from edgeres.recipe import load_recipe
+
+    watcher = Watcher()
+    recipe = load_recipe(small_recipe(tmp_path))
+    build(recipe, tmp_path / "bundle", until="export", progress=watcher)
+    assert watcher.ran == ["export"]
+    build(recipe, tmp_path / "bundle", until="hygiene", progress=watcher)
+    assert watcher.ran == ["export", "hygiene"]
+    build(recipe, tmp_path / "bundle", until="export", progress=watcher)  # what is known stays known
+    assert "hygiene" in verify(tmp_path / "bundle").stages
+
+
+def test_a_bundle_from_before_hygiene_can_be_read(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["stages"]["hygiene"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert inspect_bundle(copy)["hygiene"] is None
+    with edgeres.load(copy) as engine:
+        assert engine(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 10)
 
 
 def test_user_model_and_onnx_file_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

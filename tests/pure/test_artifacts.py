@@ -15,11 +15,14 @@ from edgeres import artifacts
 from edgeres.artifacts import (
     Bundle,
     CalibrationTable,
+    Comparison,
     Discordant,
     Engine,
     EngineLayer,
     ExportedModel,
     FileRef,
+    Finding,
+    Hygiene,
     LayerPlan,
     Manifest,
     Preprocessing,
@@ -110,7 +113,12 @@ manifests = st.builds(
     warnings=many(words),
 )
 engine_layers = st.builds(EngineLayer, words, words, words, many(words), many(words), many(words), many(words), words)
+findings = st.builds(Finding, words, words, words, whole, many(words))
+comparisons = st.builds(Comparison, words, numbers, numbers, numbers, numbers, st.booleans())
 NOUNS: Dict[type, Any] = {
+    Finding: findings,
+    Comparison: comparisons,
+    Hygiene: st.builds(Hygiene, whole, whole, many(findings), comparisons=many(comparisons)),
     EngineLayer: engine_layers,
     FileRef: file_refs,
     Preprocessing: preprocessings,

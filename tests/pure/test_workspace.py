@@ -119,6 +119,21 @@ def test_an_empty_folder_may_become_a_bundle(out: Path) -> None:
     assert beside(out) == []
 
 
+def test_a_build_that_fails_before_it_made_a_file_leaves_nothing(out: Path) -> None:
+    make(out, "old")
+    with contextlib.suppress(ZeroDivisionError), Workspace(out) as workspace:
+        workspace.finish("look", "key", (), 0.1, {"seen": 3})
+        raise ZeroDivisionError
+    assert beside(out) == []
+    with contextlib.suppress(ZeroDivisionError), Workspace(out) as workspace:
+        workspace.finish("look", "key", (), 0.1, {"seen": 3})
+        write_stages(workspace, "new")
+        raise ZeroDivisionError
+    with Workspace(out) as workspace:
+        assert workspace.unfinished
+        assert workspace.reuse("look", "key") is not None
+
+
 def test_a_relative_place_stays_where_it_was_meant(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out.parent.mkdir()
     monkeypatch.chdir(out.parent)
