@@ -15,15 +15,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeres.affine import QMAX, QMIN
+from edgeres.affine import QMAX, QMIN, SHIFTED, SYMMETRIC, scale_from_amax, shift_from_scale
 from edgeres.artifacts import TensorRange
+from edgeres.quantize.compensate import Compensation
 from edgeres.quantize.follow import Follower
 from edgeres.quantize.insert import shift_of
 from edgeres.quantize.placement import Placement
@@ -36,46 +37,29 @@ MOVED = 8  # images move by up to 1/8 of their size
 Watch = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """Initializers' new values, by name, float32; and each tensor's new step."""
-
-    constants: dict[str, np.ndarray]
-    scales: dict[str, float]
-    rounds: int
-
-
-class _Round(torch.autograd.Function):
-    """Rounding, half to even, whose gradient is that of doing nothing."""
-
-    @staticmethod
-    def forward(_context: object, x: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.round(x)
-
-    @staticmethod
-    def backward(_context: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient
+def straight_through(x: Tensor) -> Tensor:
+    """Return ``x`` rounded half to even, with the gradient of doing nothing."""
+    return x + (torch.round(x) - x).detach()
 
 
 def reconstruct(
     follower: Follower,
     placement: Placement,
     ranges: Mapping[str, TensorRange],
-    start: Mapping[str, np.ndarray],
-    weight_scales: Mapping[str, np.ndarray],
+    found: Compensation,
     images: np.ndarray,
     seconds: float,
     watch: Watch = lambda done, total: None,
-) -> Reconstruction | None:
-    """Return initializers and steps with less error of the logits; None where the time is too short for it.
+) -> tuple[Compensation, dict[str, TensorRange]] | None:
+    """Return initializers and ranges with less error of the logits; None where the time is too short for it.
 
     Args:
         follower: the float network.
-        start: initializers to start from, on their grids, float32.
-        weight_scales: steps of the weights among them, float32 ``(K,)``.
+        found: where to start: weights on their grids, and biases.
         images: float32 ``(N, 3, H, W)``, normalized.
         seconds: the time there is.
     """
+    start, weight_scales = found.constants, found.scales
     axes = {weight.tensor: weight.axis for weight in placement.weights}
     steps = {name: _spread(scale, start[name].ndim, axes[name]) for name, scale in weight_scales.items()}
     weights = {n: (torch.from_numpy(start[n]) / s).requires_grad_(True) for n, s in steps.items()}
@@ -85,7 +69,7 @@ def reconstruct(
     quantizer = _quantizer(placement, ranges, logs)
 
     def constants() -> dict[str, Tensor]:
-        rounded = {n: torch.clamp(_Round.apply(w), -QMAX, QMAX) * steps[n] for n, w in weights.items()}
+        rounded = {n: torch.clamp(straight_through(w), -QMAX, QMAX) * steps[n] for n, w in weights.items()}
         return {**rounded, **biases}
 
     optimizer = torch.optim.Adam(
@@ -117,7 +101,16 @@ def reconstruct(
         watch(done, rounds)
     with torch.no_grad():
         values = {name: value.detach().numpy() for name, value in constants().items()}
-    return Reconstruction(values, {name: float(torch.exp(log)) for name, log in logs.items()}, done)
+    stepped = {name: _with_step(ranges[name], float(torch.exp(log))) for name, log in logs.items()}
+    return Compensation(values, found.scales), {**ranges, **stepped}
+
+
+def _with_step(old: TensorRange, step: float) -> TensorRange:
+    """Return a range with another step; shifted where the old one was."""
+    grid = SHIFTED if old.shift else SYMMETRIC
+    scale = scale_from_amax(np.float64(step * grid[1]), grid)
+    shift = float(shift_from_scale(scale)) if old.shift else 0.0
+    return msgspec.structs.replace(old, amax=float(scale) * grid[1], scale=float(scale), shift=shift)
 
 
 def _quantizer(
@@ -134,7 +127,7 @@ def _quantizer(
             return exact
         scale = torch.exp(logs[source[name]])
         moved = QMIN if found.shift else 0
-        steps: Tensor = torch.clamp(_Round.apply(x / scale), QMIN - moved, QMAX - moved)
+        steps: Tensor = torch.clamp(straight_through(x / scale), QMIN - moved, QMAX - moved)
         return steps * scale
 
     return quantizer

@@ -29,6 +29,7 @@ from edgeres.quantize.insert import shift_of, write_int8
 from edgeres.quantize.offset import shapes_of
 from edgeres.quantize.pixels import exact_pixels, pixel_range
 from edgeres.quantize.placement import Placement, plan
+from edgeres.quantize.reconstruct import reconstruct
 from edgeres.quantize.sensitivity import sensitivities
 from edgeres.quantize.shift import explained
 
@@ -87,13 +88,15 @@ class Recovery:
 
     ``scalings`` are :func:`find_scalings`'s. ``exact_input`` is how frames become input, where the first layer is to
     read exact pixels; None leaves it as it is. ``images`` are batches, float32 ``(n, 3, H, W)``, normalized.
-    ``rounding``: whether weights are rounded by the layer's output, or each to its nearest.
+    ``rounding``: whether weights are rounded by the layer's output, or each to its nearest. ``seconds`` is the time for
+    reconstruction by gradient; 0 leaves it out.
     """
 
     scalings: Mapping[str, Scaling]
     exact_input: Preprocessing | None
     images: Sequence[np.ndarray]
     rounding: bool = True
+    seconds: float = 0.0
 
 
 def recovered_content(
@@ -120,6 +123,10 @@ def recovered_content(
     ranges = {name: ranges[name] for name in placement.tensors}
     follower, quantizer = _follower(model, placement), quantizer_of(placement, ranges)
     found = compensate(follower, placement, quantizer, recovery.images, recovery.rounding, watch)
+    if recovery.seconds:
+        images = np.concatenate(recovery.images)
+        better = reconstruct(follower, placement, ranges, found, images, recovery.seconds, watch)
+        found, ranges = better or (found, ranges)
     graph = Graph(model)
     for name, values in found.constants.items():
         graph.set_values(name, values)
