@@ -143,7 +143,12 @@ ENGINE_OPTIONS = (
     click.option("--optimization-level", type=click.IntRange(0, 5), help="Of TensorRT's builder (8.6 and newer)."),
     click.option("--timing-cache", metavar="FILE", help="Makes the next build on the same device faster."),
     click.option("--gpu-fallback/--no-gpu-fallback", default=None, help="Layers that a DLA does not have, on the GPU."),
-    click.option("--version-compatible", is_flag=True, default=None, help="An engine for newer TensorRTs too."),
+    click.option(
+        "--version-compatible",
+        is_flag=True,
+        default=None,
+        help="An engine for newer TensorRTs too, with the lean runtime of this one.",
+    ),
     click.option(
         "--hardware-compatible", is_flag=True, default=None, help="An engine for other GPUs too (not Jetson)."
     ),

@@ -82,7 +82,6 @@ def test_children_build_the_same(rtx: Any, small: Any, tmp_path: Path) -> None:
         {"workspace": 1 << 30},
         {"optimization_level": 0},
         {"optimization_level": 5},
-        {"version_compatible": True},
     ],
     ids=str,
 )
@@ -93,6 +92,7 @@ def test_options_are_taken(options: dict[str, Any], rtx: Any, small: Any, tmp_pa
 
 
 REFUSED = {
+    "version-compatible": ({"version_compatible": True}, "no other version of it is known to run its engines"),
     "hardware-compatible": ({"hardware_compatible": True}, "leaves hardware_compatibility_level at"),
     "a DLA": ({"target": "dla0"}, "no RTX card has a DLA"),
     "a small workspace": ({"workspace": 1 << 20}, "Give the builder more workspace"),

@@ -38,6 +38,8 @@ def check_request(trt: Any, request: BuildRequest) -> None:
         problems.extend(_dla_problems(trt, request))
     elif request.calibration_cache is not None:
         problems.append("a calibration cache is for a DLA only; on the GPU the ranges stand in the graph as Q/DQ")
+    if request.version_compatible and flavour_of(trt) == "tensorrt-rtx":
+        problems.append("no other version of it is known to run its engines, whatever they were built for")
     if problems:
         raise BackendError(f"{words(trt)} cannot build this: {'; '.join(problems)}. Change the recipe or the options.")
 
