@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
 
 import msgspec
 
@@ -28,6 +28,9 @@ from edgeres.errors import BackendError, BundleError
 from edgeres.files import file_ref
 from edgeres.recipe import EngineSection
 from edgeres.workspace import Workspace
+
+if TYPE_CHECKING:
+    from edgeres.backends.tensorrt import BuildRequest
 
 Watch = Callable[[str, int, int], None]
 
@@ -96,54 +99,65 @@ def compile_engine(
 def _tensorrt_engine(
     folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel, watch: Watch
 ) -> Tuple[Engine, Tuple[str, ...]]:
-    from edgeres.backends.tensorrt import BuildRequest, attribute, build_in_child, dla_cache, graph_for_flavour
+    from edgeres.backends.tensorrt import attribute, build_in_child
 
     backend, target = resolve(section)
-    wanted = graph_for_flavour(backend, model.precision, target)
-    source = _source(wanted, exported, model)
-    cache = None
-    if wanted == "fp32" and model.precision == "int8":
-        table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
-        cache = dla_cache(backend, {name: value.amax for name, value in table.tensors.items()})
-    plan = f"engines/{target}.engine"
-    batch = section.batch if target in ("gpu", "rtx") else (section.batch[1],) * 3  # a DLA has one batch size
-    result = build_in_child(
-        BuildRequest(
-            onnx=str(folder / source.path),
-            plan=str(folder / plan),
-            input_name=exported.input_name,
-            shape=exported.input_shape,
-            batch=batch,
-            precision=model.precision,
-            flavour=backend,
-            target="gpu" if target == "rtx" else target,
-            gpu_fallback=section.gpu_fallback,
-            workspace=None if section.workspace_mib is None else section.workspace_mib << 20,
-            optimization_level=section.optimization_level,
-            timing_cache=section.timing_cache,
-            version_compatible=section.version_compatible,
-            hardware_compatible=section.hardware_compatible,
-            calibration_cache=cache,
-        ),
-        watch,
-    )
+    request, source = _request(folder, section, exported, model)
+    result = build_in_child(request, watch)
     layers, complaints = attribute(result.layers, model.layers)
     if complaints and section.strict:
         raise BackendError("with --strict, every layer must run as planned: " + "; ".join(complaints))
-    ref = file_ref(folder, plan)
+    ref = file_ref(folder, f"engines/{target}.engine")
     if ref.sha256 != result.sha256:
-        raise BackendError(f"{plan} changed after it was built. Compile again, with nothing else writing there.")
+        raise BackendError(f"{ref.path} changed after it was built. Compile again, with nothing else writing there.")
     engine = Engine(
         target=target,
         backend=backend,
         precision=model.precision,
         file=ref,
         built_for=result.built_for,
-        options={"batch": ",".join(map(str, batch)), "source": source.path},
+        options={"batch": ",".join(map(str, request.batch)), "source": source.path},
         model_sha256=source.sha256,
         layers=layers,
     )
     return engine, (*result.warnings, *complaints)
+
+
+def _request(
+    folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel
+) -> Tuple[BuildRequest, FileRef]:
+    """Return what to ask of TensorRT's builder, and which of the bundle's ONNX files it gets."""
+    from edgeres.backends.tensorrt import BuildRequest, dla_cache, graph_for_flavour, kept_in_half
+
+    backend, target = resolve(section)
+    wanted = graph_for_flavour(backend, model.precision, target)
+    source = _source(wanted, exported, model)
+    cache: Optional[str] = None
+    half: Tuple[str, ...] = ()
+    if wanted == "fp32" and model.precision == "int8":  # a DLA that takes its ranges beside the graph
+        table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
+        cache = dla_cache(backend, {name: value.amax for name, value in table.tensors.items()})
+        half = kept_in_half(model.layers)
+    request = BuildRequest(
+        onnx=str(folder / source.path),
+        plan=str(folder / "engines" / f"{target}.engine"),
+        input_name=exported.input_name,
+        shape=exported.input_shape,
+        batch=section.batch if target in ("gpu", "rtx") else (section.batch[1],) * 3,  # a DLA has one batch size
+        precision=model.precision,
+        flavour=backend,
+        target="gpu" if target == "rtx" else target,
+        gpu_fallback=section.gpu_fallback,
+        workspace=None if section.workspace_mib is None else section.workspace_mib << 20,
+        optimization_level=section.optimization_level,
+        timing_cache=section.timing_cache,
+        version_compatible=section.version_compatible,
+        hardware_compatible=section.hardware_compatible,
+        calibration_cache=cache,
+        half=half,
+        strict=section.strict,
+    )
+    return request, source
 
 
 def _source(wanted: str, exported: ExportedModel, model: QuantizedModel) -> FileRef:

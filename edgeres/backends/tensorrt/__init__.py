@@ -7,7 +7,7 @@ room loads neither ``tensorrt`` nor CUDA.
 from __future__ import annotations
 
 from edgeres.backends.tensorrt.child import build_in_child
-from edgeres.backends.tensorrt.dla import dla_cache
+from edgeres.backends.tensorrt.dla import dla_cache, kept_in_half
 from edgeres.backends.tensorrt.layers import attribute
 from edgeres.backends.tensorrt.module import load_module
 from edgeres.backends.tensorrt.records import BuildRequest, BuildResult, EngineLayer
@@ -21,5 +21,6 @@ __all__ = [
     "build_in_child",
     "dla_cache",
     "graph_for_flavour",
+    "kept_in_half",
     "load_module",
 ]

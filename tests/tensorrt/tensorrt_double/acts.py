@@ -22,6 +22,7 @@ PROPERTY_TYPES = {
     "IBuilderConfig.max_aux_streams": "int",
     "IBuilderConfig.profiling_verbosity": "ProfilingVerbosity",
     "IBuilderConfig.progress_monitor": "IProgressMonitor?",
+    "ILayer.precision": "DataType",
     "Runtime.DLA_core": "int",
     "Runtime.engine_host_code_allowed": "bool",
 }
@@ -42,6 +43,7 @@ PROPERTIES: dict[str, Callable[[Double, Any], Any]] = {
     "IBuilderConfig.profiling_verbosity": lambda d, this: d.member("ProfilingVerbosity.LAYER_NAMES_ONLY"),
     "IBuilderConfig.int8_calibrator": lambda double, this: None,
     "IBuilderConfig.progress_monitor": lambda double, this: None,
+    "ILayer.precision": lambda double, this: double.member("DataType.FLOAT"),
     "INetworkDefinition.name": lambda double, this: "",
     "INetworkDefinition.num_inputs": lambda double, this: len(this._state["inputs"]),
     "INetworkDefinition.num_outputs": lambda double, this: len(this._state["outputs"]),
