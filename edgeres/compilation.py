@@ -20,12 +20,16 @@ from edgeres.artifacts import (
     FileRef,
     Manifest,
     QuantizedModel,
+    Report,
     from_data,
     from_json,
+    summaries,
+    to_data,
+    to_json,
 )
 from edgeres.bundle import read_verified, verify
 from edgeres.errors import BackendError, BundleError
-from edgeres.files import file_ref
+from edgeres.files import content_ref, file_ref
 from edgeres.recipe import EngineSection
 from edgeres.workspace import Workspace
 
@@ -107,7 +111,7 @@ def _tensorrt_engine(
     layers, complaints = attribute(result.layers, model.layers)
     if complaints and section.strict:
         raise BackendError("with --strict, every layer must run as planned: " + "; ".join(complaints))
-    ref = file_ref(folder, f"engines/{target}.engine")
+    ref = file_ref(folder, f"{files.ENGINES}{target}.engine")
     if ref.sha256 != result.sha256:
         raise BackendError(f"{ref.path} changed after it was built. Compile again, with nothing else writing there.")
     engine = Engine(
@@ -119,6 +123,7 @@ def _tensorrt_engine(
         options={"batch": ",".join(map(str, request.batch)), "source": source.path},
         model_sha256=source.sha256,
         layers=layers,
+        not_as_planned=complaints,
     )
     return engine, (*result.warnings, *complaints)
 
@@ -140,7 +145,7 @@ def _request(
         half = kept_in_half(model.layers)
     request = BuildRequest(
         onnx=str(folder / source.path),
-        plan=str(folder / "engines" / f"{target}.engine"),
+        plan=str(folder / f"{files.ENGINES}{target}.engine"),
         input_name=exported.input_name,
         shape=exported.input_shape,
         batch=section.batch if target in ("gpu", "rtx") else (section.batch[1],) * 3,  # a DLA has one batch size
@@ -193,6 +198,8 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
             workspace.write(ref.path, read_verified(bundle, ref))
         engine, warnings = compile_engine(workspace.folder, section, exported, model, watch)
         changed = with_engine(manifest, engine, warnings)
+        if changed.report is not None:
+            workspace.write(files.REPORT, to_json(changed.report))
         workspace.commit(changed)
     return Bundle(str(bundle), changed), engine, warnings
 
@@ -219,26 +226,43 @@ def with_engine(manifest: Manifest, engine: Engine, warnings: Tuple[str, ...]) -
     """Return a manifest with ``engine`` in the place of an older one for the same target.
 
     It goes in front, where ``load`` looks first, if this machine can run it. A verdict on an engine that is replaced by
-    another does not hold any more, and is dropped.
+    another does not hold any more, and is dropped. One that holds tells of the new engine's layers too, so its file has
+    to be written again: it is ``to_json(manifest.report)``.
     """
     others = tuple(other for other in manifest.engines if other.target != engine.target)
+    engines = (engine, *others) if engine.backend == "cpu" or gpu_is_usable() else (*others, engine)
     replaced = [other for other in manifest.engines if other.target == engine.target and other.file != engine.file]
     refs: Dict[str, FileRef] = {ref.path: ref for ref in manifest.files}
     refs[engine.file.path] = engine.file
     report, stages = manifest.report, dict(manifest.stages)
-    if replaced and report is not None and report.backend == engine.backend:
+    if replaced:
+        stages.pop("compile", None)  # it made what is no longer there
+    if report is not None and replaced and report.backend == engine.backend:
         report = None
         refs.pop(files.REPORT, None)
         stages.pop("validate", None)
-    known: List[str] = [*manifest.warnings, *(w for w in warnings if w not in manifest.warnings)]
+    elif report is not None:
+        report = with_layers(report, engines)
+        refs[files.REPORT] = content_ref(files.REPORT, to_json(report))
+        if "validate" in stages:
+            stages["validate"] = msgspec.structs.replace(
+                stages["validate"], files=(refs[files.REPORT],), facts=to_data(report)
+            )
+    settled = {text for other in replaced for text in other.not_as_planned}
+    known: List[str] = [text for text in manifest.warnings if text not in settled]
     return msgspec.structs.replace(
         manifest,
-        engines=(engine, *others) if engine.backend == "cpu" or gpu_is_usable() else (*others, engine),
+        engines=engines,
         files=tuple(refs[path] for path in sorted(refs)),
         stages=stages,
         report=report,
-        warnings=tuple(known),
+        warnings=tuple(dict.fromkeys([*known, *warnings])),
     )
+
+
+def with_layers(report: Report, engines: Tuple[Engine, ...]) -> Report:
+    """Return a bundle's report with what the layers of its engines compute in."""
+    return msgspec.structs.replace(report, layers=summaries(engines))
 
 
 def list_targets() -> List[Dict[str, Optional[str]]]:
@@ -267,6 +291,5 @@ def engine_words(engine: Engine) -> str:
         from edgeres.backends import cpu
 
         return cpu.describe(engine.precision)
-    int8 = sum(layer.precision == "int8" for layer in engine.layers)
     made_by = f"{engine.built_for.get('flavour', engine.backend)} {engine.built_for.get('tensorrt', '')}".strip()
-    return f"{engine.file.path} by {made_by}, {int8} of {len(engine.layers)} layers compute in int8"
+    return f"{engine.file.path} by {made_by}, {engine.summary.words if engine.summary else 'its layers are not known'}"

@@ -8,10 +8,11 @@ import zipfile
 from pathlib import Path
 from typing import Callable, Dict, Optional, Tuple, Union
 
+import msgspec
 import numpy as np
 
 from edgeres import files
-from edgeres.artifacts import Engine, Manifest, Preprocessing, Report
+from edgeres.artifacts import Engine, Manifest, Preprocessing, Report, summaries
 from edgeres.backends import Runner
 from edgeres.errors import BundleError, SampleError
 from edgeres.recipe import ValidationSection, locate
@@ -80,7 +81,7 @@ def judge(
         source: what the samples are: ``validation`` or ``calibration``.
     """
     reference = read_reference(content, files.REFERENCE)
-    return compare(
+    report = compare(
         reference["logits"],
         logits,
         reference.get("labels"),
@@ -90,6 +91,7 @@ def judge(
         precision=engine.precision,
         samples_source=source,
     )
+    return msgspec.structs.replace(report, layers=summaries([engine]))
 
 
 def stored_logits(content: Optional[bytes], samples: Samples) -> Optional[np.ndarray]:
@@ -149,7 +151,7 @@ def validate_bundle(
             )
         logits = run_samples(engine, samples, manifest.preprocessing, watch)
         judged = ValidationSection(**manifest.recipe.get("validation", {}))
-        return compare(
+        report = compare(
             reference,
             logits,
             samples.labels,
@@ -158,6 +160,7 @@ def validate_bundle(
             backend=engine.record.backend,
             precision=engine.record.precision,
         )
+        return msgspec.structs.replace(report, layers=summaries([engine.record]))
 
 
 def fp32_record(manifest: Manifest) -> Engine:
