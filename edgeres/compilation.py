@@ -5,7 +5,6 @@ Nothing here needs torch or onnx: a bundle that was built on a host is compiled 
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
 
@@ -31,56 +30,13 @@ from edgeres.bundle import read_verified, verify
 from edgeres.errors import BackendError, BundleError
 from edgeres.files import content_ref, file_ref
 from edgeres.recipe import EngineSection
+from edgeres.targets import gpu_is_usable, resolve
 from edgeres.workspace import Workspace
 
 if TYPE_CHECKING:
     from edgeres.backends.tensorrt import BuildRequest
 
 Watch = Callable[[str, int, int], None]
-
-TARGETS: Dict[str, Tuple[str, str]] = {
-    "cpu": ("cpu", "this CPU, by onnxruntime"),
-    "gpu": ("tensorrt", "this machine's GPU, by TensorRT"),
-    "dla0": ("tensorrt", "the first Deep Learning Accelerator of a Jetson"),
-    "dla1": ("tensorrt", "the second Deep Learning Accelerator of a Jetson"),
-    "rtx": ("tensorrt-rtx", "RTX GPUs, ahead of time, by TensorRT for RTX; no GPU is needed to compile"),
-}
-"""Target → its backend, and what it is."""
-
-DEFAULT_TARGETS = {"cpu": "cpu", "tensorrt": "gpu", "tensorrt-rtx": "rtx"}
-
-
-def resolve(section: EngineSection) -> Tuple[str, str]:
-    """Return the backend and the target that a recipe means on this machine.
-
-    Raises:
-        BackendError: the target is not one of the backend's.
-    """
-    backend, target = section.backend, section.target
-    if backend == "auto":
-        backend = TARGETS[target][0] if target is not None else ("tensorrt" if gpu_is_usable() else "cpu")
-    target = target or DEFAULT_TARGETS[backend]
-    if TARGETS[target][0] != backend:
-        raise BackendError(
-            f"target {target} belongs to the backend {TARGETS[target][0]}, not to {backend}. Leave --backend out, or "
-            "choose another --target: see `edgeres compile --list-targets`"
-        )
-    return backend, target
-
-
-def gpu_is_usable() -> bool:
-    """Whether TensorRT is installed and a GPU answers."""
-    from edgeres.backends.tensorrt import load_module
-    from edgeres.backends.tensorrt.device import open_device
-
-    try:
-        if importlib.util.find_spec("tensorrt") is None:
-            return False
-        load_module("tensorrt")
-        open_device().close()
-    except Exception:  # no driver, no device, another library under the bindings: there is no GPU to use from here
-        return False
-    return True
 
 
 def compile_engine(
@@ -263,26 +219,6 @@ def with_engine(manifest: Manifest, engine: Engine, warnings: Tuple[str, ...]) -
 def with_layers(report: Report, engines: Tuple[Engine, ...]) -> Report:
     """Return a bundle's report with what the layers of its engines compute in."""
     return msgspec.structs.replace(report, layers=summaries(engines))
-
-
-def list_targets() -> List[Dict[str, Optional[str]]]:
-    """Return every target, what it is, and what stands in its way here (None: nothing)."""
-    rows: List[Dict[str, Optional[str]]] = []
-    for target, (backend, text) in TARGETS.items():
-        rows.append({"target": target, "backend": backend, "what": text, "obstacle": _obstacle(backend)})
-    return rows
-
-
-def _obstacle(backend: str) -> Optional[str]:
-    if backend == "cpu":
-        return None if importlib.util.find_spec("onnxruntime") else "onnxruntime is missing: pip install 'edgeres[cpu]'"
-    from edgeres.backends.tensorrt import load_module
-
-    try:
-        load_module(backend)
-    except Exception as problem:  # missing, of another flavour, or broken: its own words say which
-        return str(problem)
-    return None
 
 
 def engine_words(engine: Engine) -> str:

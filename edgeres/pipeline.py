@@ -299,7 +299,8 @@ class Build:
 
     def compiled(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
         """Make the engine that the recipe wants."""
-        from edgeres.compilation import compile_engine, engine_words, resolve
+        from edgeres.compilation import compile_engine, engine_words
+        from edgeres.targets import resolve
 
         section = self.recipe.engine
         backend, target = resolve(section)
@@ -334,7 +335,7 @@ class Build:
     def judged_engine(self, model: QuantizedModel, engine: Engine) -> Engine:
         """Return the engine to judge: the one that was made, or where no GPU here can run it, the model on the CPU."""
         from edgeres.backends import cpu
-        from edgeres.compilation import gpu_is_usable
+        from edgeres.targets import gpu_is_usable
 
         if engine.backend == "cpu" or gpu_is_usable():
             return engine

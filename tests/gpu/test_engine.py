@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import edgeres
-from edgeres.compilation import gpu_is_usable
+from edgeres.targets import gpu_is_usable
 
 pytestmark = pytest.mark.skipif(not gpu_is_usable(), reason="needs a GPU with tensorrt, and cuda-python or pycuda")
 

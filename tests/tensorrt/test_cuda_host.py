@@ -155,6 +155,11 @@ def test_a_gpu_that_is_not_there(run: Run) -> None:
     assert "no CUDA-capable device" in run("none", DOUBLE_DEVICES="0")
 
 
+def test_a_gpu_is_seen_without_any_package(run: Run) -> None:
+    assert run("seen") == [True, {}]
+    assert run("seen", DOUBLE_DEVICES="0") == [False, {}]
+
+
 def test_a_process_may_end_with_a_session_open(run: Run, package: str) -> None:
     """Nothing but the scenario's own line is printed; pycuda would complain of a context that it fails to release."""
     assert run("unclosed") == "ended"
