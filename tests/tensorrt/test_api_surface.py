@@ -214,7 +214,7 @@ def test_the_optimization_level_is_set_where_there_is_one(room, version):
 
 @every_version
 def test_nothing_that_lies_elsewhere_in_rtx_is_touched(room, version):
-    room.install(version, layer_information=INSPECTED)
+    room.install(version, layer_information=INSPECTED, level="AMPERE_PLUS")
     room.build(
         device="a GPU", workspace=1 << 28, timing_cache=str(room.folder / "timings"),
         optimization_level=None if version == "8.5" else 3,
@@ -234,6 +234,15 @@ def test_engines_for_other_versions_and_hardware_where_the_release_has_them(room
     assert room.flags() == TYPING[version][1] | {"VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"}
     levels = room.double.was_set("IBuilderConfig.hardware_compatibility_level")
     assert [level.name for level in levels] == ["AMPERE_PLUS"]
+
+
+@pytest.mark.parametrize("version", DOUBLE.VERSIONS[1:])
+def test_an_engine_that_opens_here_is_asked_for_its_hardware(room, version):
+    room.install(version, level="AMPERE_PLUS", layer_information=INSPECTED)
+    assert room.build(device="NVIDIA L4", hardware_compatible=True).built_for["hardware_compatible"] == "AMPERE_PLUS"
+    (room.folder / "model.plan").unlink()
+    room.install(version, layer_information=INSPECTED)
+    assert "AMPERE_PLUS was asked for" in room.refused(device="NVIDIA L4", hardware_compatible=True)
 
 
 # Progress and cancel

@@ -17,6 +17,7 @@ from edgeres.backends.tensorrt.place import here
 from edgeres.backends.tensorrt.records import BuildRequest, BuildResult, EngineLayer
 from edgeres.backends.tensorrt.settings import (
     HARDWARE_LEVEL,
+    check_level,
     check_request,
     choose_device,
     configure,
@@ -253,6 +254,8 @@ def _inspected(bench: _Bench, content: bytes) -> str:
         bench.warnings.append(f"the new engine does not open on this machine: {record.last_words()}")
         return ""
     kept.append(engine)
+    if bench.request.hardware_compatible:
+        check_level(trt, engine)
     inspector = engine.create_engine_inspector()
     if inspector is None:
         return ""

@@ -16,9 +16,9 @@
 ==========================  ==================================================================
 
 Which TensorRT runs which plan: its own version runs any. A version-compatible plan also runs on a newer one, of the
-same major version or from 8 on 10 and from 10 on 11 (:data:`FORWARD`), if the lean runtime of the plan's version is
-installed there (:mod:`edgeres.backends.tensorrt.lean`). Nothing runs on an older one, and no plan of TensorRT for RTX
-on another version of it.
+same major version or from 8 on 10 and from 10 on 11, if the lean runtime of the plan's version is installed there
+(:mod:`edgeres.backends.tensorrt.lean`). Nothing runs on an older one, and no plan of TensorRT for RTX on another
+version of it.
 
 Source: NVIDIA TensorRT documentation, "Engine Compatibility".
 """
@@ -32,15 +32,13 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 from edgeres.backends.tensorrt.device import Device
 from edgeres.backends.tensorrt.lean import name_of
 from edgeres.backends.tensorrt.module import dotted, flavour_of, library_version
+from edgeres.backends.tensorrt.versions import FORWARD
 
 TREE = Path("/proc/device-tree")
 """Where Linux tells what board this is."""
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 NO = ("", "no", "none", "false")
-
-FORWARD = {(8, 8), (8, 10), (10, 10), (10, 11), (11, 11)}
-"""From which major version a version-compatible plan runs on which; never on an older one."""
 
 AMPERE = (8, 0)
 """The least that a plan of hardware compatibility AMPERE_PLUS runs on."""

@@ -18,7 +18,7 @@ import numpy as np
 from edgeres.affine import scale_from_amax
 from edgeres.artifacts import LayerPlan
 from edgeres.backends.tensorrt.module import dotted, library_version, load_module, member
-from edgeres.backends.tensorrt.versions import dla_of
+from edgeres.backends.tensorrt.versions import UNROUNDED_SINCE, dla_of
 from edgeres.errors import BackendError
 
 CORES: Tuple[Tuple[str, int], ...] = (
@@ -40,10 +40,6 @@ EXPLICIT_ON = ("agx orin", "orin")
 
 INT8_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "AveragePool", "GlobalAveragePool", "ReduceMean")
 """What a DLA computes in int8; the rest of a plan's float nodes look at shapes, or run in float anyway."""
-
-UNROUNDED_SINCE = 8600
-"""From this version's header on (JetPack 6, DLA 3.14) a scale of 1.0 before an addition tells the DLA not to round."""
-
 
 HEADER = re.compile(r"TRT-(\d+)-EntropyCalibration2")
 

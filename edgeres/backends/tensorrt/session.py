@@ -19,10 +19,8 @@ from edgeres.backends.tensorrt.device.interface import advice
 from edgeres.backends.tensorrt.lean import lean_runtimes
 from edgeres.backends.tensorrt.logger import Record, make_logger
 from edgeres.backends.tensorrt.module import load_module, member, version, words
+from edgeres.backends.tensorrt.versions import shares_a_profile
 from edgeres.errors import BackendError
-
-SHARED_PROFILE: Tuple[Tuple[Tuple[int, ...], bool], ...] = (((1, 0), True), ((8, 5), False), ((10, 0), True))
-"""By the first version of the bindings: may several contexts use the one optimization profile at a time?"""
 
 
 class Tensors(NamedTuple):
@@ -193,7 +191,7 @@ class _Engine:
             raise self.failed(f"opening its runtime ({problem})") from problem
         self._newer: Any = None
         self._engine: Any = None
-        self.shares_its_profile = [shared for since, shared in SHARED_PROFILE if since <= version(trt)][-1]
+        self.shares_its_profile = shares_a_profile(version(trt))
 
     def use(self, lean: Optional[str]) -> None:
         """Open the plan with an older version's lean runtime, at that path; None leaves it to this version's own."""
@@ -218,8 +216,9 @@ class _Engine:
             self._runtime.DLA_core = core
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
+            cause = "".join(self._record.errors[:1])  # what follows it may have another reason: there is no GPU, too
+            mend = advice(cause, f"Compile it again: edgeres compile {self._place}")
             said = self._said()
-            mend = advice(said, f"Compile it again: edgeres compile {self._place}")
             raise BackendError(f"{words(self._trt)} failed at opening this plan: {said}. {mend}")
 
     def tensors(self) -> Tensors:

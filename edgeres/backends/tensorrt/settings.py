@@ -90,6 +90,17 @@ def configure(trt: Any, config: Any, request: BuildRequest) -> None:
         set_option(trt, config, "hardware_compatibility_level", member(levels, HARDWARE_LEVEL))
 
 
+def check_level(trt: Any, engine: Any) -> None:
+    """See that an engine itself says that it runs on other hardware.
+
+    Raises:
+        BackendError: it does not.
+    """
+    found, wanted = engine.hardware_compatibility_level, member(trt.HardwareCompatibilityLevel, HARDWARE_LEVEL)
+    if found != wanted:
+        raise BackendError(f"{words(trt)} built an engine for {found}, {wanted} was asked for. Leave the option out.")
+
+
 def choose_device(trt: Any, builder: Any, config: Any, request: BuildRequest, device: str) -> None:
     """Direct the build to a DLA core where one is asked for; ``device`` is this machine's name, if it is known.
 

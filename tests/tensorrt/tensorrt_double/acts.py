@@ -53,7 +53,9 @@ PROPERTIES: dict[str, Callable[[Double, Any], Any]] = {
     "ICudaEngine.num_optimization_profiles": lambda double, this: len(double.script.profiles),
     "ICudaEngine.num_layers": lambda double, this: len(double.script.layers),
     "ICudaEngine.name": lambda double, this: "",
-    "ICudaEngine.hardware_compatibility_level": lambda d, this: d.member("HardwareCompatibilityLevel.NONE"),
+    "ICudaEngine.hardware_compatibility_level": lambda d, this: d.member(
+        f"HardwareCompatibilityLevel.{d.script.level}"
+    ),
     "ICudaEngine.refittable": lambda double, this: False,
     "ICudaEngine.device_memory_size": lambda double, this: 4096,
     "ICudaEngine.device_memory_size_v2": lambda double, this: 4096,

@@ -69,7 +69,8 @@ class Script:
 
     Logs are (severity, text) pairs; ``phases`` are (name, parent, steps) of the progress monitor. ``profiles`` are the
     (min, opt, max) batches of a deserialized engine, ``contexts`` how many execution contexts it gives. ``lean``
-    are the paths of lean runtimes, each with the one plan that it opens.
+    are the paths of lean runtimes, each with the one plan that it opens; ``level`` is the engine's
+    HardwareCompatibilityLevel.
     """
 
     inputs: Sequence[Tensor] = (Tensor("input", (-1, 3, 8, 8)),)
@@ -85,6 +86,7 @@ class Script:
     timing_cache: bytes = b"ptrt a timing cache"
     profiles: Sequence[tuple[int, int, int]] = ((1, 4, 8),)
     contexts: int = 64
+    level: str = "NONE"
     engine_log: Sequence[tuple[str, str]] = ()
     lean: Mapping[str, bytes] = field(default_factory=dict)
     layer_information: str = '{"Layers": []}'
