@@ -20,7 +20,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "tomli_w": "tomli-w"}
 
 
 JETPACKS = (
-    ((35, 2), "5.1", "pycuda"),
+    ((35, 2), "5.1", "'cuda-python==11.8.*'"),
     ((36, 3), "6.0", "'cuda-bindings==12.*'"),
     ((36, 4), "6.1 or newer", "'cuda-bindings==12.*'"),
     ((38, 2), "7.0", "'cuda-bindings==13.*'"),

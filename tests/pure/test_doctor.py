@@ -110,7 +110,11 @@ L4T = {
         (gpu_facts(tensorrt="10.3.0"), ["cuda-bindings or pycuda"], "pip install cuda-bindings"),
         (gpu_facts(pycuda="2026.1"), ["tensorrt"], "pip install 'edgeres[tensorrt]'"),
         (gpu_facts(tensorrt="10.3.0", cuda_python="12.9"), [], "an NVIDIA GPU and its driver"),
-        (gpu_facts(tensorrt="8.5.2.2", jetson={"l4t": L4T["5"]}), ["cuda-bindings or pycuda"], "pip install pycuda"),
+        (
+            gpu_facts(tensorrt="8.5.2.2", jetson={"l4t": L4T["5"]}),
+            ["cuda-bindings or pycuda"],
+            "pip install 'cuda-python==11.8.*'",
+        ),
         (
             gpu_facts(tensorrt="10.3.0", jetson={"l4t": L4T["6"]}),
             ["cuda-bindings or pycuda"],
@@ -141,7 +145,7 @@ def test_a_jetson_without_tensorrt_is_sent_to_its_own() -> None:
     assert "pip install" not in ability["install"]
     both = doctor.tensorrt_ability(gpu_facts(jetson={"l4t": L4T["5"]}))["install"]
     assert "python3-libnvinfer" in both
-    assert both.endswith("pip install pycuda")
+    assert both.endswith("pip install 'cuda-python==11.8.*'")
 
 
 def test_with_everything_there_a_gpu_can_be_used() -> None:

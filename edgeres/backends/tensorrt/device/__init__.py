@@ -41,8 +41,8 @@ def open_device(index: int = 0) -> Device:
         )
     raise MissingPackageError(
         "running a TensorRT engine needs cuda-python or pycuda. Install the one that is quicker: "
-        "pip install cuda-bindings (for CUDA 12: pip install 'cuda-bindings==12.*'); "
-        "where it has no wheel, as on JetPack 5: pip install pycuda"
+        "pip install cuda-bindings (for CUDA 12: pip install 'cuda-bindings==12.*'; for CUDA 11, as on JetPack 5: "
+        "pip install 'cuda-python==11.8.*'); where there is no wheel: pip install pycuda"
     )
 
 
