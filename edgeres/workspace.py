@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Optional, Tuple, Type
 
 import msgspec
 
-from edgeres.artifacts import Manifest, StageRecord, from_json, to_json
+from edgeres.artifacts import Engine, Manifest, StageRecord, from_json, to_json
 from edgeres.bundle import intact, read_manifest, read_verified, unlisted
 from edgeres.errors import BundleError
 from edgeres.files import MANIFEST, RECIPE, file_ref, write_atomic
@@ -104,6 +104,26 @@ class Workspace:
             return None
         self._record(name, record_there)
         return record_there
+
+    def take_engines(self, stages: Tuple[str, ...], made: Optional[str]) -> Tuple[Engine, ...]:
+        """Take over the engines of the earlier bundle, where these stages made the same there as here.
+
+        An engine whose file is damaged is left out, and so is that for the target ``made``, which has a new one.
+        """
+        earlier = self._earlier
+        if earlier is None:
+            return ()
+        if any(_result(earlier.stages.get(name)) != _result(self.records.get(name)) for name in stages):
+            return ()
+        taken: List[Engine] = []
+        for engine in earlier.engines:
+            with contextlib.suppress(BundleError, OSError):
+                if engine.target == made or engine.file not in earlier.files:
+                    continue
+                if not intact(self.folder, engine.file):
+                    self.write(engine.file.path, read_verified(self.out, engine.file))
+                taken.append(engine)
+        return tuple(taken)
 
     def write(self, path: str, content: bytes) -> None:
         """Write a file of the new bundle."""
@@ -191,6 +211,11 @@ class Workspace:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _result(record: Optional[StageRecord]) -> bytes:
+    """Return what a stage made, in a form that compares alike whether it was read or has just been made."""
+    return b"" if record is None else to_json([record.files, record.facts])
 
 
 def exchange(new: Path, place: Path) -> None:
