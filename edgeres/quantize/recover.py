@@ -125,8 +125,7 @@ def recovered_content(
     found = compensate(follower, placement, quantizer, recovery.images, recovery.rounding, watch)
     if recovery.seconds:
         images = np.concatenate(recovery.images)
-        better = reconstruct(follower, placement, ranges, found, images, recovery.seconds, watch)
-        found, ranges = better or (found, ranges)
+        found = reconstruct(follower, placement, ranges, found, images, recovery.seconds, watch) or found
     graph = Graph(model)
     for name, values in found.constants.items():
         graph.set_values(name, values)
