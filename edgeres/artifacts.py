@@ -46,8 +46,8 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def batch_size(self) -> int:
         """How many samples to run at once: enough to keep a few cores busy, few enough that every activation of a
-        ResNet-50 batch, exposed for calibration, fits in a few hundred megabytes. Results do not depend on it."""
-        return max(1, min(64, 400_000 // (self.size[0] * self.size[1])))
+        ResNet-50 batch, exposed for calibration, fits in half a gigabyte. Results do not depend on it."""
+        return max(1, min(64, 12 * 224 * 224 // (self.size[0] * self.size[1])))
 
 
 class SampleSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

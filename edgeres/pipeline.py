@@ -40,6 +40,7 @@ from edgeres.recipe import Recipe, locate, recipe_data
 from edgeres.workspace import Workspace, stage_key
 
 if TYPE_CHECKING:
+    from edgeres.calibrate import Statistics
     from edgeres.export.exported import Exported
     from edgeres.noise import Scaling
     from edgeres.samples import Samples
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 # Where a build may stop. Hygiene is looked at first of all, but an export alone does not need it.
 STAGES = ("export", "hygiene", "observe", "equalize", "calibrate", "quantize", "compile", "reference", "validate")
 MODEL_STAGES = ("export", "calibrate", "quantize")  # what an engine is compiled from
-FORMAT = 4  # part of every key: raise it when a stage's result changes with the same inputs
+FORMAT = 5  # part of every key: raise it when a stage's result changes with the same inputs
+KEEP_EVERY = 30.0  # seconds of calibration that an interruption may cost; writing it takes a few tenths of one
 
 Made = Tuple[Any, Tuple[str, ...], str]
 """What a stage's work returns: its noun (or plain data), the files it wrote, and a few words on what it made."""
@@ -77,7 +79,7 @@ class Build:
 
     def stage(self, name: str, inputs: Dict[str, Any], text: str, work: Callable[[], Made]) -> StageRecord:
         """Run a stage, or take its earlier result over where ``inputs`` say that it would come out the same."""
-        key = stage_key(name, {**inputs, "format": FORMAT, "edgeres": __version__})
+        key = _key(name, inputs)
         earlier = self.workspace.reuse(name, key)
         if earlier is not None:
             self.progress.reused(name, text)
@@ -204,16 +206,40 @@ class Build:
         def work() -> Made:
             from edgeres.calibrate import observe
 
+            key = _key("observe", inputs)
+            earlier, last = self.counted(key, tensors, len(samples)), time.monotonic()
+
+            def keep(statistics: Statistics) -> None:
+                nonlocal last
+                if time.monotonic() - last >= KEEP_EVERY:
+                    self.workspace.keep("observe", key, statistics.to_bytes())
+                    last = time.monotonic()
+
             statistics = observe(
                 self.workspace.folder / files.FP32_MODEL,
                 tensors,
-                samples.batches(preprocessing, preprocessing.batch_size),
+                samples.after(earlier.samples if earlier else 0).batches(preprocessing, preprocessing.batch_size),
                 lambda done: self.progress.advance(done, len(samples)),
+                earlier,
+                keep,
             )
             self.workspace.write(files.STATISTICS, statistics.to_bytes())
             return {"tensors": len(tensors), "samples": len(samples)}, (files.STATISTICS,), f"{len(tensors)} tensors"
 
         return self.stage("observe", inputs, f"{len(samples)} samples", work).files[0]
+
+    def counted(self, key: str, tensors: Tuple[str, ...], samples: int) -> Optional[Statistics]:
+        """Return what an interrupted observe stage with this key had counted; None: it begins from the start."""
+        from edgeres.calibrate import Statistics
+
+        content = self.workspace.kept("observe", key)
+        if content is None:
+            return None
+        try:
+            statistics = Statistics.from_bytes(content, "an interrupted calibration")
+        except CalibrationError:  # kept by another version
+            return None
+        return statistics if statistics.tensors.keys() == set(tensors) and statistics.samples <= samples else None
 
     def calibrate(
         self, exported: ExportedModel, statistics: FileRef, shifted: FrozenSet[str], scalings: Dict[str, Scaling]
@@ -465,6 +491,10 @@ class Build:
             self.workspace.write(files.REPORT, to_json(report))
             self.workspace.finish("validate", record.key, (files.REPORT,), record.seconds, to_data(report))
         return report
+
+
+def _key(name: str, inputs: Dict[str, Any]) -> str:
+    return stage_key(name, {**inputs, "format": FORMAT, "edgeres": __version__})
 
 
 def build(

@@ -25,6 +25,8 @@ def require_host_packages(recipe: Recipe) -> None:
     wanted = {"onnx": "onnx", "onnxruntime": "onnxruntime", "tomli_w": "tomli-w"}
     if recipe.model.onnx is None:
         wanted = {"torch": "torch", "safetensors": "safetensors", **wanted}
+    if recipe.precision == "int8":
+        wanted["numba"] = "numba"
     missing = [name for package, name in wanted.items() if importlib.util.find_spec(package) is None]
     if missing and sys.version_info < (3, 10):
         raise MissingPackageError(
