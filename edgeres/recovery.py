@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgeres.quantize import Placement
 
 LEVELS = {"none": 0, "fast": 1, "auto": 1, "full": 2}
+RECONSTRUCTION = 120.0  # seconds; it ends sooner where that suffices, and does not begin where it would not
 TOOLS = ("torch", "onnx", "numpy")
 
 
@@ -108,6 +109,7 @@ def content(
         exact_input=job.recipe.preprocessing if holds_exact_input(job) else None,
         images=[images[start : start + batch] for start in range(0, len(images), batch)],
         rounding=not (job.recipe.engine.target or "").startswith("dla"),  # TensorRT rounds a DLA's weights itself
+        seconds=RECONSTRUCTION if level(job) > 1 else 0.0,
     )
     keep = job.recipe.quantization.keep_float
     fp32 = job.workspace.folder / files.FP32_MODEL
