@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """INT8 accuracy of trained CIFAR-10 nets: edgeres' range methods against ONNX Runtime's own, in one run.
 
+edgeres' methods come twice: with symmetric activations, and shifted to the full int8 range.
 Every quantizer gets the same FP32 ONNX and the same calibration images; every result is evaluated exactly, by ONNX
 Runtime with graph optimizations off, so that no kernel's saturation hides in the figures. Prints a Markdown table:
 
@@ -31,7 +32,7 @@ from edgeres import models
 from edgeres.artifacts import Preprocessing
 from edgeres.calibrate import METHODS, choose, observe
 from edgeres.export import export_module
-from edgeres.quantize import lint, plan, write_int8
+from edgeres.quantize import lint, plan, shiftable, write_int8
 from edgeres.samples import Samples, open_samples
 from edgeres.validation import compare
 
@@ -126,10 +127,13 @@ def rows(depth: int, data: Path, count: int) -> Iterator[str]:
         batches = (calibration[i : i + 64] for i in range(0, len(calibration), 64))
         statistics = observe(path, placement.tensors, batches)
         observing = time.perf_counter() - start
-        for method in METHODS:
-            start = time.perf_counter()
-            int8 = write_int8(fp32, placement, choose(statistics, method, 99.99)).SerializeToString()
-            yield row("edgeres", method, int8, observing + time.perf_counter() - start)
+        for activations in ("symmetric", "shifted"):
+            for method in METHODS:
+                start = time.perf_counter()
+                allowed = shiftable(fp32, placement) if activations == "shifted" else ()
+                ranges = choose(statistics, method, 99.99, allowed)
+                int8 = write_int8(fp32, placement, ranges).SerializeToString()
+                yield row(f"edgeres, {activations}", method, int8, observing + time.perf_counter() - start)
 
 
 def main() -> None:

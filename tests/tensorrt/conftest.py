@@ -28,7 +28,7 @@ from edgeres.backends.tensorrt import BuildRequest, BuildResult
 from edgeres.calibrate import choose, observe
 from edgeres.export import export_module
 from edgeres.export.exported import Exported
-from edgeres.quantize import Placement, plan, write_int8
+from edgeres.quantize import Placement, plan, shiftable, write_int8
 
 WHEELS = "tensorrt-cu13-bindings==11.4.0.106 onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0"
 BINDINGS = "tensorrt_bindings"
@@ -163,11 +163,14 @@ def rtx(tmp_path_factory: pytest.TempPathFactory) -> Rtx:
 
 
 @pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Quantized]:
-    """Return ``quantized(name)``: a network by its name in the catalogue, made once per session."""
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Quantized]:
+    """Return ``quantized(name, activations)``: a network by its name in the catalogue, made once per session.
+
+    ``activations`` are ``symmetric``, or ``shifted`` to the full int8 range.
+    """
 
     @cache
-    def make(name: str) -> Quantized:
+    def make(name: str, activations: str) -> Quantized:
         size = 32 if name.endswith("_cifar") else 224
         exported = export_module(models.create(name, seed=1).eval(), (size, size))
         folder = tmp_path_factory.mktemp(name)
@@ -176,15 +179,16 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Quant
         fp32 = onnx.load(source)
         placement = plan(fp32, exported.modules)
         batch = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
-        ranges = choose(observe(source, placement.tensors, [batch]), "minmax", 99.99)
+        allowed = shiftable(fp32, placement) if activations == "shifted" else ()
+        ranges = choose(observe(source, placement.tensors, [batch]), "minmax", 99.99, allowed)
         path = folder / "model.int8.onnx"
         onnx.save(write_int8(fp32, placement, ranges), path)
         return Quantized(path, size, exported, fp32, placement)
 
-    return make
+    return lambda name, activations="symmetric": make(name, activations)
 
 
 @pytest.fixture(scope="session")
-def small(quantized: Callable[[str], Quantized]) -> Quantized:
+def small(quantized: Callable[..., Quantized]) -> Quantized:
     """The smallest network, for tests that are not about the network."""
     return quantized("resnet8_cifar")
