@@ -83,8 +83,9 @@ def test_default_is_verified_and_passes(digits: Path) -> None:
     assert report.top1_reference > 0.98
     assert report.agreement >= 0.998
     assert report.verdict in ("pass", "inconclusive")  # fewer than two flips among 1,000 decide which
-    made = ["model.fp32.onnx", "model.int8.onnx", "calibration.json", "statistics.npz", "reference.npz", "report.json"]
-    assert sorted(f.path for f in manifest.files) == sorted([*made, "recipe.toml"])
+    models = ["model.fp32.onnx", "model.int8.onnx"]
+    found = ["calibration.json", "statistics.npz", "scalings.npz", "reference.npz", "report.json"]
+    assert sorted(f.path for f in manifest.files) == sorted([*models, *found, "recipe.toml"])
 
 
 def test_default_writes_legal_standard_onnx(digits: Path) -> None:
@@ -188,6 +189,7 @@ def test_second_build_reuses_every_stage(copy: Path) -> None:
         "hygiene",
         "export",
         "observe",
+        "equalize",
         "calibrate",
         "quantize",
         "compile",
@@ -200,10 +202,10 @@ def test_second_build_reuses_every_stage(copy: Path) -> None:
 def test_another_method_does_not_observe_again(copy: Path) -> None:
     watcher = Watcher()
     bundle = edgeres.build(copy, out=copy, method="percentile", progress=watcher)
-    assert watcher.taken == ["hygiene", "export", "observe", "reference"]
+    assert watcher.taken == ["hygiene", "export", "observe", "equalize", "reference"]
     assert watcher.ran == ["calibrate", "quantize", "compile", "validate"]
     table = from_json((copy / "calibration.json").read_bytes(), CalibrationTable, "table")
-    assert {value.method for value in table.tensors.values()} == {"percentile"}
+    assert {value.method for name, value in table.tensors.items() if name != "input"} == {"percentile"}
     assert bundle.manifest.recipe["calibration"]["method"] == "percentile"
 
 
@@ -425,7 +427,7 @@ def test_failure_in_the_middle_keeps_the_bundle_and_the_finished_stages(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("edgeres.quantize.int8_content", interrupted)
+        patch.setattr("edgeres.quantize.recover.recovered_content", interrupted)
         with pytest.raises(KeyboardInterrupt):
             edgeres.build(recipe, out=tmp_path / "bundle", method="entropy")
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()}
