@@ -7,6 +7,7 @@ what counts is its step in its own units: the tensor's step over the factor.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Tuple
 
 import numpy as np
@@ -56,7 +57,7 @@ class NoiseTable:
         logs = self.log_error
         return np.asarray(np.exp(logs[rows, left] * (1 - share) + logs[rows, left + 1] * share))
 
-    @property
+    @cached_property
     def log_error(self) -> np.ndarray:
         """The natural logarithm of ``error``, which is interpolated between steps: float64 ``(C, STEPS)``."""
         return np.asarray(np.log(np.maximum(self.error, SMALLEST**2)))
