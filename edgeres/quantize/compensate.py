@@ -219,7 +219,7 @@ def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor, damping: float
 
 
 def _inverse_factor(square: Tensor, floor: float) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of ``square`` with ``floor``, or more if it must, on its diagonal.
+    """Return the upper Cholesky factor of the inverse of ``square`` plus ``floor``, or more, on its diagonal.
 
     Inputs that hardly vary (a calibration set of one colour) have a covariance that is rounding noise.
     """
@@ -227,6 +227,7 @@ def _inverse_factor(square: Tensor, floor: float) -> Tensor:
     while True:
         factor, failed = torch.linalg.cholesky_ex(square + floor * identity)
         if not failed:
+            upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed and bool(torch.isfinite(upper).all()):
                 return upper
