@@ -517,6 +517,23 @@ def test_a_model_that_tensorrt_would_read_as_other_numbers_is_refused(room, vers
     warning = "UINT8 is not supported here. Defaulting to INT8 instead."
     room.install(version, parse_log=[("WARNING", warning)])
     assert "Defaulting to INT8" in room.refused()
+    room.install(version, parse_log=[*([("WARNING", f"warning {i}") for i in range(300)]), ("WARNING", warning)])
+    assert "Defaulting to INT8" in room.refused()
+
+
+@every_version
+def test_a_flood_of_warnings_hides_no_error(room, version):
+    """A build for a DLA, or with implicit ranges, warns once or twice per tensor."""
+    flood = [("WARNING", f"missing scale for tensor {number}") for number in range(300)]
+    reason = ("ERROR", "Could not find any implementation for node conv1")
+    for log in ([*flood, reason], [reason, *flood]):
+        room.install(version, plan=None, build_log=log)
+        message = room.refused()
+        assert reason[1] in message
+        assert "Keep that layer out of int8" in message
+        assert "missing scale" not in message
+    room.install(version, plan=None, build_log=flood)
+    assert "missing scale for tensor 299" in room.refused()
 
 
 @every_version
@@ -548,7 +565,9 @@ def test_with_a_gpu_the_engine_itself_tells_its_layers(room, version):
     result = room.build(device="Orin")
     (given,) = room.double.called("EngineInspector.get_engine_information")
     assert given["format"].name == "JSON"
-    assert [layer.name for layer in result.layers] == ["conv1"]
+    assert [(layer.name, layer.inputs, layer.outputs) for layer in result.layers] == [("conv1", ("int8",), ("fp32",))]
+    (given,) = room.double.called("IExecutionContext.set_input_shape")
+    assert (given["name"], tuple(given["shape"])) == ("input", (4, 3, 8, 8))
     assert len(room.double.called("Runtime.deserialize_cuda_engine")) == 1
 
 
@@ -559,6 +578,18 @@ def test_an_engine_that_does_not_open_here_costs_only_a_warning(room, version):
     result = room.build(device="Orin")
     assert [text for text in result.warnings if "does not open on this machine" in text]
     assert (room.folder / "model.plan").exists()
+
+
+@every_version
+@pytest.mark.parametrize("method", ["ICudaEngine.create_execution_context", "IExecutionContext.set_input_shape"])
+def test_without_a_context_the_engine_tells_what_it_can(room, version, method):
+    refusal = None if method.startswith("ICudaEngine") else False
+    room.install(version, layer_information=INSPECTED, returns={method: refusal})
+    result = room.build(device="Orin")
+    assert [(layer.name, layer.inputs, layer.outputs) for layer in result.layers] == [
+        ("conv1", ("unknown",), ("unknown",))
+    ]
+    assert [text for text in result.warnings if "gave no execution context" in text]
 
 
 @every_version

@@ -52,7 +52,6 @@ class BuildResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: Tuple[EngineLayer, ...]
     warnings: Tuple[str, ...]
     seconds: float
-    log: Tuple[str, ...] = ()
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
