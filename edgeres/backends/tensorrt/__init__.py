@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from edgeres.backends.tensorrt.child import build_in_child
 from edgeres.backends.tensorrt.dla import dla_cache, kept_in_half
-from edgeres.backends.tensorrt.layers import attribute
+from edgeres.backends.tensorrt.layers import attribute, untold
 from edgeres.backends.tensorrt.module import load_module
 from edgeres.backends.tensorrt.obstacles import Obstacles, find_obstacles
 from edgeres.backends.tensorrt.records import BuildRequest, BuildResult, EngineLayer
@@ -26,4 +26,5 @@ __all__ = [
     "graph_for_flavour",
     "kept_in_half",
     "load_module",
+    "untold",
 ]

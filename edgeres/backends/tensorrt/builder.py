@@ -236,10 +236,7 @@ def _layers(bench: _Bench, content: bytes, device: bool) -> Tuple[EngineLayer, .
     if device:
         text = _inspected(bench, content)
         layers = layers_from_inspector(text) if text else ()
-    layers = layers or layers_from_log(bench.record.tables)
-    if not layers:
-        bench.warnings.append(f"{words(bench.trt)} did not tell what its layers compute in")
-    return layers
+    return layers or layers_from_log(bench.record.tables)
 
 
 def _inspected(bench: _Bench, content: bytes) -> str:
