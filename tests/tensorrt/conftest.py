@@ -23,7 +23,7 @@ import onnx
 import pytest
 
 import edgeres
-from edgeres import errors, models
+from edgeres import errors, models, targets
 from edgeres.backends.tensorrt import BuildRequest, BuildResult
 from edgeres.calibrate import choose, observe
 from edgeres.export import export_module
@@ -129,6 +129,12 @@ def folder_of(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip(f"{package} is not installed: pip install --no-deps {WHEELS}")
     return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known_of_gpus() -> None:
+    """Forget what was found out about GPUs: machines change between tests."""
+    targets.gpu_obstacle.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,21 @@ def test_engines_for_rtx_are_built_without_a_gpu_and_not_run(machine: Machine, m
     assert targets.here(rows["cpu"]) == "ready"
 
 
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_a_gpu_is_usable_for_the_flavour_that_is_installed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, flavour: str
+) -> None:
+    machine.has(version="11.4", device=True)
+    if flavour == "tensorrt-rtx":
+        machine.double.module.__name__, machine.double.module.__version__ = "tensorrt_rtx", "1.7.1.116"
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", machine.double.module)
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+    else:
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    usable = {name for name in ("tensorrt", "tensorrt-rtx") if targets.gpu_is_usable(name)}
+    assert usable == {flavour}
+
+
 def test_without_tensorrt_every_target_names_the_command(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     for build, run in machine.found().values():

@@ -20,6 +20,7 @@ from edgeres.backends.tensorrt.settings import (
     check_level,
     check_request,
     choose_device,
+    choose_form,
     configure,
     pin_half,
     set_calibration,
@@ -88,10 +89,12 @@ def build_plan(
     Raises:
         MissingPackageError: TensorRT is not installed.
         BackendError: TensorRT refuses the request or the model, the build fails, or it was cancelled.
-        BundleError: the plan cannot be written.
+        BundleError: the plan cannot be written, or the bundle lacks the form of the model that this TensorRT reads.
+        CalibrationError: a range is none.
     """
     started = time.monotonic()
     trt = load_module(request.flavour)
+    request = choose_form(trt, request)
     check_request(trt, request)
     bench = _Bench(trt, request, Record((*WRONG, *DISOBEYED, *FALLBACK)), Watch(progress, cancelled), [], [])
     if cancelled():
@@ -117,6 +120,7 @@ def build_plan(
         layers=layers,
         warnings=tuple(bench.warnings),
         seconds=time.monotonic() - started,
+        source=request.onnx,
     )
 
 

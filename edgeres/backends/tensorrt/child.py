@@ -31,7 +31,8 @@ TAIL = 2000
 TAIL_LINES = 8
 
 RAISED: Dict[str, Type[EdgeresError]] = {
-    kind.__name__: kind for kind in (BackendError, errors.MissingPackageError, errors.BundleError)
+    kind.__name__: kind
+    for kind in (BackendError, errors.MissingPackageError, errors.BundleError, errors.CalibrationError)
 }
 """What a builder may raise, by name; it is raised again in the parent."""
 
@@ -87,9 +88,14 @@ def build_in_child(request: BuildRequest, progress: Report, timeout: Optional[fl
         return _result(outcome, status, output)
 
 
+def environment() -> Dict[str, str]:
+    """Return an environment in which a child imports what this process would, and nothing from its working folder."""
+    path = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
 def _started(sink: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start the child; it imports what this process would, and not what happens to lie in the working folder."""
-    path = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
     try:
         return subprocess.Popen(
             [sys.executable, "-m", "edgeres.backends.tensorrt.worker", str(sink)],
@@ -99,7 +105,7 @@ def _started(sink: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
             pass_fds=(sink,),
             # `python -m` would import from the working folder first; Python 3.11 can be told not to, older ones cannot.
             cwd=os.sep,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            env=environment(),
         )
     except OSError as problem:
         raise BackendError(

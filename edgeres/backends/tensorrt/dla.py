@@ -17,7 +17,7 @@ import numpy as np
 
 from edgeres.affine import scale_from_amax
 from edgeres.artifacts import LayerPlan
-from edgeres.backends.tensorrt.module import dotted, library_version, load_module, member
+from edgeres.backends.tensorrt.module import dotted, member
 from edgeres.backends.tensorrt.versions import UNROUNDED_SINCE, dla_of
 from edgeres.errors import BackendError
 
@@ -117,11 +117,6 @@ def read_cache(text: str) -> Dict[str, float]:
         except ValueError as problem:
             raise BackendError(f"line {number} of the calibration cache: {problem}") from None
     return scales
-
-
-def dla_cache(flavour: str, ranges: Mapping[str, float]) -> str:
-    """Return :func:`calibration_cache` for the TensorRT that is installed."""
-    return calibration_cache(library_version(load_module(flavour)), ranges)
 
 
 def kept_in_half(plan: Sequence[LayerPlan]) -> Tuple[str, ...]:
