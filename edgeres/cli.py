@@ -255,7 +255,7 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 
 @cli.command()
 @click.argument("bundle")
-@click.option("--backend", default="auto", help="Which of the bundle's engines; default: its first.")
+@click.option("--backend", default="auto", help="Which of the bundle's engines, or its target; default: the first.")
 @click.option("--validation", metavar="PATH", help="Other samples than the bundle was built with.")
 @click.option(
     "--max-drop", type=click.FloatRange(0, 100), metavar="PP", help="Accuracy budget; default: the bundle's own."

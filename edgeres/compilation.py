@@ -178,7 +178,7 @@ def _request(folder: Path, section: EngineSection, exported: ExportedModel, mode
 
 
 def _ranges(folder: Path) -> Dict[str, float]:
-    """Return the ``amax`` of each tensor of the FP32 model; none where the ranges are of an equalized model's tensors."""
+    """Return the ``amax`` of each tensor of the FP32 model; none where the ranges are those of an equalized model."""
     scalings = folder / files.SCALINGS
     if scalings.is_file():
         found = scalings_from_bytes(scalings.read_bytes(), files.SCALINGS)

@@ -26,7 +26,8 @@ Watch = Callable[[int, int], None]
 def run_samples(run: Runner, samples: Samples, preprocessing: Preprocessing, watch: Watch) -> np.ndarray:
     """Return a runner's logits of all samples, float32 ``(N, K)``, in the samples' order."""
     parts, done = [], 0
-    for batch in samples.batches(preprocessing, preprocessing.batch_size):
+    size = getattr(run, "largest", None) or preprocessing.batch_size
+    for batch in samples.batches(preprocessing, size):
         parts.append(run(batch))
         done += len(batch)
         watch(done, len(samples))

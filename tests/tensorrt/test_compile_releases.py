@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -18,6 +19,7 @@ from edgeres.artifacts import (
     Engine,
     FileRef,
     Manifest,
+    Preprocessing,
     QuantizedModel,
     Report,
     StageRecord,
@@ -27,13 +29,17 @@ from edgeres.artifacts import (
     to_json,
 )
 from edgeres.backends import tensorrt as room
-from edgeres.backends.tensorrt import logger
+from edgeres.backends.tensorrt import logger, session
 from edgeres.backends.tensorrt.builder import build_plan
 from edgeres.backends.tensorrt.dla import read_cache
 from edgeres.bundle import verify
 from edgeres.compilation import compile_bundle, with_engine
 from edgeres.errors import BackendError, BundleError, IntegrityError, MissingPackageError
+from edgeres.judge import run_samples
+from edgeres.preprocess import prepare_batch
 from edgeres.recipe import dossier, engine_section
+from edgeres.runtime.engine import LoadedEngine
+from edgeres.samples import samples_from_arrays
 
 
 def _load() -> Any:
@@ -345,7 +351,7 @@ def test_without_the_second_form_strong_typing_is_told_what_is_missing(bench: Be
     bench.change_model(mixed=None)
     for version in STRONG:
         bench.install(version)
-        with pytest.raises(BundleError, match=r"no form of its int8 model.*edgeres quantize"):
+        with pytest.raises(BundleError, match=r"no form of its int8 model.*edgeres\s+quantize"):
             bench.compile(target="gpu")
     bench.install("10.3")
     assert bench.compile(target="gpu")[0].options["source"] == "model.int8.onnx"
@@ -423,6 +429,63 @@ def test_a_changed_engine_is_refused_before_anything_is_imported(bench: Bench, m
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(IntegrityError, match=r"engines/gpu\.engine"):
         edgeres.load(bench.bundle, backend="tensorrt")
+
+
+class Counting:
+    """A runner that takes at most so many at a time, and notes how many it got."""
+
+    def __init__(self, largest: int | None) -> None:
+        self.largest = largest
+        self.got: list[int] = []
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        self.got.append(len(batch))
+        return np.repeat(batch.mean(axis=(1, 2, 3))[:, None], 10, axis=1)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@pytest.mark.parametrize(("largest", "got"), [(32, [32, 8]), (3, [3] * 13 + [1]), (None, [7] * 5 + [5])])
+def test_an_engine_gets_batches_of_its_own_size(largest: int | None, got: list[int]) -> None:
+    """224 × 224 is calibrated by seven at a time; that is not what an engine was built for."""
+    preprocessing = Preprocessing((224, 224), 224)
+    manifest = Manifest("n", "int8", {}, preprocessing, (), {}, {})
+    frames = np.random.default_rng(0).integers(0, 256, (40, 224, 224, 3), dtype=np.uint8)
+    runner = Counting(largest)
+    logits = LoadedEngine(runner, manifest, engine_of("gpu", "tensorrt"))(frames)
+    assert runner.got == got
+    np.testing.assert_array_equal(logits, Counting(None)(prepare_batch(frames, preprocessing)))
+    judged = Counting(largest)
+    np.testing.assert_array_equal(run_samples(judged, samples_from_arrays(frames), preprocessing, silent), logits)
+    assert judged.got == got
+
+
+def silent(done: int, total: int) -> None:
+    """Hear progress and do nothing."""
+
+
+def test_each_engine_of_a_backend_can_be_chosen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.install("10.3")
+    for target in ("gpu", "dla0", "dla1"):
+        bench.compile(target=target)
+    opened: list[str] = []
+
+    def open_session(plan: bytes, built_for: Any, **options: Any) -> Counting:
+        opened.append(built_for["target"])
+        return Counting(8)
+
+    monkeypatch.setattr(session, "open_session", open_session)
+    for name in ("gpu", "dla0", "dla1"):
+        with edgeres.load(bench.bundle, backend=name) as engine:
+            assert engine.record.target == name
+        images = np.zeros((4, 32, 32, 3), np.uint8)
+        assert edgeres.validate(bench.bundle, images, backend=name).target == name
+    assert opened == ["gpu", "gpu", "dla0", "dla0", "dla1", "dla1"]
+    with edgeres.load(bench.bundle, backend="cpu") as engine:
+        assert engine.record.target == "cpu"
+    with pytest.raises(BundleError, match=r"tensorrt, gpu.*edgeres compile .* --target rtx"):
+        edgeres.load(bench.bundle, backend="rtx")
 
 
 def test_an_engine_that_cannot_run_here_is_never_replaced_by_another(

@@ -368,7 +368,7 @@ def test_formats_that_are_not_told_are_no_complaint_where_weights_are_int8() -> 
 def test_float_weights_are_a_complaint_whether_formats_are_told_or_not() -> None:
     changed = [*OLD]
     changed[2] = convolution("w1 + conv1 + relu1", [DYNAMIC], "Half", DYNAMIC)
-    layers, warnings = attribute(layers_from_inspector(inspected(changed)), plan())
+    warnings = attribute(layers_from_inspector(inspected(changed)), plan())[1]
     assert warnings == ("net.conv1 (Conv) was planned in int8 and runs in fp16",)
 
 

@@ -24,7 +24,8 @@ import json, sys
 from edgeres.targets import gpu_obstacle, resolve
 from edgeres.recipe import EngineSection
 reason = gpu_obstacle("tensorrt")
-print(json.dumps([reason, resolve(EngineSection()), sorted(n for n in ("tensorrt", "cuda", "pycuda") if n in sys.modules)]))
+loaded = [name for name in ("tensorrt", "cuda", "pycuda") if name in sys.modules]
+print(json.dumps([reason, resolve(EngineSection()), loaded]))
 """
 
 

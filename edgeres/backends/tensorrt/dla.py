@@ -33,7 +33,8 @@ CORES: Tuple[Tuple[str, int], ...] = (
     ("orin", 2),  # CUDA calls every Orin this, also the Nano, which has none: the builder has the last word
     ("xavier", 2),
 )
-"""By a part of the device's name, in lower case, how many DLA cores it has at most; the first row that fits."""
+"""By a part of the device's name, in lower case, how many DLA cores it has at most; the first row that fits. Of names
+that are not here, as boards of other makers have them, the builder decides."""
 
 EXPLICIT_ON = ("agx orin", "orin")
 """Where the DLA of TensorRT 11.4.1 and newer is to be had, by the same names."""
@@ -62,7 +63,9 @@ def refusal(version: Tuple[int, ...], device_name: str, target: str) -> str:
         )
     if not device_name:
         return ""
-    row = next(((name, cores) for name, cores in CORES if name in device_name.lower()), ("", 0))
+    row = next((row for row in CORES if row[0] in device_name.lower()), None)
+    if row is None:
+        return ""
     if row[1] == 0:
         return f"{device_name} has no DLA. Compile for the GPU: --target gpu"
     if kind == "explicit" and row[0] not in EXPLICIT_ON:

@@ -31,17 +31,17 @@ def choose_form(trt: Any, request: BuildRequest) -> BuildRequest:
     wanted = graph_for(version(trt), request.precision, request.target)
     if wanted not in request.forms:
         raise BundleError(
-            f"this bundle has no form of its {request.precision} model for {words(trt)}: strong typing (10.12 and newer, "
-            "and RTX) takes precisions from the graph. Quantize it again with this edgeres, and read its warnings: "
-            "edgeres quantize BUNDLE"
+            f"this bundle has no form of its {request.precision} model for {words(trt)}, which takes precisions from "
+            "the graph (10.12 and newer, and RTX). Quantize it again with this edgeres, and read its warnings: edgeres "
+            "quantize BUNDLE"
         )
     cache: Optional[str] = None
     half: Tuple[str, ...] = ()
     if wanted == "fp32" and request.precision == "int8":  # a DLA that takes its ranges beside the graph
         if not request.ranges:
             raise BackendError(
-                f"a DLA of {words(trt)} takes its ranges beside the FP32 model, and this bundle's ranges are those of a "
-                "model that was equalized. Where the bundle was built: edgeres quantize BUNDLE --recovery none"
+                f"a DLA of {words(trt)} takes its ranges beside the FP32 model, and this bundle's are those of a model "
+                "that was equalized. Where the bundle was built: edgeres quantize BUNDLE --recovery none"
             )
         cache, half = calibration_cache(library_version(trt), request.ranges), request.half
     return msgspec.structs.replace(
