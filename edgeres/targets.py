@@ -6,6 +6,7 @@ import functools
 import importlib.util
 from typing import Any, Dict, List, Optional, Tuple
 
+from edgeres.artifacts import Engine
 from edgeres.errors import BackendError, MissingPackageError
 from edgeres.recipe import EngineSection
 
@@ -76,6 +77,23 @@ def require_onnxruntime(section: EngineSection) -> None:
     if section.backend == "auto" and section.target is None:
         raise MissingPackageError(f"no GPU can be used from here: {gpu_obstacle('tensorrt')}\nAnd {missing}")
     raise missing
+
+
+def misfits(engine: Engine, place: str) -> List[str]:
+    """Return in sentences why a bundle's engine cannot run on this machine; empty if nothing speaks against it. No
+    engine is opened for that.
+
+    Args:
+        place: the bundle, for the command that messages advise.
+    """
+    if engine.backend in ("tensorrt", "tensorrt-rtx"):
+        from edgeres.backends.tensorrt import misfits as of_plan
+
+        return of_plan(engine.built_for, engine.backend, place)
+    if engine.backend != "cpu":
+        return [f"there is no backend {engine.backend!r}. Compile it again: edgeres compile {place}"]
+    missing = importlib.util.find_spec("onnxruntime") is None
+    return [str(MissingPackageError.for_extra("onnxruntime", "an engine for the CPU", "cpu"))] if missing else []
 
 
 def list_targets() -> List[Dict[str, Any]]:

@@ -553,6 +553,8 @@ def test_a_flood_of_warnings_hides_no_error(room, version):
         ({"batch": (4, 2, 8)}, "4/2/8"),
         ({"batch": (0, 1, 2)}, "0/1/2"),
         ({"workspace": 0}, "workspace"),
+        ({"workspace": 1 << 63}, "more than it can count"),
+        ({"batch": (1, 8, 1 << 31)}, "more than it can count"),
         ({"optimization_level": 9}, "9"),
         ({"precision": "int4"}, "int4"),
         ({"target": "npu"}, "npu"),

@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 import edgeres
+from edgeres import cli
 from edgeres.artifacts import (
     CalibrationTable,
     Engine,
@@ -29,8 +30,9 @@ from edgeres.artifacts import (
     to_json,
 )
 from edgeres.backends import tensorrt as room
-from edgeres.backends.tensorrt import logger, session
+from edgeres.backends.tensorrt import fit, logger, session
 from edgeres.backends.tensorrt.builder import build_plan
+from edgeres.backends.tensorrt.compat import this_machine
 from edgeres.backends.tensorrt.dla import read_cache
 from edgeres.bundle import verify
 from edgeres.compilation import compile_bundle, with_engine
@@ -295,6 +297,21 @@ def test_strict_takes_what_is_as_planned_and_refuses_what_is_not(bench: Bench, v
     assert double.refusals == []
 
 
+def test_what_the_recipe_switches_on_a_flag_switches_off(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = ("strict", "version_compatible", "hardware_compatible")
+    bench.change(lambda manifest: manifest.recipe["engine"].update(dict.fromkeys(stored, True)))
+    double = bench.install("10.3")
+    double.script.level = "AMPERE_PLUS"
+    double.script.layer_information = bench.information(floats=("layer1.0.conv1",))
+    command = ["compile", str(bench.bundle), "--target", "gpu"]
+    assert cli._exit_code(command) == 1
+    assert "with --strict" in capsys.readouterr().err
+    assert cli._exit_code([*command, "--no-strict", "--no-version-compatible", "--no-hardware-compatible"]) == 0
+    before, after = bench.requests
+    assert [getattr(before, name) for name in stored] == [True] * 3
+    assert [getattr(after, name) for name in stored] == [False] * 3
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_engine_that_tells_nothing_is_not_taken_for_one_in_int8(bench: Bench, strict: bool) -> None:
     """As where it was built without a GPU in reach, by a release whose log has no table."""
@@ -429,6 +446,42 @@ def test_a_changed_engine_is_refused_before_anything_is_imported(bench: Bench, m
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(IntegrityError, match=r"engines/gpu\.engine"):
         edgeres.load(bench.bundle, backend="tensorrt")
+
+
+def test_verify_says_which_engines_fit_this_machine(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    double = bench.install("10.3")
+    device = DOUBLE.HostDevice(double)
+    bench.facts = {**this_machine(double.module, device), "device": "Orin"}
+    bench.compile(target="gpu")
+    bench.compile(target="dla1")
+    monkeypatch.setattr(fit, "open_device", lambda: device)
+
+    def verified() -> dict[str, list[str]]:
+        assert cli._exit_code(["verify", str(bench.bundle), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert all(engine["fits"] == (engine["problems"] == []) for engine in facts["engines"])
+        return {engine["target"]: engine["problems"] for engine in facts["engines"]}
+
+    double.calls.clear()
+    assert verified() == {"cpu": [], "gpu": [], "dla1": []}
+    assert double.called("Runtime.deserialize_cuda_engine") == []
+    assert device.closed
+    double.script.dla_cores = 1
+    assert "dla1, which TensorRT 10.3.0 does not see here" in verified()["dla1"][0]
+    device.compute_capability = (8, 9)
+    assert "built for sm_87; this machine has sm_89" in verified()["gpu"][0]
+    bench.install("10.7")
+    assert "built for TensorRT 10.3.0" in verified()["gpu"][0]
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    said = verified()
+    assert "edgeres[tensorrt]" in said["gpu"][0]
+    assert said["cpu"] == []
+    assert cli._exit_code(["verify", str(bench.bundle)]) == 0
+    text = capsys.readouterr().out
+    assert "the engine for cpu fits this machine" in text
+    assert "the engine for gpu does not run here: " in text
 
 
 class Counting:

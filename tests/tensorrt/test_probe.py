@@ -19,6 +19,7 @@ from edgeres.recipe import EngineSection
 BROKEN = "raise ImportError('libnvinfer.so.10: cannot open shared object file')\n"
 NO_TRACE = Path("/nowhere/at/all")
 
+SAME_PATH = "import json, os, sys; sys.path[:] = json.loads(os.environ['EDGERES_SYS_PATH'])\n"
 ASK = """
 import json, sys
 from edgeres.targets import gpu_obstacle, resolve
@@ -47,7 +48,9 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def ask(packages: Path) -> list[Any]:
     """Return what a program finds out, and which of the packages it has loaded for that."""
-    done = subprocess.run([sys.executable, "-c", ASK], env=child.environment(), stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SAME_PATH + ASK], env=child.environment(), stdout=subprocess.PIPE, check=True
+    )
     return json.loads(done.stdout)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from edgeres.backends.tensorrt.child import build_in_child
 from edgeres.backends.tensorrt.dla import kept_in_half
+from edgeres.backends.tensorrt.fit import misfits
 from edgeres.backends.tensorrt.layers import attribute, untold
 from edgeres.backends.tensorrt.module import load_module
 from edgeres.backends.tensorrt.obstacles import Obstacles, find_obstacles
@@ -26,5 +27,6 @@ __all__ = [
     "kept_in_half",
     "load_module",
     "looks_like_nvidia",
+    "misfits",
     "untold",
 ]

@@ -77,7 +77,7 @@ def library_version(module: Any) -> Tuple[int, ...]:
         found = (number // 10000, number // 100 % 100, number % 100)
         if number < 10000:
             found = (number // 1000, number // 100 % 10, number % 100)
-        if found[0] != stated[0]:
+        if found != stated[:3]:
             return found
     return stated
 

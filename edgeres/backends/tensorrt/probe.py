@@ -1,4 +1,4 @@
-"""Whether a GPU can be used here, asked in a process of its own: ``python -m edgeres.backends.tensorrt.probe FLAVOUR``.
+"""Whether a GPU can be used here, asked in a process of its own: its arguments are a flavour and a target.
 
 TensorRT and CUDA take a hundred megabytes once they are loaded, and a context that pycuda has made stays. So who only
 wants to know is answered by a process that ends; where they are loaded already, nothing is saved by that.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Optional
 
 from edgeres.backends.tensorrt import module
-from edgeres.backends.tensorrt.child import environment
+from edgeres.backends.tensorrt.child import command, environment
 from edgeres.backends.tensorrt.module import FLAVOURS
 from edgeres.backends.tensorrt.obstacles import find_obstacles
 
@@ -35,12 +35,17 @@ def ask_for_a_gpu(flavour: str, target: str) -> Optional[str]:
     names = [name for name in FLAVOURS[flavour] if module.is_installed(name)]
     if not names or any(name in sys.modules for name in names):
         return _answer(flavour, target)
-    command = [sys.executable, "-m", "edgeres.backends.tensorrt.probe", flavour, target]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=os.sep,
-            env=environment(), timeout=PATIENCE, check=True,
-        )  # fmt: skip
+            command("edgeres.backends.tensorrt.probe", flavour, target),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=os.sep,
+            env=environment(),
+            timeout=PATIENCE,
+            check=True,
+        )
         said = json.loads(done.stdout.decode("utf-8").splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as problem:
         return f"{names[0]} was asked for a GPU and did not answer ({problem}). See: edgeres doctor"

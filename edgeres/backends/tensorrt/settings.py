@@ -15,6 +15,8 @@ from edgeres.errors import BackendError, BundleError
 
 TARGETS = ("gpu", "dla0", "dla1")
 LEVELS = range(6)
+LARGEST_BATCH = (1 << 31) - 1
+LARGEST_WORKSPACE = (1 << 63) - 1
 HARDWARE_LEVEL = "AMPERE_PLUS"
 
 
@@ -63,6 +65,10 @@ def check_request(trt: Any, request: BuildRequest) -> None:
         problems.append(f"there is no precision {request.precision!r}; choose fp32, fp16 or int8")
     if request.optimization_level is not None and request.optimization_level not in LEVELS:
         problems.append(f"the optimization level is 0 to 5, not {request.optimization_level}")
+    if high > LARGEST_BATCH:
+        problems.append(f"a batch of {high} is more than it can count")
+    if request.workspace is not None and request.workspace > LARGEST_WORKSPACE:
+        problems.append(f"a workspace of {request.workspace} bytes is more than it can count")
     if request.workspace is not None and request.workspace <= 0:
         problems.append(f"a workspace of {request.workspace} bytes holds nothing")
     if request.target not in TARGETS:
