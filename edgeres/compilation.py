@@ -206,7 +206,7 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
         BackendError: the engine cannot be built.
     """
     verify(bundle)  # before anything is made beside it: the name may be a typing mistake
-    with Workspace(bundle) as workspace:
+    with Workspace(bundle, "Copy the bundle to a folder where you may write, and compile it there.") as workspace:
         if workspace.unfinished:
             raise BundleError(f"an unfinished build stands beside {bundle}. Finish it first: edgeres build {bundle}")
         manifest = verify(bundle)  # again, now that no other build can change it

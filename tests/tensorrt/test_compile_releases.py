@@ -42,6 +42,7 @@ from edgeres.preprocess import prepare_batch
 from edgeres.recipe import dossier, engine_section
 from edgeres.runtime.engine import LoadedEngine
 from edgeres.samples import samples_from_arrays
+from edgeres.workspace import Workspace
 
 
 def _load() -> Any:
@@ -433,6 +434,31 @@ def test_a_bundle_chooses_no_file_of_this_machine() -> None:
     """The timing cache in its recipe was the host's; what is written there would be overwritten."""
     assert engine_section({"timing_cache": "/etc/passwd", "optimization_level": 1}, {}).timing_cache is None
     assert engine_section({"timing_cache": "/etc/passwd"}, {"timing_cache": "/tmp/x"}).timing_cache == "/tmp/x"
+
+
+@pytest.mark.parametrize("case", ["locked", "link", "read-only"])
+def test_what_stands_in_the_way_is_told_without_an_option_that_compile_has_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    bench.install("10.3")
+    if case == "locked":
+        with Workspace(bench.bundle), pytest.raises(BundleError, match=r"another edgeres.*Copy the bundle") as caught:
+            bench.compile(target="gpu")
+    elif case == "link":
+        link = bench.bundle.with_name("link")
+        link.symlink_to(bench.bundle)
+        bench.bundle = link
+        with pytest.raises(BundleError, match=r"is a link\. Name the folder itself: /.*bundle") as caught:
+            bench.compile(target="gpu")
+    else:
+
+        def refuse(*given: Any) -> Any:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Workspace, "_take_lock", refuse)
+        with pytest.raises(BundleError, match=r"Permission denied\. Copy the bundle") as caught:
+            bench.compile(target="gpu")
+    assert "--out" not in str(caught.value)
 
 
 # Loading what was compiled
