@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import numpy as np
@@ -23,7 +24,7 @@ import onnx
 import pytest
 
 import edgeres
-from edgeres import errors, models
+from edgeres import errors, models, targets
 from edgeres.backends.tensorrt import BuildRequest, BuildResult
 from edgeres.calibrate import choose, observe
 from edgeres.export import export_module
@@ -123,12 +124,25 @@ class Quantized:
         return BuildRequest(**asked)  # type: ignore[arg-type]
 
 
+def lacking(reason: str) -> NoReturn:
+    """Skip a test for want of something; where a merge depends on it, that is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(f"what a merge depends on skips nothing: {reason}")
+    pytest.skip(reason)
+
+
 def folder_of(package: str) -> Path:
     """Return where a package lies, without importing it; skip the test where it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"{package} is not installed: pip install --no-deps {WHEELS}")
+        lacking(f"{package} is not installed: pip install --no-deps {WHEELS}")
     return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known_of_gpus() -> None:
+    """Forget what was found out about GPUs: machines change between tests."""
+    targets.gpu_obstacle.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +151,7 @@ def rtx(tmp_path_factory: pytest.TempPathFactory) -> Rtx:
     bindings, library = folder_of(BINDINGS), folder_of(LIBRARY)
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
-        pytest.skip("no C compiler is installed; the stand-in for TensorRT's plugin library needs one")
+        lacking("no C compiler is installed; the stand-in for TensorRT's plugin library needs one")
     root = tmp_path_factory.mktemp("rtx")
     libraries, packages = root / "lib", root / "site"
     libraries.mkdir()
