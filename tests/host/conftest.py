@@ -122,10 +122,8 @@ def quantized(module: nn.Module, folder: Path, keep_float: Sequence[str] = (), s
     placement = plan(fp32, exported.modules, keep_float)
     batches = [np.random.default_rng(i).standard_normal((8, 3, SIZE, SIZE)).astype(np.float32) for i in range(2)]
     allowed = shiftable(fp32, placement) if shift else ()
-    ranges = choose(observe(path, placement.tensors, batches), "minmax", 99.99, allowed)
-    return Net(module, exported, fp32, placement, ranges, write_int8(fp32, placement, ranges))
     statistics = observe(path, placement.tensors, batches)
-    ranges = choose(statistics, "minmax", 99.99)
+    ranges = choose(statistics, "minmax", 99.99, allowed)
     return Net(module, exported, fp32, placement, statistics, ranges, write_int8(fp32, placement, ranges))
 
 

@@ -206,7 +206,7 @@ def test_the_best_step_is_that_of_brute_force(seed: int, grid: tuple[int, int]) 
     step = best_step(table_of(x, grid), factors, weights)
     largest = np.abs(x * factors[:, None]).max() / grid[1]
     brute = min(weighted(x, factors, weights, s, grid) for s in largest * 2.0 ** np.linspace(-8, 1, 300))
-    assert weighted(x, factors, weights, step, grid) <= 1.05 * brute
+    assert weighted(x, factors, weights, step, grid) <= 1.1 * brute  # a channel's bins are an eighth of an octave wide
 
 
 def test_a_heavy_channel_gets_the_finer_step() -> None:
