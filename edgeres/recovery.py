@@ -22,13 +22,13 @@ TOOLS = ("torch", "onnx", "numpy")
 
 
 def level(job: Build) -> int:
-    """Return how much recovery a build starts with: 0 none, 1 what is fast, 2 all."""
+    """Return how much recovery a build starts with: 0 none, 1 what is fast, 2 all.
+
+    None for a DLA: up to TensorRT 10.7 it gets scales for the FP32 model, and not the graph in which these hold.
+    """
+    if (job.recipe.engine.target or "").startswith("dla"):
+        return 0
     return LEVELS[job.recipe.quantization.recovery]
-
-
-def holds_exact_input(job: Build) -> bool:
-    """Whether the first layer is to read exact pixels: not where a DLA would get scales alone, without the graph."""
-    return level(job) > 0 and not (job.recipe.engine.target or "").startswith("dla")
 
 
 def images_of(job: Build) -> Tuple[np.ndarray, int]:
@@ -53,13 +53,11 @@ def equalize(
     """
     if not level(job) or not placement.weights:
         return {}
-    exact = holds_exact_input(job)
     inputs: Dict[str, Any] = {
         "model": exported.file.sha256,
         "statistics": statistics.sha256,
         "tensors": placement.tensors,
         "shifted": sorted(shifted),
-        "exact_input": exact,
         **_samples(job),
     }
 
@@ -69,11 +67,10 @@ def equalize(
 
         path = job.workspace.folder / files.STATISTICS
         found = Statistics.from_bytes(path.read_bytes(), str(path)).tensors
-        left_out = (exported.input_name,) if exact else ()
         tables = {
             name: noise_table(found[name], grid_of(name in shifted and found[name].minimum >= 0))
             for name in placement.tensors
-            if name not in left_out
+            if name != exported.input_name  # its pixels will be exact
         }
         fp32 = job.workspace.folder / files.FP32_MODEL
         images, batch = images_of(job)
@@ -106,9 +103,8 @@ def content(
     images, batch = images_of(job)
     recovery = Recovery(
         scalings=scalings,
-        exact_input=job.recipe.preprocessing if holds_exact_input(job) else None,
+        exact_input=job.recipe.preprocessing,
         images=[images[start : start + batch] for start in range(0, len(images), batch)],
-        rounding=not (job.recipe.engine.target or "").startswith("dla"),  # TensorRT rounds a DLA's weights itself
         seconds=RECONSTRUCTION if level(job) > 1 else 0.0,
     )
     keep = job.recipe.quantization.keep_float
@@ -123,8 +119,6 @@ def depends_on(job: Build, scalings: Mapping[str, Scaling]) -> Dict[str, Any]:
     return {
         "recovery": level(job),
         "scalings": files.sha256_file(job.workspace.folder / files.SCALINGS),
-        "exact_input": holds_exact_input(job),
-        "target": job.recipe.engine.target,
         **_samples(job),
     }
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """INT8 accuracy of trained CIFAR-10 nets: edgeres' range methods against ONNX Runtime's own, in one run.
 
-edgeres' methods come twice: with symmetric activations, and shifted to the full int8 range.
 Every quantizer gets the same FP32 ONNX and the same calibration images; every result is evaluated exactly, by ONNX
-Runtime with graph optimizations off, so that no kernel's saturation hides in the figures. Prints a Markdown table:
+Runtime with graph optimizations off, so that no kernel's saturation hides in the figures. edgeres' methods come twice:
+with symmetric activations, and with those shifted to the full int8 range. Prints a Markdown table:
 
     python scripts/bench_accuracy.py [--shared FOLDER] [--count 512] [--nets 20 32]
 

@@ -149,6 +149,7 @@ def shifted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
     return make
 
 
+@pytest.fixture(scope="session")
 def followed() -> Callable[..., Followed]:
     """Return ``followed(model, size)``: what accuracy recovery knows of a float graph, for frames of that size."""
 

@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 import edgeres
-from edgeres import compilation
+from edgeres import compilation, targets
 from edgeres.artifacts import (
     Bundle,
     CalibrationTable,
@@ -96,7 +96,7 @@ def test_the_cpu_gets_the_full_range_with_nothing_said(built: Path) -> None:
 
 def test_each_way_is_a_flag_away_and_nothing_is_observed_again(bundle: Path) -> None:
     changed, ran = build(bundle, activation_range="symmetric")
-    assert ran == ["calibrate", "quantize", "compile", "validate"]
+    assert ran == ["equalize", "calibrate", "quantize", "compile", "validate"]
     assert model_of(bundle).activation_range == "symmetric"
     assert changed.report is not None
     assert changed.report.activation_range == "symmetric"
@@ -104,7 +104,7 @@ def test_each_way_is_a_flag_away_and_nothing_is_observed_again(bundle: Path) -> 
     assert relus(bundle) > 0
     symmetric = (bundle / "model.int8.onnx").read_bytes()
     again, ran = build(bundle, activation_range="shifted")
-    assert ran == ["calibrate", "quantize", "compile", "validate"]
+    assert ran == ["equalize", "calibrate", "quantize", "compile", "validate"]
     assert relus(bundle) == 0
     assert again.report is not None
     assert again.report.sqnr_db is not None
@@ -143,7 +143,7 @@ def test_auto_takes_what_suits_the_target(flags: dict[str, Any], wanted: str) ->
 
 @pytest.mark.parametrize(("usable", "wanted"), [(True, "symmetric"), (False, "shifted")])
 def test_auto_follows_the_backend_that_auto_means(usable: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation, "gpu_is_usable", lambda: usable)
+    monkeypatch.setattr(targets, "gpu_is_usable", lambda *_: usable)
     assert activation_range(load_recipe(None, {"engine.backend": "auto"})) == wanted
 
 
