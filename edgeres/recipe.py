@@ -78,7 +78,7 @@ class QuantizationSection(msgspec.Struct, frozen=True):
 
     ``activation_range`` is ``symmetric``; ``shifted``, which gives what is never negative the full int8 range; or
     ``auto``, which takes what suits the engine's target. ``recovery`` is how much is done for the accuracy: ``none``,
-    ``fast``, ``full``, or ``auto``, which is ``fast``, and more where the verdict is ``fail``.
+    ``fast``, ``full``, or ``auto``, which is ``fast``.
     """
 
     keep_float: Tuple[str, ...] = ()
