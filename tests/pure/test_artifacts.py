@@ -295,7 +295,7 @@ def test_arbitrary_data_is_a_bundle_error(value: Any) -> None:
 
 def test_a_batch_has_at_least_one_sample() -> None:
     assert Preprocessing((32, 32)).batch_size == 64
-    assert Preprocessing((224, 224)).batch_size == 7
+    assert Preprocessing((224, 224)).batch_size == 12
     assert Preprocessing((4000, 4000)).batch_size == 1
 
 

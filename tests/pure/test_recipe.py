@@ -448,6 +448,7 @@ VALUES = {
     "calibration.percentile": ([50.1, 99.99, 100], [50, 0, 100.1, -1, math.nan, math.inf, "99", 10**400]),
     "quantization.keep_float": ([[], ["fc", "layer*"]], ["fc", [1], {"fc": True}]),
     "quantization.activation_range": (["auto", "symmetric", "shifted"], ["full", "", "Shifted", 1]),
+    "quantization.recovery": (["auto", "none", "fast", "full"], ["some", "", "Fast", 1]),
     "validation.max_drop": ([0, 0.0, 0.5, 100], [-0.1, 100.1, math.nan, math.inf, -math.inf, "0.5", 10**400]),
     "validation.policy": (["ci", "point"], ["CI", ""]),
     "engine.backend": (["auto", "cpu", "tensorrt", "tensorrt-rtx"], ["gpu", ""]),

@@ -525,9 +525,9 @@ class Counting:
         """Nothing is held."""
 
 
-@pytest.mark.parametrize(("largest", "got"), [(32, [32, 8]), (3, [3] * 13 + [1]), (None, [7] * 5 + [5])])
+@pytest.mark.parametrize(("largest", "got"), [(32, [32, 8]), (3, [3] * 13 + [1]), (None, [12] * 3 + [4])])
 def test_an_engine_gets_batches_of_its_own_size(largest: int | None, got: list[int]) -> None:
-    """224 × 224 is calibrated by seven at a time; that is not what an engine was built for."""
+    """224 × 224 is calibrated by twelve at a time; that is not what an engine was built for."""
     preprocessing = Preprocessing((224, 224), 224)
     manifest = Manifest("n", "int8", {}, preprocessing, (), {}, {})
     frames = np.random.default_rng(0).integers(0, 256, (40, 224, 224, 3), dtype=np.uint8)

@@ -251,7 +251,7 @@ def closing(package: str) -> Any:
     workers = [threading.Thread(target=work) for _ in range(5)]
     for worker in workers:
         worker.start()
-    while session._idle or len(_waiting) < 2:
+    while len(session._busy) < session.contexts or len(_waiting) < 2:
         time.sleep(0.005)
     closers = [threading.Thread(target=session.close) for _ in range(3)]
     for closer in closers:
