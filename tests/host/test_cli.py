@@ -247,7 +247,10 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(place: Path) -> None:
 def test_a_gate_keeps_its_verdict_when_nobody_reads_it(place: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     np.savez(place / "few.npz", images=frames, labels=np.zeros(20, np.int64))
-    for arguments, code in ((["build/digits-int8", "--max-drop", "1"], 0), (["build/digits-int8", "--validation", "few.npz"], 3)):
+    for arguments, code in (
+        (["build/digits-int8", "--max-drop", "1"], 0),
+        (["build/digits-int8", "--validation", "few.npz"], 3),
+    ):
         reader, writer = os.pipe()
         os.close(reader)
         command = [sys.executable, "-m", "edgeres", "validate", *arguments, "--json"]
