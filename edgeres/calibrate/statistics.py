@@ -132,7 +132,7 @@ def _checked(data: Mapping[str, np.ndarray]) -> Statistics:
         or bins.shape != counts.shape
     ):
         raise ValueError("its bins and counts are not complete")
-    if (counts < 1).any() or data["samples"].shape != () or data["samples"] < 0:
+    if (counts < 1).any() or data["samples"].shape != () or data["samples"] < 0 or (channels < 0).any():
         raise ValueError("it holds numbers that nobody can have counted")
     if ((channels > 0) != (np.diff(starts) > 0)).any() or data["extremes"].shape != (channels.sum(), 2):
         raise ValueError("its channels and extremes do not belong together")

@@ -256,6 +256,7 @@ def test_other_files_are_refused(content: bytes) -> None:
         ("channels", np.array([3, 0, 2])),
         ("channels", np.array([3, 3, 0])),
         ("channels", np.array([3.0, 0.0, 3.0])),
+        ("channels", np.array([3, -1, 4])),
         ("channel_counts", np.zeros(18, np.uint8)),
         ("channel_counts", np.ones(18, np.uint8)),
         ("channel_counts", np.array([1, 0, 0, 0, 1, 0, 0, 0] * 2, np.uint8)),
