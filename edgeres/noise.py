@@ -26,8 +26,9 @@ def integral(x: np.ndarray, last: int, clipping: float = 1.0) -> np.ndarray:
     """Return ∫₀ˣ (t − q(t))² dt, in steps³, for the grid 0, 1, …, ``last``; beyond it counted ``clipping`` times."""
     inside = np.minimum(x, last + 0.5)
     whole = np.floor(inside + 0.5)
-    rounding = whole / 12 + (inside - whole) ** 3 / 3
-    clipped = np.where(x > last + 0.5, ((x - last) ** 3 - 0.125) / 3, 0.0)
+    rest, beyond = inside - whole, x - last
+    rounding = whole / 12 + rest * rest * rest / 3  # multiplied out: NumPy's power is ten times as slow
+    clipped = np.where(x > last + 0.5, (beyond * beyond * beyond - 0.125) / 3, 0.0)
     return np.asarray(rounding + clipping * clipped)
 
 
