@@ -314,9 +314,9 @@ class Build:
                 return QuantizedModel(ref, precision, layers), (name,), f"{name}, all layers in float16"
 
         else:
-            from edgeres import recovery
+            from edgeres import explanation, recovery
             from edgeres.compilation import activation_range
-            from edgeres.quantize import int8_content, plan_file, shiftable_file
+            from edgeres.quantize import int8_content, plan_file, shiftable_file, twin_file
 
             fp32 = self.workspace.folder / files.FP32_MODEL
             placement = plan_file(fp32, exported.modules, keep)
@@ -326,13 +326,16 @@ class Build:
             scalings = recovery.equalize(self, exported, placement, statistics, allowed)
             table = self.calibrate(exported, statistics, allowed, scalings)
             inputs.update(ranges=to_data(table.tensors), **recovery.depends_on(self, scalings))
+            inputs["errors"] = explanation.depends_on(self)
 
             def work() -> Made:
                 recovered = recovery.content(self, exported, table.tensors, scalings)
                 if recovered is None:
                     content, layers = int8_content(fp32, placement, table.tensors)
-                    return self._write_int8(content, layers, table.tensors)
-                return self._write_int8(recovered[0], recovered[1], recovered[2])
+                    twin = twin_file(fp32, placement, table.tensors)
+                else:
+                    content, layers, twin = recovered
+                return explanation.explained(self, self._write_int8(content, layers, twin.ranges), exported, twin)
 
         record = self.stage("quantize", inputs, precision, work)
         return from_data(record.facts, QuantizedModel, "stage quantize")

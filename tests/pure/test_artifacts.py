@@ -23,10 +23,12 @@ from edgeres.artifacts import (
     FileRef,
     Finding,
     Hygiene,
+    LayerError,
     LayerPlan,
     LayerSummary,
     Manifest,
     Preprocessing,
+    QuantizationErrors,
     QuantizedModel,
     Report,
     SampleSet,
@@ -90,6 +92,10 @@ engines = st.builds(
 )
 summary_nouns = st.builds(LayerSummary, words, words, st.dictionaries(words, whole, max_size=3), many(words))
 discordants = st.builds(Discordant, whole, whole)
+ratios = st.none() | numbers
+layer_errors = st.builds(
+    LayerError, words, words, words, words, numbers, ratios, ratios, ratios, ratios, *[numbers] * 8
+)
 reports = st.builds(
     Report,
     whole,
@@ -141,6 +147,8 @@ NOUNS: Dict[type, Any] = {
         st.dictionaries(words, ranges, max_size=3),
     ),
     LayerPlan: layers,
+    LayerError: layer_errors,
+    QuantizationErrors: st.builds(QuantizationErrors, whole, ratios, ratios, many(layer_errors)),
     QuantizedModel: st.builds(QuantizedModel, file_refs, words, many(layers)),
     Engine: engines,
     LayerSummary: summary_nouns,
