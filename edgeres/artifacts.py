@@ -310,6 +310,25 @@ class Discordant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     only_engine_correct: int
 
 
+class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far one network's answers are from another's: as in :class:`Report`, ``drop_pp`` None without labels."""
+
+    agreement: float
+    sqnr_db: Optional[float]
+    drop_pp: Optional[float] = None
+
+
+class Attribution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The two steps from FP32 to an engine, of which a drop is the sum.
+
+    ``quantization`` leads from FP32 to what the quantized ONNX means, computed exactly; ``engine`` from there to what
+    the engine answers, which on the CPU is nothing.
+    """
+
+    quantization: Change
+    engine: Change
+
+
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The comparison of an engine with the FP32 reference on the same samples; field names are the contract's.
 
@@ -338,6 +357,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_range: str = "symmetric"
     layers: Tuple[LayerSummary, ...] = ()
     target: str = ""
+    attribution: Optional[Attribution] = None
 
     def judges(self, engine: Engine) -> bool:
         """Whether the verdict is on this engine; a report of an earlier edgeres tells no target, only the backend."""

@@ -22,6 +22,7 @@ STATISTICS = "statistics.npz"
 SCALINGS = "scalings.npz"
 ERRORS = "errors.json"
 REFERENCE = "reference.npz"
+MEANING = "quantized.npz"
 REPORT = "report.json"
 ENGINES = "engines/"
 
