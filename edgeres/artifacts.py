@@ -181,6 +181,53 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_range: str = "symmetric"
 
 
+class LayerError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What quantizing one layer does, compared with the float network on the same images.
+
+    ``share`` is of the noise power that all layers cause in the logits, each by its own error alone, to first order.
+    The ratios are signal over noise in decibels, None where nothing is lost. ``own_sqnr_db``: of the layer's output
+    where only this layer (its input, weights and bias) is quantized, and everything before it exact;
+    ``accumulated_sqnr_db``: of the same output where the whole network is quantized; ``input_sqnr_db``: of the tensor
+    that it reads, rounded; ``weight_sqnr_db``: of its weights, None also where it has none.
+
+    ``tensor`` is what it reads quantized; ``amax``, ``scale``, ``minimum``, ``maximum`` and ``clipped`` are that
+    tensor's, as in :class:`TensorRange`. ``lowest`` and ``highest`` are the ends of its int8 grid; ``saturated`` is the
+    share of its elements that these cut off where the whole network is quantized.
+    """
+
+    node: str
+    op: str
+    module: str
+    tensor: str
+    share: float
+    own_sqnr_db: Optional[float]
+    accumulated_sqnr_db: Optional[float]
+    input_sqnr_db: Optional[float]
+    weight_sqnr_db: Optional[float]
+    amax: float
+    scale: float
+    lowest: float
+    highest: float
+    minimum: float
+    maximum: float
+    clipped: float
+    saturated: float
+
+
+class QuantizationErrors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a quantized network's error comes from: its ``layers``, the one that causes most first.
+
+    ``logits_sqnr_db`` is the whole quantized network's on ``samples`` calibration images. ``first_order_sqnr_db`` is
+    what the layers' own errors together would make of it to first order: where the two are far apart, errors are so
+    large, or make up for each other so much, that the shares are only a hint.
+    """
+
+    samples: int
+    logits_sqnr_db: Optional[float]
+    first_order_sqnr_db: Optional[float]
+    layers: Tuple[LayerError, ...]
+
+
 class EngineLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One layer of a built engine, as the builder reported it.
 
@@ -263,6 +310,25 @@ class Discordant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     only_engine_correct: int
 
 
+class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far one network's answers are from another's: as in :class:`Report`, ``drop_pp`` None without labels."""
+
+    agreement: float
+    sqnr_db: Optional[float]
+    drop_pp: Optional[float] = None
+
+
+class Attribution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The two steps from FP32 to an engine, of which a drop is the sum.
+
+    ``quantization`` leads from FP32 to what the quantized ONNX means, computed exactly; ``engine`` from there to what
+    the engine answers, which on the CPU is nothing.
+    """
+
+    quantization: Change
+    engine: Change
+
+
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The comparison of an engine with the FP32 reference on the same samples; field names are the contract's.
 
@@ -291,6 +357,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_range: str = "symmetric"
     layers: Tuple[LayerSummary, ...] = ()
     target: str = ""
+    attribution: Optional[Attribution] = None
 
     def judges(self, engine: Engine) -> bool:
         """Whether the verdict is on this engine; a report of an earlier edgeres tells no target, only the backend."""

@@ -24,6 +24,7 @@ from edgeres.errors import EdgeresError, printable
 F = TypeVar("F", bound=Callable[..., Any])
 
 OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 70, 130, 143
+WORST = 10  # layers that `inspect` shows to people; --json has all
 VERDICT_CODES = {"pass": OK, "unlabelled": OK, "fail": FAILED, "inconclusive": UNDECIDED}
 
 
@@ -319,12 +320,25 @@ def inspect(path: Path, as_json: bool) -> int:
         if facts["hygiene"] is not None and facts["hygiene"]["comparisons"]:
             columns = ["images'", "calibration", "validation", "distance", ""]
             show_rows(columns, _comparison_rows(facts["hygiene"]), "medians, and the distance of the distributions")
+        if facts["errors"]:
+            show_rows(*_error_rows(facts["errors"]))
     else:
         rows = [[x["name"], x["type"], x["precision"]] for x in facts["layers"]]
         show_rows(["layer", "type", "precision"], rows, f"{path}, opset {facts['opset']}")
         for problem in facts["lint"]:
             click.echo(printable(f"TensorRT rule broken: {problem}"))
     return OK
+
+
+def _error_rows(errors: Dict[str, Any]) -> Tuple[List[str], List[List[str]], str]:
+    """Return columns, rows and title of the layers that cause most of the error."""
+    from edgeres.artifacts import QuantizationErrors, from_data
+    from edgeres.inspection import ERROR_COLUMNS, error_row
+
+    found = from_data(errors, QuantizationErrors, "errors")
+    worst = found.layers[:WORST]
+    title = f"where the error comes from: the worst {len(worst)} of {len(found.layers)}, on {found.samples} samples"
+    return list(ERROR_COLUMNS), [error_row(layer) for layer in worst], title
 
 
 def _range_rows(ranges: Dict[str, Any]) -> List[List[str]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 from edgeres import files
 from edgeres.artifacts import (
     CalibrationTable,
     ExportedModel,
+    LayerError,
     Manifest,
+    QuantizationErrors,
     QuantizedModel,
     TensorRange,
     from_data,
@@ -22,11 +24,14 @@ from edgeres.errors import BundleError, MissingPackageError
 
 
 def inspect_bundle(folder: Path) -> Dict[str, Any]:
-    """Return a verified bundle's layers with the reason for each, its ranges, engines, provenance and verdict."""
-    manifest, contents = verify_and_read(folder, (files.TABLE,))
-    table = None
+    """Return a verified bundle's layers with the reason and the error of each, its ranges, engines, provenance and
+    verdict."""
+    manifest, contents = verify_and_read(folder, (files.TABLE, files.ERRORS))
+    table = errors = None
     if files.TABLE in contents:
         table = from_json(contents[files.TABLE], CalibrationTable, str(folder / files.TABLE))
+    if files.ERRORS in contents:
+        errors = from_json(contents[files.ERRORS], QuantizationErrors, str(folder / files.ERRORS))
     exported = quantized = None
     if "export" in manifest.stages:
         exported = from_data(manifest.stages["export"].facts, ExportedModel, "stage export")
@@ -42,6 +47,7 @@ def inspect_bundle(folder: Path) -> Dict[str, Any]:
         "plan": _layers(quantized),
         "activation_range": quantized.activation_range if quantized else None,
         "ranges": {name: to_data(value) for name, value in table.tensors.items()} if table else {},
+        "errors": to_data(errors) if errors else None,
         "calibration": _calibration(table),
         "hygiene": manifest.stages["hygiene"].facts if "hygiene" in manifest.stages else None,
         "engines": [to_data(engine) for engine in manifest.engines],
@@ -109,3 +115,37 @@ def range_words(value: TensorRange) -> str:
         f"{reach} by {value.method} (seen {value.minimum:.4g} to {value.maximum:.4g}, "
         f"{100 * value.zeros:.0f} % zeros, {100 * value.clipped:.3g} % clipped{sqnr})"
     )
+
+
+ERROR_COLUMNS = (
+    "module",
+    "type",
+    "of the noise",
+    "own",
+    "up to it",
+    "input",
+    "weights",
+    "range",
+    "clipped",
+    "saturated",
+)
+
+
+def error_row(error: LayerError) -> List[str]:
+    """Return one layer's error in words, for ``ERROR_COLUMNS``."""
+    return [
+        error.module or error.node,
+        error.op,
+        f"{100 * error.share:.1f} %",
+        _ratio(error.own_sqnr_db),
+        _ratio(error.accumulated_sqnr_db),
+        _ratio(error.input_sqnr_db),
+        _ratio(error.weight_sqnr_db) if error.op in ("Conv", "Gemm", "MatMul") else "",
+        f"{error.lowest:.3g} to {error.highest:.3g}",
+        f"{100 * error.clipped:.2g} %",
+        f"{100 * error.saturated:.2g} %",
+    ]
+
+
+def _ratio(decibels: Optional[float]) -> str:
+    return "exact" if decibels is None else f"{decibels:.1f} dB"

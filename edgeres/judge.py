@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import io
 import os
 import zipfile
@@ -14,11 +16,12 @@ import numpy as np
 from edgeres import files
 from edgeres.artifacts import Engine, Manifest, Preprocessing, Report, summaries
 from edgeres.backends import Runner
+from edgeres.bundle import read_verified
 from edgeres.errors import BundleError, SampleError
 from edgeres.recipe import ValidationSection, locate
 from edgeres.runtime.engine import load_with, open_record
 from edgeres.samples import Samples, open_samples, samples_from_arrays
-from edgeres.validation import compare
+from edgeres.validation import attribute_drop, compare
 
 Watch = Callable[[int, int], None]
 
@@ -71,7 +74,12 @@ def read_reference(content: bytes, where: str) -> Dict[str, np.ndarray]:
 
 
 def judge(
-    content: bytes, logits: np.ndarray, engine: Engine, budget: Tuple[float, str], source: str = "validation"
+    content: bytes,
+    logits: np.ndarray,
+    engine: Engine,
+    budget: Tuple[float, str],
+    source: str = "validation",
+    meaning: Optional[np.ndarray] = None,
 ) -> Report:
     """Return the comparison of an engine's logits with a stored reference of the same samples.
 
@@ -80,6 +88,8 @@ def judge(
         logits: the engine's, float32 ``(N, K)``.
         budget: percentage points that may be lost, and the policy (``ci`` or ``point``).
         source: what the samples are: ``validation`` or ``calibration``.
+        meaning: what the quantized model means, float32 ``(N, K)``, to tell the engine's part of a drop from
+            quantization's.
     """
     reference = read_reference(content, files.REFERENCE)
     report = compare(
@@ -92,7 +102,7 @@ def judge(
         precision=engine.precision,
         samples_source=source,
     )
-    return _told(report, engine)
+    return attributed(_told(report, engine), reference["logits"], meaning, logits, reference.get("labels"))
 
 
 def _told(report: Report, engine: Engine) -> Report:
@@ -102,8 +112,21 @@ def _told(report: Report, engine: Engine) -> Report:
     )
 
 
+def attributed(
+    report: Report,
+    reference: np.ndarray,
+    meaning: Optional[np.ndarray],
+    logits: np.ndarray,
+    labels: Optional[np.ndarray],
+) -> Report:
+    """Return a report with the steps that lead from FP32 to the engine; without ``meaning`` it stays as it is."""
+    if meaning is None:
+        return report
+    return msgspec.structs.replace(report, attribution=attribute_drop(reference, meaning, logits, labels))
+
+
 def stored_logits(content: Optional[bytes], samples: Samples) -> Optional[np.ndarray]:
-    """Return the FP32 logits that a bundle holds of exactly these samples, in order; None where it holds others."""
+    """Return the logits that a bundle's file holds of exactly these samples, in order; None where it holds others."""
     if content is None:
         return None
     reference = read_reference(content, files.REFERENCE)
@@ -144,7 +167,7 @@ def validate_bundle(
         BundleError: the bundle is damaged or has no engine.
         SampleError: the samples cannot be read, or labels do not fit them.
     """
-    engine, contents = load_with(bundle, backend, None, (files.REFERENCE, files.FP32_MODEL))
+    engine, contents = load_with(bundle, backend, None, (files.REFERENCE, files.FP32_MODEL, files.MEANING))
     with engine:
         manifest = engine.manifest
         samples = _samples(manifest, images, labels)
@@ -158,6 +181,11 @@ def validate_bundle(
                 "classes: each class needs its folder, or the labels are others. For some classes only, give an .npz"
             )
         logits = run_samples(engine, samples, manifest.preprocessing, watch)
+        meaning = known_meaning(engine.record, reference, logits)
+        if meaning is None:
+            meaning = stored_logits(contents.get(files.MEANING), samples)
+        if meaning is None:
+            meaning = computed_meaning(bundle, manifest, samples, watch)
         judged = ValidationSection(**manifest.recipe.get("validation", {}))
         report = compare(
             reference,
@@ -168,7 +196,33 @@ def validate_bundle(
             backend=engine.record.backend,
             precision=engine.record.precision,
         )
-        return _told(report, engine.record)
+        return attributed(_told(report, engine.record), reference, meaning, logits, samples.labels)
+
+
+def known_meaning(engine: Engine, reference: np.ndarray, logits: np.ndarray) -> Optional[np.ndarray]:
+    """Return what an engine's model answers where that is known already: an FP32 model is the reference, and the CPU
+    computes just what the file says. None elsewhere."""
+    if engine.precision == "fp32":
+        return reference
+    return logits if engine.backend == "cpu" else None
+
+
+def computed_meaning(
+    bundle: Union[str, os.PathLike[str]], manifest: Manifest, samples: Samples, watch: Watch
+) -> Optional[np.ndarray]:
+    """Return what a bundle's model answers where it is computed exactly, on the CPU, float32 ``(N, K)``.
+
+    None where there is no onnxruntime, as on many a robot, or the bundle has no such model.
+    """
+    found = [ref for ref in manifest.files if ref.path == files.model_file(manifest.precision)]
+    if not found or importlib.util.find_spec("onnxruntime") is None:
+        return None
+    from edgeres.backends import cpu
+
+    with contextlib.closing(
+        cpu.open_engine(read_verified(bundle, found[0]), cpu.options_for(manifest.precision))
+    ) as run:
+        return run_samples(run, samples, manifest.preprocessing, watch)
 
 
 def fp32_record(manifest: Manifest) -> Engine:

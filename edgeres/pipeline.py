@@ -314,9 +314,9 @@ class Build:
                 return QuantizedModel(ref, precision, layers), (name,), f"{name}, all layers in float16"
 
         else:
-            from edgeres import recovery
+            from edgeres import explanation, recovery
             from edgeres.compilation import activation_range
-            from edgeres.quantize import int8_content, plan_file, shiftable_file
+            from edgeres.quantize import int8_content, plan_file, shiftable_file, twin_file
 
             fp32 = self.workspace.folder / files.FP32_MODEL
             placement = plan_file(fp32, exported.modules, keep)
@@ -326,13 +326,16 @@ class Build:
             scalings = recovery.equalize(self, exported, placement, statistics, allowed)
             table = self.calibrate(exported, statistics, allowed, scalings)
             inputs.update(ranges=to_data(table.tensors), **recovery.depends_on(self, scalings))
+            inputs["errors"] = explanation.depends_on(self)
 
             def work() -> Made:
                 recovered = recovery.content(self, exported, table.tensors, scalings)
                 if recovered is None:
                     content, layers = int8_content(fp32, placement, table.tensors)
-                    return self._write_int8(content, layers, table.tensors)
-                return self._write_int8(recovered[0], recovered[1], recovered[2])
+                    twin = twin_file(fp32, placement, table.tensors)
+                else:
+                    content, layers, twin = recovered
+                return explanation.explained(self, self._write_int8(content, layers, twin.ranges), exported, twin)
 
         record = self.stage("quantize", inputs, precision, work)
         return from_data(record.facts, QuantizedModel, "stage quantize")
@@ -431,9 +434,9 @@ class Build:
         )
         return cpu.compile_engine(model.file, model.precision, model.activation_range)
 
-    def validate(self, exported: ExportedModel, engine: Engine) -> None:
+    def validate(self, exported: ExportedModel, model: QuantizedModel, engine: Engine) -> None:
         """Compare the engine with the FP32 model, on the validation samples or else on those of calibration."""
-        from edgeres.judge import judge, open_file, reference_content, run_samples
+        from edgeres.judge import judge, known_meaning, open_file, read_reference, reference_content, run_samples
         from edgeres.runtime.engine import open_record
 
         samples, source = self.validation, "validation"
@@ -461,6 +464,7 @@ class Build:
         inputs = {
             "reference": reference.files[0].sha256,
             "engine": engine.file.sha256,
+            "model": model.file.sha256,
             "options": engine.options,
             "max_drop": judged.max_drop,
             "policy": judged.policy,
@@ -473,10 +477,18 @@ class Build:
                 open_record((self.workspace.folder / engine.file.path).read_bytes(), engine)
             ) as run:
                 logits = run_samples(run, samples, preprocessing, watch)
-            reference = (self.workspace.folder / files.REFERENCE).read_bytes()
-            report = judge(reference, logits, engine, (judged.max_drop, judged.policy), source)
+            content = (self.workspace.folder / files.REFERENCE).read_bytes()
+            meaning = known_meaning(engine, read_reference(content, files.REFERENCE)["logits"], logits)
+            if meaning is None:
+                exact = open_file(self.workspace.folder / model.file.path, model.precision)
+                meaning = run_samples(exact, samples, preprocessing, watch)
+            report = judge(content, logits, engine, (judged.max_drop, judged.policy), source, meaning)
             self.workspace.write(files.REPORT, to_json(report))
-            return report, (files.REPORT,), report.verdict
+            if model.precision == "fp32":
+                return report, (files.REPORT,), report.verdict
+            # A robot without onnxruntime tells the engine's part of a drop by these.
+            self.workspace.write(files.MEANING, reference_content(meaning, samples))
+            return report, (files.REPORT, files.MEANING), report.verdict
 
         record = self.stage("validate", inputs, f"{engine.precision} on {engine.backend}", work)
         self.report = self.told(record)
@@ -520,7 +532,7 @@ def build(
             exported = job.export()
             model = job.quantize(exported)
             engine = job.compile(exported, model)
-            job.validate(exported, job.judged_engine(model, engine))
+            job.validate(exported, model, job.judged_engine(model, engine))
         manifest = _manifest(job)
         lost = workspace.left_out(manifest)
         if lost:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from edgeres.pipeline import Build, Made
     from edgeres.quantize import Placement
+    from edgeres.quantize.simulate import Twin
 
 LEVELS = {"none": 0, "fast": 1, "auto": 1, "full": 2}
 RECONSTRUCTION = 120.0  # seconds; it ends sooner where that suffices, and does not begin where it would not
@@ -94,8 +95,8 @@ def equalize(
 
 def content(
     job: Build, exported: ExportedModel, ranges: Mapping[str, TensorRange], scalings: Mapping[str, Scaling]
-) -> Optional[Tuple[bytes, Tuple[LayerPlan, ...], Dict[str, TensorRange]]]:
-    """Return the recovered Q/DQ model, its plan and its ranges; None where recovery is off."""
+) -> Optional[Tuple[bytes, Tuple[LayerPlan, ...], Twin]]:
+    """Return the recovered Q/DQ model, its plan and its twin; None where recovery is off."""
     if not scalings:
         return None
     from edgeres.quantize.recover import Recovery, recovered_content

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from edgeres.artifacts import Bundle, Engine, LayerSummary, Manifest, Report, summaries
+from edgeres.artifacts import Bundle, Change, Engine, LayerSummary, Manifest, Report, summaries
 from edgeres.errors import printable
 from edgeres.progress import Progress
 from edgeres.validation import advice, headline
@@ -122,11 +122,21 @@ def show_report(report: Report) -> None:
         )
     table.add_row("same answer", "", f"{100 * report.agreement:.2f} %")
     table.add_row("SQNR", "", "identical" if report.sqnr_db is None else f"{report.sqnr_db:.1f} dB")
+    if report.attribution is not None and report.backend != "cpu":
+        table.add_row("quantization's part", "", _change_words(report.attribution.quantization))
+        table.add_row("the engine's part", "", _change_words(report.attribution.engine))
     out.print(table)
     show_layers(report.layers)
     out.print(f"{report.verdict.upper()}: {headline(report)}", style=VERDICT_STYLE.get(report.verdict, ""))
     for line in advice(report):
         out.print(f"  {line}")
+
+
+def _change_words(change: Change) -> str:
+    """Return what one step of a drop does, in a cell."""
+    drop = "" if change.drop_pp is None else f"{change.drop_pp:+.2f} pp, "
+    sqnr = "identical" if change.sqnr_db is None else f"{change.sqnr_db:.1f} dB"
+    return f"{drop}same answer {100 * change.agreement:.2f} %, {sqnr}"
 
 
 def show_layers(layers: Sequence[LayerSummary]) -> None:

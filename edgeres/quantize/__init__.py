@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from edgeres.quantize.documents import fp16_content, int8_content, mixed_content, plan_file, shiftable_file
+from edgeres.quantize.documents import fp16_content, int8_content, mixed_content, plan_file, shiftable_file, twin_file
 from edgeres.quantize.half import write_fp16
 from edgeres.quantize.insert import write_int8
 from edgeres.quantize.lint import lint
@@ -25,6 +25,7 @@ __all__ = [
     "plan_file",
     "shiftable",
     "shiftable_file",
+    "twin_file",
     "write_fp16",
     "write_int8",
     "write_mixed",

@@ -15,6 +15,7 @@ from edgeres.quantize.mixed import write_mixed
 from edgeres.quantize.placement import Placement, plan
 from edgeres.quantize.shift import explained
 from edgeres.quantize.shiftable import shiftable
+from edgeres.quantize.simulate import Twin
 
 
 def plan_file(fp32: Path, modules: Mapping[str, str], keep_float: Sequence[str]) -> Placement:
@@ -36,6 +37,11 @@ def int8_content(
     """
     model = write_int8(onnx.load(fp32), placement, ranges)
     return model.SerializeToString(deterministic=True), explained(placement.layers, model)
+
+
+def twin_file(fp32: Path, placement: Placement, ranges: Mapping[str, TensorRange]) -> Twin:
+    """Return an FP32 file as the float twin of what :func:`int8_content` makes of it."""
+    return Twin(onnx.load(fp32), placement, ranges, {})
 
 
 def fp16_content(fp32: Path, modules: Mapping[str, str]) -> tuple[bytes, tuple[LayerPlan, ...]]:

@@ -13,25 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from onnx import numpy_helper
-from torch import Tensor
 
-from edgeres.affine import QMAX, QMIN, SHIFTED, SYMMETRIC
+from edgeres.affine import SHIFTED, SYMMETRIC
 from edgeres.artifacts import LayerPlan, Preprocessing, TensorRange
 from edgeres.noise import NoiseTable, Scaling
 from edgeres.quantize.channels import apply_factors, channel_groups
 from edgeres.quantize.compensate import compensate
 from edgeres.quantize.equalize import equalize
-from edgeres.quantize.follow import Follower, Quantizer
+from edgeres.quantize.follow import Follower
 from edgeres.quantize.graph import Graph
-from edgeres.quantize.insert import shift_of, write_int8
+from edgeres.quantize.insert import write_int8
 from edgeres.quantize.offset import shapes_of
 from edgeres.quantize.pixels import exact_pixels, pixel_range
 from edgeres.quantize.placement import Placement, plan
 from edgeres.quantize.reconstruct import reconstruct
 from edgeres.quantize.sensitivity import sensitivities
 from edgeres.quantize.shift import explained
+from edgeres.quantize.simulate import Twin, quantizer_of
 
 LEAST_IMAGES, MOST_ELEMENTS = 32, 3e8
 """At least so many images, and no more than have so many activations in all: time and memory of the rungs' passes."""
@@ -106,8 +105,8 @@ def recovered_content(
     ranges: Mapping[str, TensorRange],
     recovery: Recovery,
     watch: Watch = lambda done, total: None,
-) -> tuple[bytes, tuple[LayerPlan, ...], dict[str, TensorRange]]:
-    """Return the Q/DQ model of an FP32 file with its accuracy recovered, what was decided for each node, and ranges.
+) -> tuple[bytes, tuple[LayerPlan, ...], Twin]:
+    """Return the Q/DQ model of an FP32 file with its accuracy recovered, what was decided for each node, and its twin.
 
     Args:
         ranges: of the scaled tensors.
@@ -126,28 +125,18 @@ def recovered_content(
     if recovery.seconds:
         images = np.concatenate(recovery.images)
         found = reconstruct(follower, placement, ranges, found, images, recovery.seconds, watch) or found
-    graph = Graph(model)
+    final = onnx.ModelProto()
+    final.CopyFrom(model)
+    graph = Graph(final)
     for name, values in found.constants.items():
         graph.set_values(name, values)
-    int8 = write_int8(model, placement, ranges, found.scales)
-    return int8.SerializeToString(deterministic=True), explained(placement.layers, int8), ranges
+    int8 = write_int8(final, placement, ranges, found.scales)
+    twin = Twin(model, placement, ranges, found.constants)
+    return int8.SerializeToString(deterministic=True), explained(placement.layers, int8), twin
 
 
 def _follower(model: onnx.ModelProto, placement: Placement) -> Follower:
     return Follower(model, {reader: point.tensor for point in placement.points for reader in point.readers})
-
-
-def quantizer_of(placement: Placement, ranges: Mapping[str, TensorRange]) -> Quantizer:
-    """Return what the plan's Q/DQ pairs make of a tensor's values, in torch; a shift is taken off and given back."""
-    chosen = {point.tensor: ranges[point.range_of] for point in placement.points}
-    shifts = {name: torch.from_numpy(shift_of(found)) for name, found in chosen.items()}
-
-    def quantizer(name: str, x: Tensor) -> Tensor:
-        scale, shift = np.float32(chosen[name].scale), shifts[name].to(x.dtype)
-        steps: Tensor = torch.clamp(torch.round((x - shift) / scale), QMIN, QMAX)
-        return steps.mul(scale).add(shift)
-
-    return quantizer
 
 
 def with_biases(model: onnx.ModelProto) -> onnx.ModelProto:

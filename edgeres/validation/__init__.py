@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeres.validation.compare import compare
+from edgeres.validation.compare import attribute_drop, compare
 from edgeres.validation.words import advice, headline
 
-__all__ = ["advice", "compare", "headline"]
+__all__ = ["advice", "attribute_drop", "compare", "headline"]

@@ -7,7 +7,7 @@ from typing import Iterator, Optional, Tuple
 
 import numpy as np
 
-from edgeres.artifacts import Discordant, Report
+from edgeres.artifacts import Attribution, Change, Discordant, Report
 from edgeres.errors import BackendError, ModelError, RecipeError, SampleError
 from edgeres.validation.statistics import mcnemar_exact, paired_difference_interval, samples_to_decide
 
@@ -68,6 +68,33 @@ def compare(
     if labels is None:
         return report
     return _judged(report, top_reference == labels, top_engine == labels)
+
+
+def attribute_drop(
+    reference: np.ndarray, meaning: np.ndarray, engine: np.ndarray, labels: Optional[np.ndarray]
+) -> Attribution:
+    """Return the two steps from the FP32 model's answers to an engine's, which :func:`compare` has accepted.
+
+    Args:
+        reference: float (N, K), the FP32 model's logits.
+        meaning: float (N, K), those of the quantized model, computed exactly as its file says.
+        engine: float (N, K), the engine's.
+        labels: integers (N,), 0…K-1, or None.
+
+    Raises:
+        BackendError: ``meaning`` is not finite, or of another shape than the others.
+    """
+    reference, meaning, engine = np.asarray(reference), np.asarray(meaning), np.asarray(engine)
+    _check_logits(reference, meaning)
+    return Attribution(_change(reference, meaning, labels), _change(meaning, engine, labels))
+
+
+def _change(before: np.ndarray, after: np.ndarray, labels: Optional[np.ndarray]) -> Change:
+    first, second = before.argmax(axis=1), after.argmax(axis=1)
+    drop = None
+    if labels is not None:
+        drop = 100 * (int(np.sum(first == labels)) - int(np.sum(second == labels))) / len(labels)
+    return Change(float(np.mean(first == second)), _sqnr_db(before, after), drop)
 
 
 def _judged(report: Report, reference: np.ndarray, engine: np.ndarray) -> Report:

@@ -83,6 +83,13 @@ def _more_samples(report: Report) -> str:
 
 
 def _repairs(report: Report) -> List[str]:
+    parts = report.attribution
+    if parts is not None and (parts.engine.drop_pp or 0) > max(0, parts.quantization.drop_pp or 0):
+        return [
+            f"Most of the loss is the engine's: {parts.engine.drop_pp:.2f} pp, where the quantized model itself loses "
+            f"{parts.quantization.drop_pp:.2f}. See in `edgeres inspect` which layers do not run as planned, and "
+            "compile it again; calibrating again will not help."
+        ]
     if report.precision != "int8":
         return [
             f"{report.precision.upper()} loses more than it should: check that the engine was compiled from this very "

@@ -85,7 +85,9 @@ def test_default_is_verified_and_passes(digits: Path) -> None:
     assert report.verdict in ("pass", "inconclusive")  # fewer than two flips among 1,000 decide which
     models = ["model.fp32.onnx", "model.int8.onnx"]
     found = ["calibration.json", "statistics.npz", "scalings.npz", "reference.npz", "report.json"]
-    assert sorted(f.path for f in manifest.files) == sorted([*models, *found, "recipe.toml"])
+    assert sorted(f.path for f in manifest.files) == sorted(
+        [*models, *found, "errors.json", "quantized.npz", "recipe.toml"]
+    )
 
 
 def test_default_writes_legal_standard_onnx(digits: Path) -> None:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from edgeres import artifacts
 from edgeres.artifacts import (
+    Attribution,
     Bundle,
     CalibrationTable,
+    Change,
     Comparison,
     Discordant,
     Engine,
@@ -23,10 +25,12 @@ from edgeres.artifacts import (
     FileRef,
     Finding,
     Hygiene,
+    LayerError,
     LayerPlan,
     LayerSummary,
     Manifest,
     Preprocessing,
+    QuantizationErrors,
     QuantizedModel,
     Report,
     SampleSet,
@@ -90,6 +94,12 @@ engines = st.builds(
 )
 summary_nouns = st.builds(LayerSummary, words, words, st.dictionaries(words, whole, max_size=3), many(words))
 discordants = st.builds(Discordant, whole, whole)
+ratios = st.none() | numbers
+changes = st.builds(Change, numbers, ratios, drop_pp=ratios)
+attributions = st.builds(Attribution, changes, changes)
+layer_errors = st.builds(
+    LayerError, words, words, words, words, numbers, ratios, ratios, ratios, ratios, *[numbers] * 8
+)
 reports = st.builds(
     Report,
     whole,
@@ -104,6 +114,7 @@ reports = st.builds(
     discordant=st.none() | discordants,
     samples_to_decide=st.none() | whole,
     layers=many(summary_nouns),
+    attribution=st.none() | attributions,
 )
 records = st.builds(StageRecord, words, many(file_refs), numbers, st.dictionaries(words, facts, max_size=3))
 manifests = st.builds(
@@ -141,6 +152,10 @@ NOUNS: Dict[type, Any] = {
         st.dictionaries(words, ranges, max_size=3),
     ),
     LayerPlan: layers,
+    LayerError: layer_errors,
+    QuantizationErrors: st.builds(QuantizationErrors, whole, ratios, ratios, many(layer_errors)),
+    Change: changes,
+    Attribution: attributions,
     QuantizedModel: st.builds(QuantizedModel, file_refs, words, many(layers)),
     Engine: engines,
     LayerSummary: summary_nouns,
@@ -326,3 +341,9 @@ def test_layers_are_counted_by_what_they_compute_in() -> None:
 def test_an_engine_whose_builder_told_nothing_has_no_summary() -> None:
     assert an_engine().summary is None
     assert summaries([an_engine(), an_engine("fp16")]) == (LayerSummary("rtx", "tensorrt-rtx", {"fp16": 1}),)
+
+
+def test_a_report_from_before_attribution_is_read() -> None:
+    report = Report(10, 1.0, None, 0.5, "pass", "cpu", "int8")
+    older = {name: value for name, value in to_data(report).items() if name != "attribution"}
+    assert from_data(older, Report, "report.json") == report

@@ -13,7 +13,7 @@ import pytest
 
 from edgeres.artifacts import Report, from_json, to_json
 from edgeres.errors import BackendError, EdgeresError, ModelError, RecipeError, SampleError
-from edgeres.validation import advice, compare, headline
+from edgeres.validation import advice, attribute_drop, compare, headline
 from edgeres.validation.statistics import mcnemar_exact, paired_difference_interval, samples_to_decide
 
 
@@ -264,3 +264,48 @@ def test_advice_doubts_labels_that_the_reference_gets_wrong_and_samples_seen_bef
     flattered, doubted = advice(report)
     assert "calibrated" in flattered
     assert "0.00 %" in doubted
+
+
+def test_a_drop_is_the_sum_of_its_two_steps() -> None:
+    """200 samples: quantization turns 6 right answers wrong and 2 right, then the engine 3 more wrong and 1 right."""
+    labels = np.arange(200) % 10
+    steps = [labels.copy() for _ in range(3)]
+    steps[0][:2] = (labels[:2] + 1) % 10
+    steps[1][2:8] = (labels[2:8] + 1) % 10
+    steps[2][3:8] = steps[1][3:8]
+    steps[2][8:11] = (labels[8:11] + 1) % 10
+    logits = [answers(step) for step in steps]
+    parts = attribute_drop(logits[0], logits[1], logits[2], labels)
+    assert parts.quantization.drop_pp == 100 * (6 - 2) / 200
+    assert parts.engine.drop_pp == 100 * (3 - 1) / 200
+    assert parts.quantization.agreement == 1 - 8 / 200
+    assert parts.engine.agreement == 1 - 4 / 200
+    whole = compare(logits[0], logits[2], labels, max_drop_pp=0.5, backend="tensorrt", precision="int8")
+    assert whole.drop_pp == parts.quantization.drop_pp + parts.engine.drop_pp
+    quantized = compare(logits[0], logits[1], None, max_drop_pp=0.5, backend="cpu", precision="int8")
+    assert parts.quantization.sqnr_db == quantized.sqnr_db
+    assert attribute_drop(logits[0], logits[1], logits[2], None).engine.drop_pp is None
+
+
+def test_an_engine_that_adds_nothing_has_no_part() -> None:
+    reference, engine, labels = experiment(5, 2, 400)
+    parts = attribute_drop(reference, engine, engine, labels)
+    assert (parts.engine.agreement, parts.engine.sqnr_db, parts.engine.drop_pp) == (1.0, None, 0.0)
+    assert parts.quantization.drop_pp == judge(5, 2, 400).drop_pp
+
+
+def test_logits_of_another_model_are_refused() -> None:
+    reference, engine, labels = experiment(5, 2, 400)
+    with pytest.raises(BackendError, match="where the reference answered"):
+        attribute_drop(reference, engine[:10], engine, labels)
+
+
+@pytest.mark.parametrize(("quantized", "blamed"), [(5, True), (35, False)])
+def test_advice_blames_the_engine_where_most_of_the_loss_is_its_own(quantized: int, blamed: bool) -> None:
+    reference, engine, labels = experiment(40, 0, 1000)
+    meaning = experiment(quantized, 0, 1000)[1]
+    report = compare(reference, engine, labels, max_drop_pp=0.5, backend="tensorrt", precision="int8")
+    parts = attribute_drop(reference, meaning, engine, labels)
+    steps = " ".join(advice(msgspec.structs.replace(report, attribution=parts)))
+    assert ("the engine's: 3.50 pp" in steps) == blamed
+    assert ("--method" in steps) != blamed
