@@ -50,6 +50,7 @@ OPTIONS = {
     "keep_float": "quantization.keep_float",
     "activation_range": "quantization.activation_range",
     "recovery": "quantization.recovery",
+    "budget_minutes": "quantization.budget_minutes",
     "validation": "validation.samples",
     "max_drop": "validation.max_drop",
     "policy": "validation.policy",

@@ -124,6 +124,12 @@ BUILD_OPTIONS = (
         help="How much is done for the accuracy. Default: auto, which is fast, and more where the verdict is fail.",
     ),
     click.option(
+        "--budget-minutes",
+        type=float,
+        metavar="MINUTES",
+        help="How long to look for layers to give back to float where --max-drop is not kept. Default: 10; 0: not.",
+    ),
+    click.option(
         "--validation", metavar="PATH", help="A folder with one subfolder per class, or an .npz with images and labels."
     ),
     click.option(

@@ -45,7 +45,10 @@ if TYPE_CHECKING:
     from edgeres.samples import Samples
 
 # Where a build may stop. Hygiene is looked at first of all, but an export alone does not need it.
-STAGES = ("export", "hygiene", "observe", "equalize", "calibrate", "quantize", "compile", "reference", "validate")
+STAGES = (
+    "export", "hygiene", "observe", "equalize", "calibrate", "quantize", "compile", "reference", "sensitivity",
+    "validate",
+)  # fmt: skip
 FORMAT = 3  # part of every key: raise it when a stage's result changes with the same inputs
 
 Made = Tuple[Any, Tuple[str, ...], str]
@@ -67,16 +70,27 @@ class Build:
         self.engine: Optional[Engine] = None
         self.report: Optional[Report] = None
         self.warnings: List[str] = []
+        self.level: Optional[int] = None  # of recovery, where the accuracy budget asks for another than the recipe
+        self.given_back: Dict[str, str] = {}  # node → why the accuracy budget keeps it in float
         self.calibration: Optional[Samples] = None
         self.validation: Optional[Samples] = None
 
+    @property
+    def judges(self) -> bool:
+        """Whether this build was to go as far as a verdict."""
+        return STAGES[self.last] == "validate"
+
     def warn(self, text: str) -> None:
-        self.warnings.append(text)
-        self.progress.warn(text)
+        if text not in self.warnings:  # each net that is tried for the accuracy budget has the same to say
+            self.warnings.append(text)
+            self.progress.warn(text)
 
     def stage(self, name: str, inputs: Dict[str, Any], text: str, work: Callable[[], Made]) -> StageRecord:
         """Run a stage, or take its earlier result over where ``inputs`` say that it would come out the same."""
         key = stage_key(name, {**inputs, "format": FORMAT, "edgeres": __version__})
+        known = self.workspace.records.get(name)
+        if known is not None and known.key == key:
+            return known
         earlier = self.workspace.reuse(name, key)
         if earlier is not None:
             self.progress.reused(name, text)
@@ -215,7 +229,12 @@ class Build:
         return self.stage("observe", inputs, f"{len(samples)} samples", work).files[0]
 
     def calibrate(
-        self, exported: ExportedModel, statistics: FileRef, shifted: FrozenSet[str], scalings: Dict[str, Scaling]
+        self,
+        exported: ExportedModel,
+        tensors: Tuple[str, ...],
+        statistics: FileRef,
+        shifted: FrozenSet[str],
+        scalings: Dict[str, Scaling],
     ) -> CalibrationTable:
         """Choose each tensor's range, once scaled, from the statistics; ``shifted`` may use the full int8 range."""
         plan = self.recipe.calibration
@@ -225,6 +244,7 @@ class Build:
         # the table binds these too.
         inputs = {
             "statistics": statistics.sha256,
+            "tensors": tensors,
             "method": plan.method,
             "percentile": plan.percentile,
             "model": exported.file.sha256,
@@ -247,10 +267,10 @@ class Build:
                 samples=chosen,
                 method=plan.method,
                 percentile=plan.percentile,
-                tensors=ranges,
+                tensors={name: ranges[name] for name in tensors},
             )
             self.workspace.write(files.TABLE, to_json(table))
-            return {"method": plan.method}, (files.TABLE,), f"{len(ranges)} ranges by {plan.method}"
+            return {"method": plan.method}, (files.TABLE,), f"{len(tensors)} ranges by {plan.method}"
 
         self.stage("calibrate", inputs, f"method {plan.method}", work)
         return self.table(exported)
@@ -292,12 +312,13 @@ class Build:
             from edgeres.quantize import int8_content, plan_file, shiftable_file
 
             fp32 = self.workspace.folder / files.FP32_MODEL
-            placement = plan_file(fp32, exported.modules, keep)
+            placement = plan_file(fp32, exported.modules, keep, self.given_back)
+            every = {*plan_file(fp32, exported.modules, keep).tensors, *placement.tensors}
             shifted = activation_range(self.recipe) == "shifted"
-            statistics = self.observe(exported, placement.tensors)
+            statistics = self.observe(exported, tuple(sorted(every)))
             allowed = shiftable_file(fp32, placement) if shifted else frozenset()
             scalings = recovery.equalize(self, exported, placement, statistics, allowed)
-            table = self.calibrate(exported, statistics, allowed, scalings)
+            table = self.calibrate(exported, placement.tensors, statistics, allowed, scalings)
             inputs.update(ranges=to_data(table.tensors), **recovery.depends_on(self, scalings))
 
             def work() -> Made:
@@ -339,6 +360,12 @@ class Build:
         )
         made = f"{name}, {count} layers in int8" + (f", {shifted} tensors over the full range" if shifted else "")
         return noun, tuple(paths), made
+
+    def make(self, exported: ExportedModel) -> None:
+        """Quantize, compile and validate at the present level of recovery, with what is given back to float."""
+        model = self.quantize(exported)
+        engine = self.compile(exported, model)
+        self.validate(exported, self.judged_engine(model, engine))
 
     def compile(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
         """Make the backend's engine."""
@@ -451,6 +478,8 @@ def build(
     Raises:
         EdgeresError: with what is wrong and what to do; the earlier bundle, if any, is whole.
     """
+    from edgeres.budget import build_within
+
     if until not in STAGES:
         raise BundleError(f"there is no stage {until!r}. The stages are {', '.join(STAGES)}")
     place = out or default_out(recipe)
@@ -460,9 +489,7 @@ def build(
         with contextlib.suppress(_Reached):
             job.hygiene()
             exported = job.export()
-            model = job.quantize(exported)
-            engine = job.compile(exported, model)
-            job.validate(exported, job.judged_engine(model, engine))
+            build_within(job, exported)
         manifest = _manifest(job)
         lost = workspace.left_out(manifest)
         if lost:
