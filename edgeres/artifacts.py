@@ -12,7 +12,7 @@ file from a newer edgeres is named as that instead of being half understood. Pat
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Iterable, Optional, Tuple, Type, TypeVar, Union
 
 import msgspec
 
@@ -46,8 +46,8 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def batch_size(self) -> int:
         """How many samples to run at once: enough to keep a few cores busy, few enough that every activation of a
-        ResNet-50 batch, exposed for calibration, fits in a few hundred megabytes. Results do not depend on it."""
-        return max(1, min(64, 400_000 // (self.size[0] * self.size[1])))
+        ResNet-50 batch, exposed for calibration, fits in half a gigabyte. Results do not depend on it."""
+        return max(1, min(64, 12 * 224 * 224 // (self.size[0] * self.size[1])))
 
 
 class SampleSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -199,11 +199,31 @@ class EngineLayer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     module: str = ""
 
 
+class LayerSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the layers of one engine really compute in, counted from its builder's own report.
+
+    ``precisions`` is the number of layers by precision; layers without tensors do not count. ``not_as_planned`` is a
+    sentence for each layer that was planned in int8 and is not, by the name of its torch module.
+    """
+
+    target: str
+    backend: str
+    precisions: Dict[str, int]
+    not_as_planned: Tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """``21 layers in int8, 3 in fp32``, the most frequent first."""
+        counts = sorted(self.precisions.items(), key=lambda item: (-item[1], item[0]))
+        told = [f"{count} in {precision}" for precision, count in counts]
+        return ", ".join([told[0].replace(" in ", " layers in ", 1), *told[1:]]) if told else "no layer of a known type"
+
+
 class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a backend compiled. The CPU's engine is the ONNX itself and the session options that keep its meaning.
 
     ``model_sha256`` is of the ONNX that it was compiled from, ``activation_range`` is that one's; ``layers`` are the
-    builder's own report.
+    builder's own report, and ``not_as_planned`` says which of them are not what was planned.
     """
 
     target: str
@@ -215,6 +235,23 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_sha256: str = ""
     layers: Tuple[EngineLayer, ...] = ()
     activation_range: str = "symmetric"
+    not_as_planned: Tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> Optional[LayerSummary]:
+        """What its layers compute in; None where there is no builder that reported."""
+        if not self.layers:
+            return None
+        precisions: Dict[str, int] = {}
+        for layer in self.layers:
+            if layer.precision:
+                precisions[layer.precision] = precisions.get(layer.precision, 0) + 1
+        return LayerSummary(self.target, self.backend, precisions, self.not_as_planned)
+
+
+def summaries(engines: Iterable[Engine]) -> Tuple[LayerSummary, ...]:
+    """Return what the layers compute in, for each engine whose builder reported."""
+    return tuple(summary for summary in (engine.summary for engine in engines) if summary is not None)
 
 
 class Discordant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -227,7 +264,8 @@ class Discordant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The comparison of an engine with the FP32 reference on the same samples; field names are the contract's.
 
-    Accuracy fields are None where the samples have no labels; percentage points (``_pp``) are 100 × a share.
+    Accuracy fields are None where the samples have no labels; percentage points (``_pp``) are 100 × a share. ``layers``
+    tells of the engine that was judged, and in a bundle of every engine in it, as far as their builders reported.
     """
 
     samples: int
@@ -248,13 +286,14 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     samples_source: str = "validation"
     interval_method: str = "Tango 1998"
     activation_range: str = "symmetric"
+    layers: Tuple[LayerSummary, ...] = ()
 
 
 class LayerCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a layer (or a block, a skip, a pool) costs where it alone is quantized, measured on calibration samples.
 
     ``expected`` is the share of answers that noise of its power changes, ``changed`` the share that did change,
-    ``sqnr_db`` of the logits. ``weighted`` is how many of its ``nodes`` have weights.
+    ``sqnr_db`` is of the logits, without what all classes share; ``weighted`` says how many ``nodes`` have weights.
     """
 
     layer: str

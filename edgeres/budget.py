@@ -133,6 +133,7 @@ class _Ladder:
             given = (*given, *more)
         self.standing = -1
         job.level, job.given_back = level, reasons(given)
+        job.time_left = max(0.0, start + left - time.monotonic())
         job.make(self.exported)
         assert job.report is not None
         layers = tuple(cost.layer for cost in given)
@@ -142,7 +143,7 @@ class _Ladder:
     def _add(self, rung: Rung, given: Tuple[LayerCost, ...]) -> None:
         rungs = self.rungs.climb.rungs
         if rungs and rungs[-1].drop_pp is not None and rung.drop_pp is not None:
-            rung = msgspec.structs.replace(rung, bought_pp=rungs[-1].drop_pp - rung.drop_pp)
+            rung = msgspec.structs.replace(rung, bought_pp=round(rungs[-1].drop_pp - rung.drop_pp, 9))
         rungs = (*rungs, rung)
         taken = min(range(len(rungs)), key=lambda i: _order(rungs[i]))
         self.rungs.add(Climb(rungs, taken, given))
@@ -210,7 +211,8 @@ class _Ladder:
 
 def _key(job: Build, exported: ExportedModel) -> str:
     """Return the hash of everything that the rungs depend on."""
-    from edgeres.compilation import activation_range, resolve
+    from edgeres.compilation import activation_range
+    from edgeres.targets import resolve
 
     recipe = job.recipe
     assert job.calibration is not None

@@ -159,7 +159,12 @@ ENGINE_OPTIONS = (
     click.option("--optimization-level", type=click.IntRange(0, 5), help="Of TensorRT's builder (8.6 and newer)."),
     click.option("--timing-cache", metavar="FILE", help="Makes the next build on the same device faster."),
     click.option("--gpu-fallback/--no-gpu-fallback", default=None, help="Layers that a DLA does not have, on the GPU."),
-    click.option("--version-compatible", is_flag=True, default=None, help="An engine for newer TensorRTs too."),
+    click.option(
+        "--version-compatible",
+        is_flag=True,
+        default=None,
+        help="An engine for newer TensorRTs too, with the lean runtime of this one.",
+    ),
     click.option(
         "--hardware-compatible", is_flag=True, default=None, help="An engine for other GPUs too (not Jetson)."
     ),
@@ -227,7 +232,9 @@ _stage("quantize", "quantize", "Write the model in the wanted precision." + _BUN
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @engine_options
 @click.option(
-    "--list-targets", is_flag=True, help="Name the targets and what stands in their way here; compile nothing."
+    "--list-targets",
+    is_flag=True,
+    help="Name the targets, and what of each can be compiled and run here; compile nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
 def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **options: Any) -> int:
@@ -236,15 +243,15 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
     Needs neither torch nor onnx: a bundle from a host is compiled on the robot that will run it. Engines for other
     targets stay.
     """
-    from edgeres import compilation
+    from edgeres import targets
     from edgeres.terminal import show_rows
 
     if list_targets:
-        targets = compilation.list_targets()
+        found = targets.list_targets()
         if as_json:
-            _print_json(targets)
+            _print_json(found)
         else:
-            rows = [[str(x["target"]), str(x["backend"]), str(x["what"]), x["obstacle"] or "ready"] for x in targets]
+            rows = [[x["target"], x["backend"], x["what"], targets.here(x)] for x in found]
             show_rows(["target", "backend", "what", "here"], rows)
         return OK
     if bundle is None:
@@ -389,6 +396,7 @@ def models(as_json: bool) -> int:
 def doctor(as_json: bool) -> int:
     """What this machine can build and run, and what to install for more."""
     from edgeres.doctor import examine
+    from edgeres.targets import here
     from edgeres.terminal import show_rows
 
     facts = examine()
@@ -402,10 +410,11 @@ def doctor(as_json: bool) -> int:
     gpu = facts["gpu"]
     click.echo(f"GPU: {'usable' if gpu['gpu_usable'] else 'none that TensorRT and CUDA can use from here'}")
     if gpu["jetson"]:
-        click.echo(f"Jetson: {', '.join(gpu['jetson'].values())}")
-    rows = [[x["target"], x["what"], x["obstacle"] or "ready"] for x in gpu["targets"]]
-    show_rows(["target", "what", "here"], rows)
-    show_rows(["package", "version"], [[name, number or "not installed"] for name, number in facts["packages"].items()])
+        click.echo(printable(f"Jetson: {', '.join(f'{name} {text}' for name, text in gpu['jetson'].items())}"))
+    show_rows(["target", "what", "here"], [[x["target"], x["what"], here(x)] for x in gpu["targets"]])
+    speakers = {name: gpu[name] for name in ("tensorrt", "tensorrt_rtx", "cuda_python", "pycuda")}
+    installed = {**facts["packages"], **speakers}.items()
+    show_rows(["package", "version"], [[name, number or "not installed"] for name, number in installed])
     rows = [[x["what"], "yes" if x["can"] else "no", x["install"] or ""] for x in facts["abilities"]]
     show_rows(["can it", "", "to make it so"], rows)
     return OK

@@ -5,9 +5,8 @@ Nothing here needs torch or onnx: a bundle that was built on a host is compiled 
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
 
 import msgspec
 
@@ -20,51 +19,29 @@ from edgeres.artifacts import (
     FileRef,
     Manifest,
     QuantizedModel,
+    Report,
     from_data,
     from_json,
+    summaries,
+    to_data,
+    to_json,
 )
 from edgeres.bundle import read_verified, verify
 from edgeres.errors import BackendError, BundleError
-from edgeres.files import file_ref
+from edgeres.files import content_ref, file_ref
 from edgeres.recipe import EngineSection, Recipe
+from edgeres.targets import gpu_is_usable, resolve
 from edgeres.workspace import Workspace
 
+if TYPE_CHECKING:
+    from edgeres.backends.tensorrt import BuildRequest
+
 Watch = Callable[[str, int, int], None]
-
-TARGETS: Dict[str, Tuple[str, str]] = {
-    "cpu": ("cpu", "this CPU, by onnxruntime"),
-    "gpu": ("tensorrt", "this machine's GPU, by TensorRT"),
-    "dla0": ("tensorrt", "the first Deep Learning Accelerator of a Jetson"),
-    "dla1": ("tensorrt", "the second Deep Learning Accelerator of a Jetson"),
-    "rtx": ("tensorrt-rtx", "RTX GPUs, ahead of time, by TensorRT for RTX; no GPU is needed to compile"),
-}
-"""Target → its backend, and what it is."""
-
-DEFAULT_TARGETS = {"cpu": "cpu", "tensorrt": "gpu", "tensorrt-rtx": "rtx"}
-
 
 SHIFTED_TARGETS = ("cpu", "rtx")
 """Where the full int8 range is known to cost nothing; see CONTRIBUTING, Decisions."""
 
 SYMMETRIC_INSTEAD = "edgeres quantize BUNDLE --activation-range symmetric"
-
-
-def resolve(section: EngineSection) -> Tuple[str, str]:
-    """Return the backend and the target that a recipe means on this machine.
-
-    Raises:
-        BackendError: the target is not one of the backend's.
-    """
-    backend, target = section.backend, section.target
-    if backend == "auto":
-        backend = TARGETS[target][0] if target is not None else ("tensorrt" if gpu_is_usable() else "cpu")
-    target = target or DEFAULT_TARGETS[backend]
-    if TARGETS[target][0] != backend:
-        raise BackendError(
-            f"target {target} belongs to the backend {TARGETS[target][0]}, not to {backend}. Leave --backend out, or "
-            "choose another --target: see `edgeres compile --list-targets`"
-        )
-    return backend, target
 
 
 def activation_range(recipe: Recipe) -> str:
@@ -77,21 +54,6 @@ def activation_range(recipe: Recipe) -> str:
     if wanted != "auto":
         return wanted
     return "shifted" if resolve(recipe.engine)[1] in SHIFTED_TARGETS else "symmetric"
-
-
-def gpu_is_usable() -> bool:
-    """Whether TensorRT is installed and a GPU answers."""
-    from edgeres.backends.tensorrt import load_module
-    from edgeres.backends.tensorrt.device import open_device
-
-    try:
-        if importlib.util.find_spec("tensorrt") is None:
-            return False
-        load_module("tensorrt")
-        open_device().close()
-    except Exception:  # no driver, no device, another library under the bindings: there is no GPU to use from here
-        return False
-    return True
 
 
 def compile_engine(
@@ -136,55 +98,67 @@ def _range_warnings(model: QuantizedModel, target: str) -> Tuple[str, ...]:
 def _tensorrt_engine(
     folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel, watch: Watch
 ) -> Tuple[Engine, Tuple[str, ...]]:
-    from edgeres.backends.tensorrt import BuildRequest, attribute, build_in_child, dla_cache, graph_for_flavour
+    from edgeres.backends.tensorrt import attribute, build_in_child
 
     backend, target = resolve(section)
-    wanted = graph_for_flavour(backend, model.precision, target)
-    source = _source(wanted, exported, model)
-    cache = None
-    if wanted == "fp32" and model.precision == "int8":
-        table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
-        cache = dla_cache(backend, {name: value.amax for name, value in table.tensors.items()})
-    plan = f"engines/{target}.engine"
-    batch = section.batch if target in ("gpu", "rtx") else (section.batch[1],) * 3  # a DLA has one batch size
-    result = build_in_child(
-        BuildRequest(
-            onnx=str(folder / source.path),
-            plan=str(folder / plan),
-            input_name=exported.input_name,
-            shape=exported.input_shape,
-            batch=batch,
-            precision=model.precision,
-            flavour=backend,
-            target="gpu" if target == "rtx" else target,
-            gpu_fallback=section.gpu_fallback,
-            workspace=None if section.workspace_mib is None else section.workspace_mib << 20,
-            optimization_level=section.optimization_level,
-            timing_cache=section.timing_cache,
-            version_compatible=section.version_compatible,
-            hardware_compatible=section.hardware_compatible,
-            calibration_cache=cache,
-        ),
-        watch,
-    )
+    request, source = _request(folder, section, exported, model)
+    result = build_in_child(request, watch)
     layers, complaints = attribute(result.layers, model.layers)
     if complaints and section.strict:
         raise BackendError("with --strict, every layer must run as planned: " + "; ".join(complaints))
-    ref = file_ref(folder, plan)
+    ref = file_ref(folder, f"{files.ENGINES}{target}.engine")
     if ref.sha256 != result.sha256:
-        raise BackendError(f"{plan} changed after it was built. Compile again, with nothing else writing there.")
+        raise BackendError(f"{ref.path} changed after it was built. Compile again, with nothing else writing there.")
     engine = Engine(
         target=target,
         backend=backend,
         precision=model.precision,
         file=ref,
         built_for=result.built_for,
-        options={"batch": ",".join(map(str, batch)), "source": source.path},
+        options={"batch": ",".join(map(str, request.batch)), "source": source.path},
         model_sha256=source.sha256,
         layers=layers,
         activation_range=model.activation_range,
+        not_as_planned=complaints,
     )
     return engine, (*result.warnings, *complaints)
+
+
+def _request(
+    folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel
+) -> Tuple[BuildRequest, FileRef]:
+    """Return what to ask of TensorRT's builder, and which of the bundle's ONNX files it gets."""
+    from edgeres.backends.tensorrt import BuildRequest, dla_cache, graph_for_flavour, kept_in_half
+
+    backend, target = resolve(section)
+    wanted = graph_for_flavour(backend, model.precision, target)
+    source = _source(wanted, exported, model)
+    cache: Optional[str] = None
+    half: Tuple[str, ...] = ()
+    if wanted == "fp32" and model.precision == "int8":  # a DLA that takes its ranges beside the graph
+        table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
+        cache = dla_cache(backend, {name: value.amax for name, value in table.tensors.items()})
+        half = kept_in_half(model.layers)
+    request = BuildRequest(
+        onnx=str(folder / source.path),
+        plan=str(folder / f"{files.ENGINES}{target}.engine"),
+        input_name=exported.input_name,
+        shape=exported.input_shape,
+        batch=section.batch if target in ("gpu", "rtx") else (section.batch[1],) * 3,  # a DLA has one batch size
+        precision=model.precision,
+        flavour=backend,
+        target="gpu" if target == "rtx" else target,
+        gpu_fallback=section.gpu_fallback,
+        workspace=None if section.workspace_mib is None else section.workspace_mib << 20,
+        optimization_level=section.optimization_level,
+        timing_cache=section.timing_cache,
+        version_compatible=section.version_compatible,
+        hardware_compatible=section.hardware_compatible,
+        calibration_cache=cache,
+        half=half,
+        strict=section.strict,
+    )
+    return request, source
 
 
 def _source(wanted: str, exported: ExportedModel, model: QuantizedModel) -> FileRef:
@@ -220,6 +194,8 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
             workspace.write(ref.path, read_verified(bundle, ref))
         engine, warnings = compile_engine(workspace.folder, section, exported, model, watch)
         changed = with_engine(manifest, engine, warnings)
+        if changed.report is not None:
+            workspace.write(files.REPORT, to_json(changed.report))
         workspace.commit(changed)
     return Bundle(str(bundle), changed), engine, warnings
 
@@ -246,46 +222,43 @@ def with_engine(manifest: Manifest, engine: Engine, warnings: Tuple[str, ...]) -
     """Return a manifest with ``engine`` in the place of an older one for the same target.
 
     It goes in front, where ``load`` looks first, if this machine can run it. A verdict on an engine that is replaced by
-    another does not hold any more, and is dropped.
+    another does not hold any more, and is dropped. One that holds tells of the new engine's layers too, so its file has
+    to be written again: it is ``to_json(manifest.report)``.
     """
     others = tuple(other for other in manifest.engines if other.target != engine.target)
+    engines = (engine, *others) if engine.backend == "cpu" or gpu_is_usable() else (*others, engine)
     replaced = [other for other in manifest.engines if other.target == engine.target and other.file != engine.file]
     refs: Dict[str, FileRef] = {ref.path: ref for ref in manifest.files}
     refs[engine.file.path] = engine.file
     report, stages = manifest.report, dict(manifest.stages)
-    if replaced and report is not None and report.backend == engine.backend:
+    if replaced:
+        stages.pop("compile", None)  # it made what is no longer there
+    if report is not None and replaced and report.backend == engine.backend:
         report = None
         refs.pop(files.REPORT, None)
         stages.pop("validate", None)
-    known: List[str] = [*manifest.warnings, *(w for w in warnings if w not in manifest.warnings)]
+    elif report is not None:
+        report = with_layers(report, engines)
+        refs[files.REPORT] = content_ref(files.REPORT, to_json(report))
+        if "validate" in stages:
+            stages["validate"] = msgspec.structs.replace(
+                stages["validate"], files=(refs[files.REPORT],), facts=to_data(report)
+            )
+    settled = {text for other in replaced for text in other.not_as_planned}
+    known: List[str] = [text for text in manifest.warnings if text not in settled]
     return msgspec.structs.replace(
         manifest,
-        engines=(engine, *others) if engine.backend == "cpu" or gpu_is_usable() else (*others, engine),
+        engines=engines,
         files=tuple(refs[path] for path in sorted(refs)),
         stages=stages,
         report=report,
-        warnings=tuple(known),
+        warnings=tuple(dict.fromkeys([*known, *warnings])),
     )
 
 
-def list_targets() -> List[Dict[str, Optional[str]]]:
-    """Return every target, what it is, and what stands in its way here (None: nothing)."""
-    rows: List[Dict[str, Optional[str]]] = []
-    for target, (backend, text) in TARGETS.items():
-        rows.append({"target": target, "backend": backend, "what": text, "obstacle": _obstacle(backend)})
-    return rows
-
-
-def _obstacle(backend: str) -> Optional[str]:
-    if backend == "cpu":
-        return None if importlib.util.find_spec("onnxruntime") else "onnxruntime is missing: pip install 'edgeres[cpu]'"
-    from edgeres.backends.tensorrt import load_module
-
-    try:
-        load_module(backend)
-    except Exception as problem:  # missing, of another flavour, or broken: its own words say which
-        return str(problem)
-    return None
+def with_layers(report: Report, engines: Tuple[Engine, ...]) -> Report:
+    """Return a bundle's report with what the layers of its engines compute in."""
+    return msgspec.structs.replace(report, layers=summaries(engines))
 
 
 def engine_words(engine: Engine) -> str:
@@ -294,6 +267,5 @@ def engine_words(engine: Engine) -> str:
         from edgeres.backends import cpu
 
         return cpu.describe(engine.precision)
-    int8 = sum(layer.precision == "int8" for layer in engine.layers)
     made_by = f"{engine.built_for.get('flavour', engine.backend)} {engine.built_for.get('tensorrt', '')}".strip()
-    return f"{engine.file.path} by {made_by}, {int8} of {len(engine.layers)} layers compute in int8"
+    return f"{engine.file.path} by {made_by}, {engine.summary.words if engine.summary else 'its layers are not known'}"

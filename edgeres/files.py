@@ -22,6 +22,7 @@ STATISTICS = "statistics.npz"
 SCALINGS = "scalings.npz"
 REFERENCE = "reference.npz"
 REPORT = "report.json"
+ENGINES = "engines/"
 
 CHUNK = 1 << 20
 
@@ -67,6 +68,11 @@ def file_ref(folder: Union[str, Path], path: str) -> FileRef:
     """Return the record of ``folder/path``."""
     full = Path(folder) / path
     return FileRef(path, sha256_file(full), full.stat().st_size)
+
+
+def content_ref(path: str, content: bytes) -> FileRef:
+    """Return the record of a file of that content."""
+    return FileRef(path, sha256_bytes(content), len(content))
 
 
 def write_atomic(path: Union[str, Path], content: bytes) -> None:

@@ -14,6 +14,7 @@ from edgeres.artifacts import (
     TensorRange,
     from_data,
     from_json,
+    summaries,
     to_data,
 )
 from edgeres.bundle import unlisted, verify_and_read
@@ -44,6 +45,7 @@ def inspect_bundle(folder: Path) -> Dict[str, Any]:
         "calibration": _calibration(table),
         "hygiene": manifest.stages["hygiene"].facts if "hygiene" in manifest.stages else None,
         "engines": [to_data(engine) for engine in manifest.engines],
+        "summaries": [to_data(summary) for summary in summaries(manifest.engines)],
         "validation": to_data(manifest.report) if manifest.report else None,
         "provenance": manifest.provenance,
         "files": [to_data(ref) for ref in manifest.files],

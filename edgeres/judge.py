@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from edgeres import files
-from edgeres.artifacts import Engine, Manifest, Preprocessing, Report
+from edgeres.artifacts import Engine, Manifest, Preprocessing, Report, summaries
 from edgeres.backends import Runner
 from edgeres.errors import BundleError, SampleError
 from edgeres.recipe import ValidationSection, locate
@@ -91,7 +91,7 @@ def judge(
         precision=engine.precision,
         samples_source=source,
     )
-    return msgspec.structs.replace(report, activation_range=engine.activation_range)
+    return msgspec.structs.replace(report, activation_range=engine.activation_range, layers=summaries([engine]))
 
 
 def stored_logits(content: Optional[bytes], samples: Samples) -> Optional[np.ndarray]:
@@ -160,7 +160,9 @@ def validate_bundle(
             backend=engine.record.backend,
             precision=engine.record.precision,
         )
-        return msgspec.structs.replace(report, activation_range=engine.record.activation_range)
+        return msgspec.structs.replace(
+            report, activation_range=engine.record.activation_range, layers=summaries([engine.record])
+        )
 
 
 def fp32_record(manifest: Manifest) -> Engine:

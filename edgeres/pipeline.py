@@ -8,6 +8,7 @@ none of the tools that build.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import time
@@ -40,6 +41,7 @@ from edgeres.recipe import Recipe, locate, recipe_data
 from edgeres.workspace import Workspace, stage_key
 
 if TYPE_CHECKING:
+    from edgeres.calibrate import Statistics
     from edgeres.export.exported import Exported
     from edgeres.noise import Scaling
     from edgeres.samples import Samples
@@ -49,7 +51,9 @@ STAGES = (
     "export", "hygiene", "observe", "equalize", "calibrate", "quantize", "compile", "reference", "sensitivity",
     "validate",
 )  # fmt: skip
-FORMAT = 3  # part of every key: raise it when a stage's result changes with the same inputs
+MODEL_STAGES = ("export", "calibrate", "quantize")  # what an engine is compiled from
+FORMAT = 5  # part of every key: raise it when a stage's result changes with the same inputs
+KEEP_EVERY = 30.0  # seconds of calibration that an interruption may cost; writing it takes a few tenths of one
 
 Made = Tuple[Any, Tuple[str, ...], str]
 """What a stage's work returns: its noun (or plain data), the files it wrote, and a few words on what it made."""
@@ -67,10 +71,11 @@ class Build:
         self.workspace = workspace
         self.last = STAGES.index(until)
         self.progress = progress
-        self.engine: Optional[Engine] = None
+        self.engines: Tuple[Engine, ...] = ()
         self.report: Optional[Report] = None
         self.warnings: List[str] = []
         self.level: Optional[int] = None  # of recovery, where the accuracy budget asks for another than the recipe
+        self.time_left = math.inf  # seconds, for what has no end of its own
         self.given_back: Dict[str, str] = {}  # node → why the accuracy budget keeps it in float
         self.calibration: Optional[Samples] = None
         self.validation: Optional[Samples] = None
@@ -87,7 +92,7 @@ class Build:
 
     def stage(self, name: str, inputs: Dict[str, Any], text: str, work: Callable[[], Made]) -> StageRecord:
         """Run a stage, or take its earlier result over where ``inputs`` say that it would come out the same."""
-        key = stage_key(name, {**inputs, "format": FORMAT, "edgeres": __version__})
+        key = _key(name, inputs)
         known = self.workspace.records.get(name)
         if known is not None and known.key == key:
             return known
@@ -217,16 +222,40 @@ class Build:
         def work() -> Made:
             from edgeres.calibrate import observe
 
+            key = _key("observe", inputs)
+            earlier, last = self.counted(key, tensors, len(samples)), time.monotonic()
+
+            def keep(statistics: Statistics) -> None:
+                nonlocal last
+                if time.monotonic() - last >= KEEP_EVERY:
+                    self.workspace.keep("observe", key, statistics.to_bytes())
+                    last = time.monotonic()
+
             statistics = observe(
                 self.workspace.folder / files.FP32_MODEL,
                 tensors,
-                samples.batches(preprocessing, preprocessing.batch_size),
+                samples.after(earlier.samples if earlier else 0).batches(preprocessing, preprocessing.batch_size),
                 lambda done: self.progress.advance(done, len(samples)),
+                earlier,
+                keep,
             )
             self.workspace.write(files.STATISTICS, statistics.to_bytes())
             return {"tensors": len(tensors), "samples": len(samples)}, (files.STATISTICS,), f"{len(tensors)} tensors"
 
         return self.stage("observe", inputs, f"{len(samples)} samples", work).files[0]
+
+    def counted(self, key: str, tensors: Tuple[str, ...], samples: int) -> Optional[Statistics]:
+        """Return what an interrupted observe stage with this key had counted; None: it begins from the start."""
+        from edgeres.calibrate import Statistics
+
+        content = self.workspace.kept("observe", key)
+        if content is None:
+            return None
+        try:
+            statistics = Statistics.from_bytes(content, "an interrupted calibration")
+        except CalibrationError:  # kept by another version
+            return None
+        return statistics if statistics.tensors.keys() == set(tensors) and statistics.samples <= samples else None
 
     def calibrate(
         self,
@@ -368,8 +397,25 @@ class Build:
         self.validate(exported, self.judged_engine(model, engine))
 
     def compile(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
-        """Make the backend's engine."""
-        from edgeres.compilation import compile_engine, engine_words, resolve
+        """Make the backend's engine; engines of the earlier bundle that were compiled from the same models stay."""
+        try:
+            engine: Optional[Engine] = self.compiled(exported, model)
+        except _Reached:  # not asked for
+            engine = None
+        others = self.workspace.take_engines(MODEL_STAGES, None if engine is None else engine.target)
+        if engine is None and others:
+            self.progress.reused("compile", ", ".join(other.target for other in others))
+        for text in (text for other in others for text in other.not_as_planned):
+            self.warn(text)
+        self.engines = others if engine is None else (engine, *others)
+        if not self.engines:
+            raise _Reached
+        return self.engines[0]
+
+    def compiled(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
+        """Make the engine that the recipe wants."""
+        from edgeres.compilation import compile_engine, engine_words
+        from edgeres.targets import resolve
 
         section = self.recipe.engine
         backend, target = resolve(section)
@@ -399,13 +445,12 @@ class Build:
             return engine, paths, f"{target}: {engine_words(engine)}"
 
         record = self.stage("compile", inputs, target, work)
-        self.engine = from_data(record.facts, Engine, "stage compile")
-        return self.engine
+        return from_data(record.facts, Engine, "stage compile")
 
     def judged_engine(self, model: QuantizedModel, engine: Engine) -> Engine:
         """Return the engine to judge: the one that was made, or where no GPU here can run it, the model on the CPU."""
         from edgeres.backends import cpu
-        from edgeres.compilation import gpu_is_usable
+        from edgeres.targets import gpu_is_usable
 
         if engine.backend == "cpu" or gpu_is_usable():
             return engine
@@ -462,8 +507,23 @@ class Build:
             self.workspace.write(files.REPORT, to_json(report))
             return report, (files.REPORT,), report.verdict
 
-        text = f"{engine.precision} on {engine.backend}"
-        self.report = from_data(self.stage("validate", inputs, text, work).facts, Report, "stage validate")
+        record = self.stage("validate", inputs, f"{engine.precision} on {engine.backend}", work)
+        self.report = self.told(record)
+
+    def told(self, record: StageRecord) -> Report:
+        """Return a report that tells of the layers of each engine in the bundle, also of those that were not judged."""
+        from edgeres.compilation import with_layers
+
+        found = from_data(record.facts, Report, "stage validate")
+        report = with_layers(found, self.engines)
+        if report != found:
+            self.workspace.write(files.REPORT, to_json(report))
+            self.workspace.finish("validate", record.key, (files.REPORT,), record.seconds, to_data(report))
+        return report
+
+
+def _key(name: str, inputs: Dict[str, Any]) -> str:
+    return stage_key(name, {**inputs, "format": FORMAT, "edgeres": __version__})
 
 
 def build(
@@ -493,7 +553,8 @@ def build(
         manifest = _manifest(job)
         lost = workspace.left_out(manifest)
         if lost:
-            job.warn(f"{', '.join(lost)} no longer fit and are left out. Make them again: edgeres build {place}")
+            for text in _losses(lost, place):
+                job.warn(text)
             manifest = _manifest(job)
         workspace.commit(manifest)
     return Bundle(str(place), manifest)
@@ -522,12 +583,24 @@ def default_out(recipe: Recipe) -> Path:
     return Path("build") / f"{recipe.name}-{recipe.precision}"
 
 
+def _losses(paths: List[str], place: Path) -> List[str]:
+    """Return what to say of files of the earlier bundle that a new one does not have, with how to make them again."""
+    engines = [path for path in paths if path.startswith(files.ENGINES)]
+    others = [path for path in paths if path not in engines]
+    said = [f"{', '.join(others)} no longer fit and are left out. Make them again: edgeres build {place}"]
+    targets = [Path(path).stem for path in engines]
+    again = " and ".join(f"edgeres compile {place} --target {target}" for target in targets)
+    compiled = [f"{', '.join(engines)} no longer fit and are left out. Compile again: {again}"]
+    return (said if others else []) + (compiled if engines else [])
+
+
 def _manifest(job: Build) -> Manifest:
     """Bind everything that was made; the resolved recipe goes into the bundle too."""
     from edgeres.recipe_file import recipe_toml
 
     job.workspace.write(files.RECIPE, recipe_toml(job.recipe))
-    paths = sorted({ref.path for record in job.workspace.records.values() for ref in record.files} | {files.RECIPE})
+    made = {ref.path for record in job.workspace.records.values() for ref in record.files}
+    paths = sorted(made | {engine.file.path for engine in job.engines} | {files.RECIPE})
     return Manifest(
         name=job.recipe.name,
         precision=job.recipe.precision,
@@ -536,7 +609,7 @@ def _manifest(job: Build) -> Manifest:
         files=tuple(files.file_ref(job.workspace.folder, path) for path in paths),
         stages=job.workspace.records,
         provenance=provenance(Path.cwd()),
-        engines=() if job.engine is None else (job.engine,),
+        engines=job.engines,
         report=job.report,
         warnings=tuple(job.warnings),
     )

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Tuple
 
-from edgeres.compilation import resolve
 from edgeres.errors import MissingPackageError, RecipeError, SampleError
 from edgeres.preprocess import problems as preprocessing_problems
 from edgeres.recipe import Recipe, locate
 from edgeres.samples import Samples, open_samples
+from edgeres.targets import resolve
 
 SHOWN = 5  # broken images named one by one; the rest are counted
 
@@ -25,6 +25,8 @@ def require_host_packages(recipe: Recipe) -> None:
     wanted = {"onnx": "onnx", "onnxruntime": "onnxruntime", "tomli_w": "tomli-w"}
     if recipe.model.onnx is None:
         wanted = {"torch": "torch", "safetensors": "safetensors", **wanted}
+    if recipe.precision == "int8":
+        wanted["numba"] = "numba"
     missing = [name for package, name in wanted.items() if importlib.util.find_spec(package) is None]
     if missing and sys.version_info < (3, 10):
         raise MissingPackageError(
@@ -44,7 +46,9 @@ def require_backend(recipe: Recipe) -> None:
     """
     backend, _ = resolve(recipe.engine)
     if backend == "tensorrt" and importlib.util.find_spec("tensorrt") is None:
-        raise MissingPackageError.for_extra("tensorrt", "a TensorRT engine", "tensorrt")
+        from edgeres.backends.tensorrt.module import missing_tensorrt
+
+        raise missing_tensorrt()
     if backend == "tensorrt-rtx" and not any(map(importlib.util.find_spec, ("tensorrt_rtx", "tensorrt"))):
         raise MissingPackageError(
             "an engine of TensorRT for RTX needs the package tensorrt_rtx. Install it: pip install tensorrt-rtx"

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from edgeres.artifacts import Bundle, Engine, Manifest, Report
+from edgeres.artifacts import Bundle, Engine, LayerSummary, Manifest, Report, summaries
 from edgeres.errors import printable
 from edgeres.progress import Progress
 from edgeres.validation import advice, headline
@@ -123,9 +123,19 @@ def show_report(report: Report) -> None:
     table.add_row("same answer", "", f"{100 * report.agreement:.2f} %")
     table.add_row("SQNR", "", "identical" if report.sqnr_db is None else f"{report.sqnr_db:.1f} dB")
     out.print(table)
+    show_layers(report.layers)
     out.print(f"{report.verdict.upper()}: {headline(report)}", style=VERDICT_STYLE.get(report.verdict, ""))
     for line in advice(report):
         out.print(f"  {line}")
+
+
+def show_layers(layers: Sequence[LayerSummary]) -> None:
+    """Print what the layers of each engine compute in, and which of them are not as planned."""
+    out = console()
+    for summary in layers:
+        out.print(printable(f"engine for {summary.target}: {summary.words}"))
+        for text in summary.not_as_planned:
+            out.print(printable(f"  not as planned: {text}"), style="yellow")
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -153,3 +163,4 @@ def show_manifest(path: str, manifest: Manifest) -> None:
         out.print(printable(f"  {name}: {value}"))
     for warning in manifest.warnings:
         out.print(printable(f"  warning: {warning}"), style="yellow")
+    show_layers(summaries(manifest.engines))

@@ -21,10 +21,10 @@ from typing import Any, Dict, List, Optional, Tuple, Type
 
 import msgspec
 
-from edgeres.artifacts import Manifest, StageRecord, from_json, to_json
+from edgeres.artifacts import Engine, Manifest, StageRecord, from_json, to_json
 from edgeres.bundle import intact, read_manifest, read_verified, unlisted
 from edgeres.errors import BundleError
-from edgeres.files import MANIFEST, RECIPE, file_ref, write_atomic
+from edgeres.files import MANIFEST, RECIPE, file_ref, sha256_bytes, write_atomic
 
 RECORDS = ".stages"
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -105,15 +105,51 @@ class Workspace:
         self._record(name, record_there)
         return record_there
 
+    def take_engines(self, stages: Tuple[str, ...], made: Optional[str]) -> Tuple[Engine, ...]:
+        """Take over the engines of the earlier bundle, where these stages made the same there as here.
+
+        An engine whose file is damaged is left out, and so is that for the target ``made``, which has a new one.
+        """
+        earlier = self._earlier
+        if earlier is None:
+            return ()
+        if any(_result(earlier.stages.get(name)) != _result(self.records.get(name)) for name in stages):
+            return ()
+        taken: List[Engine] = []
+        for engine in earlier.engines:
+            with contextlib.suppress(BundleError, OSError):
+                if engine.target == made or engine.file not in earlier.files:
+                    continue
+                if not intact(self.folder, engine.file):
+                    self.write(engine.file.path, read_verified(self.out, engine.file))
+                taken.append(engine)
+        return tuple(taken)
+
     def write(self, path: str, content: bytes) -> None:
         """Write a file of the new bundle."""
         write_atomic(self.folder / path, content)
+
+    def keep(self, name: str, key: str, content: bytes) -> None:
+        """Keep what a stage has reached, for :meth:`kept` to give back where it is interrupted."""
+        write_atomic(self.folder / RECORDS / f"{name}.partial", _head(key, content) + content)
+        self.unfinished = True
+
+    def kept(self, name: str, key: str) -> Optional[bytes]:
+        """Return what an interrupted run of this stage with the same key kept, whole; None: there is nothing."""
+        try:
+            content = (self.folder / RECORDS / f"{name}.partial").read_bytes()
+        except OSError:
+            return None
+        head, rest = content[: len(_head(key, b""))], content[len(_head(key, b"")) :]
+        return rest if head == _head(key, rest) else None
 
     def finish(self, name: str, key: str, paths: Tuple[str, ...], seconds: float, facts: Dict[str, Any]) -> StageRecord:
         """Record that a stage is done; ``paths`` are its files, relative to the bundle."""
         refs = tuple(file_ref(self.folder, path) for path in paths)
         record = StageRecord(key=key, files=refs, seconds=round(seconds, 3), facts=facts)
         self._record(name, record)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.folder / RECORDS / f"{name}.partial")
         return record
 
     def _record(self, name: str, record: StageRecord) -> None:
@@ -191,6 +227,16 @@ class Workspace:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _result(record: Optional[StageRecord]) -> bytes:
+    """Return what a stage made, in a form that compares alike whether it was read or has just been made."""
+    return b"" if record is None else to_json([record.files, record.facts])
+
+
+def _head(key: str, content: bytes) -> bytes:
+    """Return what stands before kept content: whose it is, and how to tell that it is whole."""
+    return f"{key}\n{sha256_bytes(content)}\n".encode("ascii")
 
 
 def exchange(new: Path, place: Path) -> None:

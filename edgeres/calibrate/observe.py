@@ -19,6 +19,8 @@ def observe(
     tensors: Iterable[str],
     batches: Iterable[np.ndarray],
     progress: Callable[[int], None] = lambda done: None,
+    earlier: Statistics | None = None,
+    keep: Callable[[Statistics], None] = lambda statistics: None,
 ) -> Statistics:
     """Return the statistics of ``tensors`` over all batches, from one pass, in memory that does not grow with it.
 
@@ -27,6 +29,8 @@ def observe(
         tensors: names of the network's input or of any activation in the graph.
         batches: float32 ``(n, 3, h, w)`` each, normalized.
         progress: called with the number of samples done so far.
+        earlier: what an interrupted pass over these tensors had counted; the batches go on behind it.
+        keep: called after each batch with all that was counted so far, to be kept for such a case.
 
     Raises:
         CalibrationError: a tensor does not exist, there were no samples, the model does not run on them, or an
@@ -34,17 +38,17 @@ def observe(
     """
     names = sorted(set(tensors))
     session, exposed = _exposing_session(model, names)
-    input_name = session.get_inputs()[0].name
     statistics = Statistics.empty(names)
+    if earlier is not None:
+        statistics.merge(earlier)
     for batch in batches:
-        arrays = {input_name: batch}
-        if exposed:
-            arrays.update(zip(exposed, _run(session, exposed, batch), strict=True))
-        statistics.update(arrays, len(batch))
+        _count(session, exposed, batch, statistics)
+        keep(statistics)
         progress(statistics.samples)
     if not statistics.samples:
         raise CalibrationError("there are no calibration samples. Name a folder with images: --calibration FOLDER")
-    broken = [name for name in (input_name, *exposed) if name in names and statistics.tensors[name].not_finite]
+    in_order = (session.get_inputs()[0].name, *exposed)
+    broken = [name for name in in_order if name in names and statistics.tensors[name].not_finite]
     if broken:
         raise CalibrationError(
             f"{len(broken)} tensors became NaN or infinite during calibration, the first is {broken[0]}. "
@@ -53,16 +57,18 @@ def observe(
     return statistics
 
 
-def _run(session: ort.InferenceSession, exposed: list[str], batch: np.ndarray) -> list[np.ndarray]:
-    """Return the exposed activations of one batch."""
-    try:
-        activations: list[np.ndarray] = session.run(exposed, {session.get_inputs()[0].name: batch})
-    except Exception as problem:  # onnxruntime's exceptions share no base but Exception
-        raise CalibrationError(
-            f"the model does not run on samples of shape {batch.shape}: {first_line(problem)}. "
-            "Check that the recipe's input size is the model's."
-        ) from problem
-    return activations
+def _count(session: ort.InferenceSession, exposed: list[str], batch: np.ndarray, statistics: Statistics) -> None:
+    """Run one batch and count its activations, which are gone when this returns: they are nearly all of the memory."""
+    arrays = {session.get_inputs()[0].name: batch}
+    if exposed:
+        try:
+            arrays.update(zip(exposed, session.run(exposed, arrays), strict=True))
+        except Exception as problem:  # onnxruntime's exceptions share no base but Exception
+            raise CalibrationError(
+                f"the model does not run on samples of shape {batch.shape}: {first_line(problem)}. "
+                "Check that the recipe's input size is the model's."
+            ) from problem
+    statistics.update(arrays, len(batch))
 
 
 def _exposing_session(path: Path, names: list[str]) -> tuple[ort.InferenceSession, list[str]]:

@@ -7,8 +7,10 @@ its counts stand alone: for each tensor a table of channels by bins, one after t
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -43,8 +45,13 @@ class Statistics:
 
     def update(self, arrays: Mapping[str, np.ndarray], samples: int) -> None:
         """Count one batch: an array for each tensor, and how many samples the batch had."""
-        for name, statistics in self.tensors.items():
-            statistics.update(arrays[name])
+        # the compiled loop lets other threads run; a tensor is counted by one of them alone
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(
+                lambda name: self.tensors[name].update(arrays[name]),
+                sorted(self.tensors, key=lambda name: -arrays[name].size),
+            ):
+                pass
         self.samples += samples
 
     def merge(self, other: Statistics) -> None:
@@ -65,7 +72,6 @@ class Statistics:
         tensors = [self.tensors[name] for name in names]
         used = [np.flatnonzero(tensor.counts) for tensor in tensors]
         tables = _joined([tensor.channel_counts.reshape(-1) for tensor in tensors], np.int64)
-        extremes = [np.stack([tensor.channel_minimum, tensor.channel_maximum], axis=1) for tensor in tensors]
         arrays = {
             "names": np.array(names, dtype=np.str_),
             "samples": np.int64(self.samples),
@@ -73,12 +79,16 @@ class Statistics:
             "bins": _joined(used, np.uint16),
             "counts": _joined([tensor.counts[bins] for tensor, bins in zip(tensors, used, strict=True)], np.int64),
             "channels": np.array([tensor.channels_seen for tensor in tensors], np.int64),
-            "extremes": np.concatenate([np.empty((0, 2), np.float32), *extremes]),
+            "extremes": np.concatenate([np.empty((0, 2), np.float32), *(tensor.extremes for tensor in tensors)]),
             # the narrowest type that holds them all: most of the file, and eight times as long in int64
             "channel_counts": tables.astype(np.min_scalar_type(tables.max(initial=0))),
         }
         stream = io.BytesIO()
-        np.savez_compressed(stream, **arrays)
+        # numpy's own level, 6, takes five times as long, for a tenth less
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as entry:  # which bears no date
+                    np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
         return stream.getvalue()
 
     @classmethod

@@ -212,9 +212,10 @@ def _inverse_root(square: Tensor, floor: Tensor) -> Tensor:
     for _ in range(RAISES):
         lower, failed = torch.linalg.cholesky_ex(square + floor * unit)
         if not failed:
+            root: Tensor
             root, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return root
+            if not failed:
+                return root
         floor = 10 * floor
     raise QuantizationError(
         "a layer's inputs are not finite once the layers before it are quantized: see how its samples look, or turn "

@@ -191,6 +191,9 @@ def _residual(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draf
     if made_by not in BRANCH_ENDS:
         draft.said[node.name] = ("float", f"not a residual block's addition: its branch ends in {made_by}")
         return
+    if draft.said.get(graph.producer[branch].name, ("", ""))[0] == "float":
+        draft.said[node.name] = ("float", "fuses behind its branch's convolution, and that is in float")
+        return
     source = skip
     while source in graph.producer and _on_grid(graph, graph.producer[source]):
         source = graph.producer[source].input[0]

@@ -1,13 +1,12 @@
-"""Network-wise reconstruction: ranges, biases and the rounding of weights, together, by the answer itself.
+"""Network-wise reconstruction: biases and the rounding of weights, of all layers together, by the answer itself.
 
 What the closed-form rungs leave is how errors of different layers add up. Here the quantized network runs with all its
-roundings, and the steps of the activations, the biases and the weights (in units of their steps, which stay) follow the
-gradient of the logits' error, straight through the roundings. Images are moved by a few pixels and mixed in pairs, so
+roundings, and the biases and the weights (in units of their steps, which stay) follow the gradient of the logits'
+error, straight through the roundings. Images are moved by a few pixels and mixed in pairs, so
 that what is learned is not these very images; learning rates are small, for the network is nearly right.
 
 Source: Li et al., "BRECQ", 2021 (arXiv:2102.05426), section 3.2, for reconstruction over more than one layer, here over
-all of them; Esser et al., "Learned Step Size Quantization", 2020 (arXiv:1902.08153), section 2.1, for the gradient of a
-step; Bengio et al. 2013 (arXiv:1308.3432) for straight-through rounding.
+all of them; Bengio et al. 2013 (arXiv:1308.3432) for straight-through rounding.
 """
 
 from __future__ import annotations
@@ -15,84 +14,64 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeres.affine import QMAX, QMIN
+from edgeres.affine import QMAX, QMIN, SHIFTED, SYMMETRIC
 from edgeres.artifacts import TensorRange
-from edgeres.quantize.follow import Follower
+from edgeres.quantize.compensate import Compensation
+from edgeres.quantize.follow import Follower, Quantizer
 from edgeres.quantize.insert import shift_of
 from edgeres.quantize.placement import Placement
 
 ROUNDS, FEWEST = 400, 60
-BATCH = 64
-RATES = {"weights": 0.02, "biases": 1e-3, "steps": 1e-3}
-"""Per round at first: in steps of a weight; in shares of a layer's typical output; in natural logarithms."""
+BATCH = 32
+RATES = {"weights": 0.02, "biases": 1e-3}
+"""Per round at first: in steps of a weight, and in shares of a layer's mean |bias|."""
 MOVED = 8  # images move by up to 1/8 of their size
 Watch = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """Initializers' new values, by name, float32; and each tensor's new step."""
-
-    constants: dict[str, np.ndarray]
-    scales: dict[str, float]
-    rounds: int
-
-
-class _Round(torch.autograd.Function):
-    """Rounding, half to even, whose gradient is that of doing nothing."""
-
-    @staticmethod
-    def forward(_context: object, x: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.round(x)
-
-    @staticmethod
-    def backward(_context: object, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient
+def straight_through(x: Tensor) -> Tensor:
+    """Return ``x`` rounded half to even, with the gradient of doing nothing."""
+    return x + (torch.round(x) - x).detach()
 
 
 def reconstruct(
     follower: Follower,
     placement: Placement,
     ranges: Mapping[str, TensorRange],
-    start: Mapping[str, np.ndarray],
-    weight_scales: Mapping[str, np.ndarray],
+    found: Compensation,
     images: np.ndarray,
     seconds: float,
     watch: Watch = lambda done, total: None,
-) -> Reconstruction | None:
-    """Return initializers and steps with less error of the logits; None where the time is too short for it.
+) -> Compensation | None:
+    """Return weights and biases with less error of the logits; None where the time is too short for it.
 
     Args:
         follower: the float network.
-        start: initializers to start from, on their grids, float32.
-        weight_scales: steps of the weights among them, float32 ``(K,)``.
+        found: where to start: weights on their grids, and biases.
         images: float32 ``(N, 3, H, W)``, normalized.
         seconds: the time there is.
     """
+    start, weight_scales = found.constants, found.scales
     axes = {weight.tensor: weight.axis for weight in placement.weights}
     steps = {name: _spread(scale, start[name].ndim, axes[name]) for name, scale in weight_scales.items()}
     weights = {n: (torch.from_numpy(start[n]) / s).requires_grad_(True) for n, s in steps.items()}
     biases = {n: torch.from_numpy(v.copy()).requires_grad_(True) for n, v in start.items() if n not in steps}
-    learned = [name for name in placement.tensors if not ranges[name].shifts]
-    logs = {n: torch.tensor(math.log(ranges[n].scale), dtype=torch.float32, requires_grad=True) for n in learned}
-    quantizer = _quantizer(placement, ranges, logs)
+    quantizer = _quantizer(placement, ranges)
 
     def constants() -> dict[str, Tensor]:
-        rounded = {n: torch.clamp(_Round.apply(w), -QMAX, QMAX) * steps[n] for n, w in weights.items()}
+        rounded = {n: torch.clamp(straight_through(w), -QMAX, QMAX) * steps[n] for n, w in weights.items()}
         return {**rounded, **biases}
 
     optimizer = torch.optim.Adam(
         [
             {"params": list(weights.values()), "lr": RATES["weights"]},
             *({"params": [b], "lr": RATES["biases"] * float(b.detach().abs().mean() + 1e-8)} for b in biases.values()),
-            {"params": list(logs.values()), "lr": RATES["steps"]},
         ]
     )
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -117,25 +96,21 @@ def reconstruct(
         watch(done, rounds)
     with torch.no_grad():
         values = {name: value.detach().numpy() for name, value in constants().items()}
-    return Reconstruction(values, {name: float(torch.exp(log)) for name, log in logs.items()}, done)
+    return Compensation(values, found.scales)
 
 
-def _quantizer(
-    placement: Placement, ranges: Mapping[str, TensorRange], logs: Mapping[str, Tensor]
-) -> Callable[[str, Tensor], Tensor]:
-    """Return what Q/DQ makes of a tensor at the present steps, with a gradient for values, and for steps too."""
+def _quantizer(placement: Placement, ranges: Mapping[str, TensorRange]) -> Quantizer:
+    """Return what Q/DQ makes of a tensor, as torch's fused kernel has it, whose gradient goes straight through."""
     source = {point.tensor: point.range_of for point in placement.points}
 
     def quantizer(name: str, x: Tensor) -> Tensor:
         found = ranges[source[name]]
         if found.shifts:
             shift = torch.from_numpy(shift_of(found)).to(x.dtype)
-            exact: Tensor = torch.clamp(torch.round(x - shift), QMIN, QMAX) + shift
-            return exact
-        scale = torch.exp(logs[source[name]])
-        moved = QMIN if found.shift else 0
-        steps: Tensor = torch.clamp(_Round.apply(x / scale), QMIN - moved, QMAX - moved)
-        return steps * scale
+            return torch.clamp(torch.round(x - shift), QMIN, QMAX) + shift  # the input: nothing to learn in front
+        first, last = SHIFTED if found.shift else SYMMETRIC
+        quantized: Tensor = torch.fake_quantize_per_tensor_affine(x, found.scale, 0, first, last)
+        return quantized
 
     return quantizer
 

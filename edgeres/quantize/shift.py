@@ -225,7 +225,8 @@ class _Draft:
     def constant(self, stem: str, values: np.ndarray) -> str:
         """Return the name of a new float32 initializer."""
         name = self.name(stem)
-        found = np.asarray(values, np.float32)
+        with np.errstate(over="ignore"):  # refused in our own words
+            found = np.asarray(values, np.float32)
         if not np.isfinite(found).all():
             raise QuantizationError(
                 f"{stem} is beyond float32 once shifted. Keep the layer in float, or use --activation-range symmetric."

@@ -41,7 +41,8 @@ Watch = Callable[[int, int], None]
 class Noise:
     """What quantization does to the logits of some images.
 
-    ``changed`` is the share of answers that changed; ``expected`` the share that noise of this power changes.
+    ``changed`` is the share of answers that changed; ``expected`` the share that noise of this power changes;
+    ``sqnr_db`` is of the logits, without what all classes share.
     """
 
     changed: float
@@ -186,38 +187,41 @@ class Solo:
         watch: Watch = lambda done, total: None,
     ) -> list[Noise]:
         """Return each choice's noise on the first ``batches``; what is ``shared`` is computed once, in float."""
-        sums = np.zeros((len(choices), 3))
+        sums = np.zeros((len(choices), 2))
         done = 0
         for x, wanted in zip(self._images[:batches], self._logits, strict=False):
             values: Mapping[str, Tensor] = {self._follower.input: x}
             values = self._run(x, None, values)[1] if shared else values
             for i, choice in enumerate(choices):
-                error = (self._run(x, choice, values)[0] - wanted).double()
-                changed = ((error + wanted).argmax(1) != wanted.argmax(1)).sum()
-                own = error - error.mean(1, keepdim=True)
-                sums[i] += [float(error.square().sum()), float(own.square().sum()), float(changed)]
+                logits = self._run(x, choice, values)[0]
+                changed = (logits.argmax(1) != wanted.argmax(1)).sum()
+                sums[i] += [float(_own((logits - wanted).double()).square().sum()), float(changed)]
                 done += 1
                 watch(done, batches * len(choices))
-        logits = torch.cat(self._logits[:batches]).double()
-        return [noise_of(logits, *row) for row in sums.tolist()]
+        every = torch.cat(self._logits[:batches]).double()
+        return [noise_of(every, *row) for row in sums.tolist()]
 
 
-def noise_of(logits: Tensor, power: float, own: float, changed: float) -> Noise:
+def noise_of(logits: Tensor, power: float, changed: float) -> Noise:
     """Return what noise of some power does to the answers.
 
     Args:
         logits: float64 ``(N, K)``, without noise.
-        power: the sum of the noise's squares; ``own`` that of what the classes do not share.
+        power: the sum of the noise's squares, without what all classes share.
         changed: how many answers it changed.
     """
     count, classes = logits.shape
-    spread = math.sqrt(2 * own / (count * max(1, classes - 1)))  # of the difference of two logits
+    spread = math.sqrt(2 * power / (count * max(1, classes - 1)))  # of the difference of two logits
     expected = 0.0
     if spread > 0 and classes > 1:
         top = logits.argmax(1, keepdim=True)
         behind = (logits.gather(1, top) - logits).scatter(1, top, math.inf)
-        stays = torch.exp(torch.special.log_ndtr(behind / spread).sum(1))
-        expected = float(1 - stays.mean())
-    signal = float(logits.square().sum())
+        expected = float(-torch.expm1(torch.special.log_ndtr(behind / spread).sum(1)).mean())
+    signal = float(_own(logits).square().sum())
     sqnr = 10 * math.log10(signal / power) if power > 0 and signal > 0 else None
     return Noise(changed / count, expected, sqnr)
+
+
+def _own(logits: Tensor) -> Tensor:
+    """Return logits without what all classes of an image share."""
+    return logits - logits.mean(1, keepdim=True)

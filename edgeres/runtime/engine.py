@@ -164,4 +164,5 @@ def _choose(bundle: Folder, manifest: Manifest, backend: str) -> Engine:
             return engine
     there = ", ".join(engine.backend for engine in manifest.engines) or "none"
     wanted = "an engine" if backend == "auto" else f"an engine for {backend}"
-    raise BundleError(f"{bundle} does not have {wanted} (it has: {there}). Compile one: edgeres compile {bundle}")
+    how = "" if backend == "auto" else f" --backend {backend}"
+    raise BundleError(f"{bundle} does not have {wanted} (it has: {there}). Compile one: edgeres compile {bundle}{how}")

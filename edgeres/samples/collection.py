@@ -114,6 +114,10 @@ class Samples:
         taken = [self._taken[index * total // count] for index in range(count)]
         return Samples(self.source, self._content, taken, self._hashes)
 
+    def after(self, count: int) -> Samples:
+        """Return these samples without the first ``count``, in the same order; none if there are no more."""
+        return Samples(self.source, self._content, self._taken[count:], self._hashes)
+
     def sha256(self, threads: Optional[int] = None) -> Tuple[str, ...]:
         """Return one hash (64 hex digits) per sample: of a file's bytes, or of a frame's shape and bytes.
 

@@ -23,7 +23,7 @@ from edgeres.export import export_module
 from edgeres.export.exported import Exported
 from edgeres.export.fold import name_nodes
 from edgeres.models.resnet import ResNet
-from edgeres.quantize import Placement, plan, write_int8
+from edgeres.quantize import Placement, plan, shiftable, write_int8
 
 SIZE = 32
 
@@ -99,15 +99,16 @@ def build(name: str) -> nn.Module:
         return enliven(ResNet(tiny, 10), seed=4)
 
 
-def quantized(module: nn.Module, folder: Path, keep_float: Sequence[str] = ()) -> Net:
-    """Return a module exported, calibrated on 16 random images, and quantized."""
+def quantized(module: nn.Module, folder: Path, keep_float: Sequence[str] = (), shift: bool = False) -> Net:
+    """Return a module exported, calibrated on 16 random images, and quantized; ``shift``: over the full int8 range."""
     exported = export_module(module, (SIZE, SIZE))
     path = folder / "model.fp32.onnx"
     path.write_bytes(exported.content)
     fp32 = onnx.load(path)
     placement = plan(fp32, exported.modules, keep_float)
     batches = [np.random.default_rng(i).standard_normal((8, 3, SIZE, SIZE)).astype(np.float32) for i in range(2)]
-    ranges = choose(observe(path, placement.tensors, batches), "minmax", 99.99)
+    allowed = shiftable(fp32, placement) if shift else ()
+    ranges = choose(observe(path, placement.tensors, batches), "minmax", 99.99, allowed)
     return Net(module, exported, fp32, placement, ranges, write_int8(fp32, placement, ranges))
 
 
@@ -118,6 +119,17 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
     @cache
     def make(name: str) -> Net:
         return quantized(build(name), tmp_path_factory.mktemp(name))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shifted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
+    """Return ``shifted(name)``: the nets of ``net``, with the full int8 range after each ReLU."""
+
+    @cache
+    def make(name: str) -> Net:
+        return quantized(build(name), tmp_path_factory.mktemp(name), shift=True)
 
     return make
 

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from edgeres.affine import QMAX, QMIN, channel_amax, dequantize, quantize, scale_from_amax
+from edgeres.affine import (
+    QMAX,
+    QMIN,
+    SHIFTED,
+    channel_amax,
+    dequantize,
+    quantize,
+    scale_from_amax,
+    shift_from_scale,
+)
 from edgeres.errors import CalibrationError
 
 TINY = float(np.finfo(np.float32).tiny)
@@ -159,3 +168,28 @@ def test_channel_ranges_are_those_of_each_channel_alone(weights: np.ndarray) -> 
 
 def test_a_channel_without_weights_has_range_zero() -> None:
     assert channel_amax(np.empty((3, 0), np.float32), 0).tolist() == [0.0, 0.0, 0.0]
+
+
+def unsigned() -> ort.InferenceSession:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        oracle (float[N] x, float scale, uint8 zero) => (uint8[N] q, float[N] y) {
+            q = QuantizeLinear (x, scale, zero)
+            y = DequantizeLinear (q, scale, zero)
+        }""")
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("amax", [255.0, 1.0, 0.037, 6.0, 1e-30, 1e30])
+def test_what_is_shifted_is_uint8_with_zero_point_0(amax: float) -> None:
+    scale = scale_from_amax(np.float64(amax), SHIFTED)
+    assert scale == np.float32(amax / 255)
+    shift = np.float32(shift_from_scale(scale))
+    assert float(shift) == float(shift_from_scale(scale)) == 128 * float(scale)  # no digit is lost
+    # every step, its borders' neighbours on both sides, below zero and beyond the last step
+    steps = np.concatenate([np.arange(-3, 260) + near for near in (0, -0.4999, 0.4999, 0.25)])
+    x = (steps * np.float64(scale)).astype(np.float32)
+    wanted_q, wanted = unsigned().run(None, {"x": x, "scale": np.asarray(scale), "zero": np.zeros((), np.uint8)})
+    q = quantize(x - shift, scale)
+    np.testing.assert_array_equal(q.astype(np.int16) + 128, wanted_q)
+    np.testing.assert_allclose(dequantize(q, scale) + shift, wanted, rtol=0, atol=1e-5 * float(scale) * 128)

@@ -7,6 +7,8 @@ import random
 import struct
 import zipfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from edgeres.calibrate import Statistics, TensorStatistics
+from edgeres.calibrate import Statistics, TensorStatistics, counting
 from edgeres.errors import CalibrationError
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -106,15 +108,6 @@ def test_each_bin_counts_the_numbers_that_share_its_upper_half(x: np.ndarray) ->
     np.testing.assert_array_equal(statistics.counts, wanted)
 
 
-def test_tensors_longer_than_a_chunk_are_counted_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = np.arange(-50, 51, dtype=np.float32)
-    whole, pieces = TensorStatistics(), TensorStatistics()
-    whole.update(x)
-    monkeypatch.setattr("edgeres.calibrate.tensor.CHUNK", 7)
-    pieces.update(x)
-    np.testing.assert_array_equal(whole.counts, pieces.counts)
-
-
 def test_layout_in_memory_does_not_matter() -> None:
     x = np.random.default_rng(0).standard_normal((4, 5, 6)).astype(np.float32)
     one, other = TensorStatistics(), TensorStatistics()
@@ -137,6 +130,54 @@ def test_nan_and_infinity_are_noticed(bad: float) -> None:
     statistics.update(np.array([1.0, bad, -2.0, np.finfo(np.float32).max], np.float32))
     assert statistics.not_finite == 1
     assert not np.isnan([statistics.minimum, statistics.maximum]).any()
+
+
+@given(
+    arrays.arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 3)), elements=st.floats(width=32)),
+    st.integers(0, 6),
+)
+def test_extremes_pass_over_nan_in_whatever_order_it_comes(x: np.ndarray, cut: int) -> None:
+    parts, wanted = TensorStatistics(), np.fmin.reduce(x, axis=0)
+    for part in (x[:cut], x[cut:]):
+        parts.update(part)
+    known = ~np.isnan(wanted)
+    np.testing.assert_array_equal(parts.channel_minimum[known], wanted[known])
+    np.testing.assert_array_equal(parts.channel_maximum[known], np.fmax.reduce(x, axis=0)[known])
+    assert not np.isnan(parts.extremes).any()
+
+
+def test_the_sign_of_zero_does_not_depend_on_the_order() -> None:
+    for values in ([0.0, -0.0], [-0.0, 0.0], [-0.0, -0.0]):
+        statistics = TensorStatistics()
+        for value in values:
+            statistics.update(np.array([[value]], np.float32))
+        assert not np.signbit(statistics.extremes).any()
+
+
+def test_bins_that_appear_later_are_counted_in_every_channel() -> None:
+    statistics = TensorStatistics()
+    batches = [np.array([[1.0, 2.0]]), np.array([[1e-30, 1.0]]), np.array([[-3e38, 1e-44]]), np.array([[5.0, -1e9]])]
+    for batch in batches:
+        statistics.update(batch.astype(np.float32))
+    together = TensorStatistics()
+    together.update(np.concatenate(batches).astype(np.float32))
+    np.testing.assert_array_equal(statistics.channels, together.channels)
+    assert statistics.channels.sum(axis=1).tolist() == [4, 4]
+
+
+def test_the_loop_is_compiled_also_where_nothing_can_be_kept() -> None:
+    source = Path(counting.__file__).read_text(encoding="utf-8")
+    space: dict[str, Any] = {"__name__": "counting"}
+    exec(compile(source, "<no file>", "exec"), space)  # a source without a file has no place to keep compiled code
+    x = np.random.default_rng(2).standard_normal((2, 3, 4)).astype(np.float32).view(np.uint32)
+    results = []
+    for count in (counting.count, space["count"]):
+        parts = (np.zeros(1 << 16, np.int64), np.zeros(1 << 12, np.uint16), np.zeros((3, 1), np.int64))
+        extremes = np.zeros((3, 2), np.int32)
+        count(x, *parts, extremes)
+        results.append((*parts, extremes))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_nothing_counted_is_no_range() -> None:

@@ -50,17 +50,19 @@ def partly(found: Any, keep: tuple[str, ...]) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_where_all_is_int8_nothing_changes(name: str, net: Callable[[str], Any]) -> None:
-    int8 = net(name).int8
-    assert write_mixed(int8) == int8
+def test_where_all_is_int8_nothing_changes(name: str, net: Callable[[str], Any], shifted: Callable[[str], Any]) -> None:
+    for int8 in (net(name).int8, shifted(name).int8):
+        assert write_mixed(int8) == int8
 
 
+@pytest.mark.parametrize("activations", ["net", "shifted"])
 @pytest.mark.parametrize("keep", KEPT)
 @pytest.mark.parametrize("name", NETS)
 def test_every_float_layer_is_float16_and_every_int8_layer_stays(
-    name: str, keep: str, net: Callable[[str], Any], exact: Exact
+    name: str, keep: str, activations: str, request: pytest.FixtureRequest, exact: Exact
 ) -> None:
-    int8 = partly(net(name), KEPT[keep])
+    found = request.getfixturevalue(activations)(name)
+    int8 = partly(found, KEPT[keep])
     before = int8.SerializeToString(deterministic=True)
     mixed = write_mixed(int8)
     assert int8.SerializeToString(deterministic=True) == before
@@ -86,7 +88,7 @@ def test_every_float_layer_is_float16_and_every_int8_layer_stays(
     layers = [node.name for node in graph.nodes if node.op_type != "Cast"]
     assert layers == list(original)
     x = np.random.default_rng(5).standard_normal((4, 3, 32, 32)).astype(np.float32)
-    wanted, got, truth = (exact(model, x) for model in (int8, mixed, net(name).fp32))
+    wanted, got, truth = (exact(model, x) for model in (int8, mixed, found.fp32))
     assert got.dtype == np.float32
     # What float16 moves across a rounding border is off by a whole int8 step, so the bound is int8's own noise.
     assert sqnr_db(wanted, got) > min(40, sqnr_db(truth, wanted))
@@ -99,6 +101,19 @@ def test_with_nothing_quantized_it_is_the_float16_model(name: str, net: Callable
     mixed = write_mixed(partly(found, ("*",)))
     x = np.random.default_rng(6).standard_normal((2, 3, 32, 32)).astype(np.float32)
     np.testing.assert_array_equal(exact(mixed, x), exact(write_fp16(found.fp32, {})[0], x))
+
+
+def test_a_shift_is_a_part_of_rounding_and_stays_in_float32(shifted: Callable[[str], Any]) -> None:
+    found = shifted("basic")
+    mixed = write_mixed(partly(found, ("layer1.0.conv1",)))
+    graph, kinds = Index(mixed), types(mixed)
+    # behind a convolution in float its ReLU stays, and the shift is an addition of its own, on the other side of a Cast
+    names = {module: node for node, module in found.exported.modules.items()}
+    (behind,) = graph.readers(f"{names['layer1.0.relu1']}_output_0")
+    assert (behind.op_type, kinds[behind.output[0]]) == ("Cast", TensorProto.FLOAT)
+    (added,) = graph.readers(behind.output[0])
+    assert (added.op_type, {kinds[name] for name in added.input}) == ("Add", {TensorProto.FLOAT})
+    assert [reader.op_type for reader in graph.readers(added.output[0])] == ["QuantizeLinear"]
 
 
 Q = "{0}q = QuantizeLinear ({0}, s, z) {0}d = DequantizeLinear ({0}q, s, z)"
@@ -179,7 +194,7 @@ def test_content_is_that_of_the_file_and_repeats(net: Callable[[str], Any], tmp_
     found = net("cifar")
     fp32, path = tmp_path / "model.fp32.onnx", tmp_path / "model.int8.onnx"
     fp32.write_bytes(found.exported.content)
-    path.write_bytes(int8_content(fp32, plan(found.fp32, found.exported.modules, ["fc"]), found.ranges))
+    path.write_bytes(int8_content(fp32, plan(found.fp32, found.exported.modules, ["fc"]), found.ranges)[0])
     content = mixed_content(path)
     assert content == mixed_content(path)
     weights = {t.name: numpy_helper.to_array(t) for t in onnx.load_model_from_string(content).graph.initializer}

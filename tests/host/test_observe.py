@@ -95,6 +95,25 @@ def test_parts_merge_to_the_whole(path: Path) -> None:
     assert merged.to_bytes() == observe(path, TENSORS, [x]).to_bytes()
 
 
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_it_goes_on_from_what_was_kept(path: Path, done: int) -> None:
+    batches = [images(9)[i : i + 3] for i in range(0, 9, 3)]
+    kept: list[bytes] = []
+    whole = observe(path, TENSORS, batches, keep=lambda statistics: kept.append(statistics.to_bytes())).to_bytes()
+    assert kept[-1] == whole
+    earlier = Statistics.from_bytes(kept[done - 1], "kept")
+    told: list[int] = []
+    assert observe(path, TENSORS, batches[done:], told.append, earlier).to_bytes() == whole
+    assert told == [6, 9][done - 1 :]
+    assert earlier.to_bytes() == kept[done - 1]  # left as it was
+
+
+def test_what_was_kept_of_another_model_is_refused(path: Path) -> None:
+    earlier = observe(path, ["relu"], [images(2)])
+    with pytest.raises(CalibrationError, match="different tensors"):
+        observe(path, TENSORS, [images(2)], earlier=earlier)
+
+
 def test_only_the_wanted_tensors_are_counted(path: Path) -> None:
     assert list(observe(path, ["relu", "relu", "image"], [images(1)]).tensors) == ["image", "relu"]
 

@@ -292,6 +292,18 @@ def test_a_kept_block_keeps_its_addition_too(net: Callable[[str], Any]) -> None:
     assert addition == {"layer1.0": "int8 skip", "layer2.0": "float", "layer3.0": "int8 skip"}
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_a_skip_is_not_quantized_where_its_branch_ends_in_float(name: str, net: Callable[[str], Any]) -> None:
+    """A builder adds in the type of the convolution in front; what was rounded for it would be read in float again."""
+    last = "conv3" if name == "bottleneck" else "conv2"
+    placement, _ = replanned(net(name), [f"layer2.0.{last}"])
+    additions = {layer.module: layer for layer in placement.layers if layer.op == "Add"}
+    assert additions["layer2.0"].precision == "float"
+    assert "that is in float" in additions["layer2.0"].reason
+    assert {each.precision for module, each in additions.items() if module != "layer2.0"} == {"int8 skip"}
+    assert additions["layer2.0"].node not in {name for point in placement.points for name, _ in point.readers}
+
+
 class PreActivation(nn.Module):
     """He et al. 2016: the skip is read before batch norm and ReLU, so both read the addition's output."""
 

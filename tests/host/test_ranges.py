@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import integrate, optimize, stats  # type: ignore[import-untyped]
 
-from edgeres.affine import dequantize, quantize, scale_from_amax
+from edgeres.affine import SHIFTED, dequantize, quantize, scale_from_amax, shift_from_scale
 from edgeres.calibrate import METHODS, Statistics, TensorStatistics, choose
 from edgeres.calibrate.ranges import Histogram, entropy, minmax, mse, percentile, squared_error
 from edgeres.errors import CalibrationError
@@ -140,7 +140,7 @@ def test_entropy_clips_a_heavy_tail_and_not_a_uniform() -> None:
     assert entropy(histogram(flat), 0) > 0.97 * np.abs(flat).max()
 
 
-def slow_entropy(x: np.ndarray) -> float:
+def slow_entropy(x: np.ndarray, levels: int = 128) -> float:
     """Return Migacz's threshold, bin by bin in plain Python, on the histogram that the statistics allow."""
     magnitudes = np.abs(x[x != 0])
     amax = float(magnitudes.max())
@@ -155,13 +155,13 @@ def slow_entropy(x: np.ndarray) -> float:
         else:
             linear += count * np.diff(np.clip((reached - low) / (high - low), 0, 1))
     best, best_bins = np.inf, 2048
-    for bins in range(128, 2049, 4):
+    for bins in range(levels, 2049, 4):
         inside = linear[:bins]
         p = inside.copy()
         p[-1] += linear[bins:].sum()
         q = np.zeros(bins)
-        for level in range(128):
-            part = slice(level * bins // 128, (level + 1) * bins // 128)
+        for level in range(levels):
+            part = slice(level * bins // levels, (level + 1) * bins // levels)
             hit = inside[part] > 0
             if hit.any():
                 q[part][hit] = inside[part].sum() / hit.sum()
@@ -178,6 +178,12 @@ def slow_entropy(x: np.ndarray) -> float:
 def test_entropy_is_the_published_search(name: str, count: int) -> None:
     x = samples(name)[:count]
     assert entropy(histogram(x), 0) == pytest.approx(slow_entropy(x), rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [60, 20_000])
+def test_entropy_knows_the_levels_of_a_shifted_grid(count: int) -> None:
+    x = np.abs(samples("laplace")[:count])
+    assert entropy(Histogram.of(counted(x), SHIFTED), 0) == pytest.approx(slow_entropy(x, 256), rel=1e-9)
 
 
 def test_entropy_ignores_exact_zeros() -> None:
@@ -272,6 +278,56 @@ def test_the_table_says_what_quantizing_the_samples_shows(method: str, name: str
     assert found.clipped == pytest.approx((np.abs(x) > found.amax).mean(), abs=1e-4)
     sqnr = 10 * np.log10(float((x.astype(np.float64) ** 2).sum()) / raw_error(x, found.amax))
     assert found.sqnr_db == pytest.approx(sqnr, abs=0.15)
+
+
+# Shifted to the full int8 range: 255 steps from zero on
+
+
+def raw_error_shifted(x: np.ndarray, amax: float) -> float:
+    """Return the summed squared error of really shifting and quantizing ``x``."""
+    scale = scale_from_amax(np.float64(amax), SHIFTED)
+    shift = np.float32(shift_from_scale(scale))
+    return float(((dequantize(quantize(x - shift, scale), scale).astype(np.float64) + shift - x) ** 2).sum())
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7, 0.4, 0.1, 0.02])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_error_of_a_shifted_grid_is_that_of_quantizing_the_samples(name: str, share: float) -> None:
+    x = np.abs(samples(name))
+    amax = share * float(x.max())
+    found = float(squared_error(Histogram.of(counted(x), SHIFTED), np.array([amax]))[0])
+    assert found == pytest.approx(raw_error_shifted(x, amax), rel=0.03)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_mse_is_as_good_as_brute_force_on_a_shifted_grid(name: str) -> None:
+    x = np.maximum(samples(name)[:50_000], 0)
+    found = choose(Statistics({"x": counted(x)}, samples=1), "mse", 0, {"x"})["x"]
+    candidates = x.max() * np.linspace(0.05, 1.0, 200)
+    assert raw_error_shifted(x, found.amax) <= 1.02 * min(raw_error_shifted(x, amax) for amax in candidates)
+    assert found.scale == float(np.float32(found.amax / 255))
+    assert found.shift == 128 * found.scale == float(np.float32(found.shift))
+    power = float((x.astype(np.float64) ** 2).sum())
+    assert found.sqnr_db == pytest.approx(10 * np.log10(power / raw_error_shifted(x, found.amax)), abs=0.15)
+    # half the step is a quarter of the noise; a wider range takes some of that back
+    symmetric = choose(Statistics({"x": counted(x)}, samples=1), "mse", 0)["x"]
+    assert symmetric.shift == 0.0
+    assert 0.2 < raw_error_shifted(x, found.amax) / raw_error(x, symmetric.amax) < 0.4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_was_never_negative_is_shifted(method: str) -> None:
+    positive, negative = np.abs(samples("normal")), samples("normal")
+    barely = np.append(positive, np.float32(-1e-6))
+    zero = np.zeros(9)
+    given = {"a": positive, "b": negative, "c": barely, "d": zero, "e": positive}
+    found = choose(Statistics({name: counted(x) for name, x in given.items()}, 1), method, 99.9, {"a", "b", "c", "d"})
+    assert {name: value.shift > 0 for name, value in found.items()} == {
+        "a": True, "b": False, "c": False, "d": False, "e": False,
+    }  # fmt: skip
+    assert found["b"].scale == float(np.float32(found["b"].amax / 127))
+    assert found["d"].scale == 1.0
+    assert found["e"] == choose(Statistics({"e": counted(positive)}, 1), method, 99.9)["e"]
 
 
 def test_the_table_is_in_order_of_name_and_refuses_what_it_cannot_know() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import edgeres
@@ -52,7 +54,7 @@ def make(tmp_path: Path) -> Make:
             "validation": tmp_path / "validation",
             **options,
         }
-        edgeres.build(out=tmp_path / "bundle", progress=watcher, **given)
+        edgeres.build(out=tmp_path / "bundle", **{"progress": watcher, **given})
         return watcher.ran, watcher.warnings
 
     return build
@@ -60,6 +62,78 @@ def make(tmp_path: Path) -> Make:
 
 def table(folder: Path) -> CalibrationTable:
     return from_json((folder / "bundle/calibration.json").read_bytes(), CalibrationTable, "table")
+
+
+class Interrupter(Watcher):
+    """Interrupts the calibration after so many samples, as Ctrl-C would; and keeps what it was told."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+        self.told: list[int] = []
+        self.running = ""
+
+    def stage(self, name: str, text: str) -> None:
+        self.running = name
+
+    def advance(self, done: int, total: int) -> None:
+        if self.running == "observe":
+            self.told.append(done)
+            if done >= self.after:
+                raise KeyboardInterrupt
+
+
+@given(data=st.data())
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_interrupted_calibration_goes_on_and_comes_to_the_same_bytes(
+    make: Make, tmp_path: Path, data: st.DataObject
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgeres.artifacts.Preprocessing.batch_size", property(lambda self: 3))
+        shutil.rmtree(tmp_path / "bundle", ignore_errors=True)
+        make()
+        whole = (tmp_path / "bundle/statistics.npz").read_bytes()
+        shutil.rmtree(tmp_path / "bundle")
+        patch.setattr("edgeres.pipeline.KEEP_EVERY", 0.0)
+        reached = 0
+        for after in data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3).map(sorted)):
+            watcher = Interrupter(after)
+            with pytest.raises(KeyboardInterrupt):
+                make(progress=watcher)
+            assert all(done > reached for done in watcher.told)  # nothing is counted twice
+            reached = watcher.told[-1] if watcher.told else reached
+        last = Interrupter(after=1000)
+        make(progress=last)
+        assert last.told == sorted({*range(reached + 3, 20, 3), 20} if reached < 20 else [])
+        assert (tmp_path / "bundle/statistics.npz").read_bytes() == whole
+        assert not list((tmp_path / "bundle").rglob("*.partial"))
+
+
+def test_what_other_samples_had_reached_is_not_gone_on_from(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeres.artifacts.Preprocessing.batch_size", property(lambda self: 4))
+    monkeypatch.setattr("edgeres.pipeline.KEEP_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        make(progress=Interrupter(8))
+    next((tmp_path / "calibration/0").iterdir()).unlink()
+    watcher = Interrupter(1000)
+    make(progress=watcher)
+    assert watcher.told == [4, 8, 12, 16, 19]
+
+
+def test_a_damaged_rest_of_an_interrupted_calibration_is_left_alone(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeres.artifacts.Preprocessing.batch_size", property(lambda self: 5))
+    monkeypatch.setattr("edgeres.pipeline.KEEP_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        make(progress=Interrupter(10))
+    partial = tmp_path / ".bundle.work/.stages/observe.partial"
+    partial.write_bytes(partial.read_bytes()[:-100] + bytes(100))
+    watcher = Interrupter(1000)
+    make(progress=watcher)
+    assert watcher.told == [5, 10, 15, 20]
 
 
 def test_a_renamed_image_is_another_set_of_samples(make: Make, tmp_path: Path) -> None:

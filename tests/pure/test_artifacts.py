@@ -24,6 +24,7 @@ from edgeres.artifacts import (
     Finding,
     Hygiene,
     LayerPlan,
+    LayerSummary,
     Manifest,
     Preprocessing,
     QuantizedModel,
@@ -33,6 +34,7 @@ from edgeres.artifacts import (
     TensorRange,
     from_data,
     from_json,
+    summaries,
     to_data,
     to_json,
 )
@@ -73,6 +75,7 @@ exported_models = st.builds(
 ranges = st.builds(
     TensorRange, numbers, numbers, words, numbers, numbers, whole, numbers, numbers, sqnr_db=st.none() | numbers
 )
+engine_layers = st.builds(EngineLayer, words, words, words, many(words), many(words), many(words), many(words), words)
 layers = st.builds(LayerPlan, words, words, words, words, words)
 engines = st.builds(
     Engine,
@@ -82,7 +85,10 @@ engines = st.builds(
     file_refs,
     st.dictionaries(words, words, max_size=2),
     st.dictionaries(words, words, max_size=2),
+    layers=many(engine_layers),
+    not_as_planned=many(words),
 )
+summary_nouns = st.builds(LayerSummary, words, words, st.dictionaries(words, whole, max_size=3), many(words))
 discordants = st.builds(Discordant, whole, whole)
 reports = st.builds(
     Report,
@@ -97,6 +103,7 @@ reports = st.builds(
     drop_ci95_pp=st.none() | st.tuples(numbers, numbers),
     discordant=st.none() | discordants,
     samples_to_decide=st.none() | whole,
+    layers=many(summary_nouns),
 )
 records = st.builds(StageRecord, words, many(file_refs), numbers, st.dictionaries(words, facts, max_size=3))
 manifests = st.builds(
@@ -112,7 +119,6 @@ manifests = st.builds(
     report=st.none() | reports,
     warnings=many(words),
 )
-engine_layers = st.builds(EngineLayer, words, words, words, many(words), many(words), many(words), many(words), words)
 findings = st.builds(Finding, words, words, words, whole, many(words))
 comparisons = st.builds(Comparison, words, numbers, numbers, numbers, numbers, st.booleans())
 NOUNS: Dict[type, Any] = {
@@ -137,6 +143,7 @@ NOUNS: Dict[type, Any] = {
     LayerPlan: layers,
     QuantizedModel: st.builds(QuantizedModel, file_refs, words, many(layers)),
     Engine: engines,
+    LayerSummary: summary_nouns,
     Discordant: discordants,
     Report: reports,
     StageRecord: records,
@@ -301,3 +308,21 @@ def test_a_bundle_shows_its_report() -> None:
     manifest = Manifest("net", "int8", {}, TABLE.preprocessing, (), {}, {}, report=report)
     assert Bundle("build/net", manifest).report is report
     assert Bundle("build/net", msgspec.structs.replace(manifest, report=None)).report is None
+
+
+def an_engine(*precisions: str, **fields: Any) -> Engine:
+    found = tuple(EngineLayer(f"l{i}", "conv", one, (), (), (), ()) for i, one in enumerate(precisions))
+    return Engine("rtx", "tensorrt-rtx", "int8", FileRef("e", "0" * 64, 1), {}, {}, layers=found, **fields)
+
+
+def test_layers_are_counted_by_what_they_compute_in() -> None:
+    engine = an_engine("int8", "fp16", "int8", "", "fp32", "int8", not_as_planned=("fc runs in fp32",))
+    summary = engine.summary
+    assert summary == LayerSummary("rtx", "tensorrt-rtx", {"int8": 3, "fp16": 1, "fp32": 1}, ("fc runs in fp32",))
+    assert summary.words == "3 layers in int8, 1 in fp16, 1 in fp32"
+    assert LayerSummary("gpu", "tensorrt", {}).words == "no layer of a known type"
+
+
+def test_an_engine_whose_builder_told_nothing_has_no_summary() -> None:
+    assert an_engine().summary is None
+    assert summaries([an_engine(), an_engine("fp16")]) == (LayerSummary("rtx", "tensorrt-rtx", {"fp16": 1}),)

@@ -23,11 +23,12 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
     "tomli": ("recipe.py",),
     "tomli_w": ("recipe.py", "recipe_file.py"),
     "PIL": ("samples/images.py",),
-    "torch": ("models/", "export/"),
+    "torch": ("models/", "export/", "quantize/"),
     "safetensors": ("models/",),
     "google": ("export/",),  # protobuf, for the error of a damaged ONNX file
     "onnx": ("export/", "calibrate/", "quantize/"),
     "onnxruntime": ("calibrate/", "export/", "backends/cpu/", "backends/cpu.py"),
+    "numba": ("calibrate/",),  # one compiled loop: NumPy alone would double the time of a calibration pass
     "tensorrt": ("backends/tensorrt/",),
     "tensorrt_rtx": ("backends/tensorrt/",),
     "pycuda": ("backends/tensorrt/",),
@@ -49,7 +50,19 @@ SPEECH = {"print", "exit", "quit", "sys.exit", "os._exit", "logging.basicConfig"
 # Part of Python, but younger than some Pythons that run this test.
 STANDARD = frozenset(getattr(sys, "stdlib_module_names", ())) | {"__future__", "tomllib"}
 
-HEAVY = {"torch", "onnx", "onnxruntime", "tensorrt", "pycuda", "cuda", "PIL", "scipy", "sklearn", "safetensors"}
+HEAVY = {
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+    "pycuda",
+    "cuda",
+    "PIL",
+    "scipy",
+    "sklearn",
+    "safetensors",
+    "numba",
+}
 
 
 class Import(NamedTuple):

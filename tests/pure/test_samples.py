@@ -202,6 +202,19 @@ def test_a_subset_of_a_subset(classes: Path) -> None:
         open_samples(classes, count=-3)
 
 
+@pytest.mark.parametrize("count", [0, 1, 5, 6, 9])
+def test_the_samples_after_some_are_the_rest(classes: Path, count: int) -> None:
+    samples = open_samples(classes, labelled=True)
+    rest = samples.after(count)
+    assert rest.names == samples.names[count:]
+    assert rest.sha256() == samples.sha256()[count:]
+    assert rest.labels is not None
+    assert samples.labels is not None
+    np.testing.assert_array_equal(rest.labels, samples.labels[count:])
+    batches = list(rest.batches(Preprocessing((8, 8)), 4))
+    assert sum(map(len, batches)) == len(rest)
+
+
 # List files
 
 

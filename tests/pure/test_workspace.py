@@ -61,6 +61,40 @@ def interrupted(out: Path, word: str, reason: BaseException) -> None:
         raise reason
 
 
+def test_what_a_stage_has_reached_outlives_an_interruption(tmp_path: Path) -> None:
+    out = tmp_path / "net-int8"
+    for content in (b"", b"half\n\x00", b"all"):  # each in the place of the one before
+        with contextlib.suppress(KeyboardInterrupt), Workspace(out) as workspace:
+            workspace.keep("export", "a key", content)
+            raise KeyboardInterrupt
+        with Workspace(out) as workspace:
+            assert workspace.kept("export", "a key") == content
+            assert workspace.kept("export", "another") is None
+            assert workspace.kept("quantize", "a key") is None
+            assert workspace.reuse("export", "a key") is None
+
+
+def test_a_damaged_rest_is_none(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "net-int8") as workspace:
+        workspace.keep("export", "a key", b"content")
+        (path,) = (workspace.folder / ".stages").iterdir()
+        whole = path.read_bytes()
+        for position in range(len(whole)):
+            path.write_bytes(whole[:position])
+            assert workspace.kept("export", "a key") is None
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+            assert workspace.kept("export", "a key") is None
+
+
+def test_a_finished_stage_leaves_no_rest(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "net-int8") as workspace:
+        workspace.keep("export", "a key", b"content")
+        write_stages(workspace, "whole")
+        assert workspace.kept("export", "a key") is None
+        workspace.commit(manifest_of(workspace, "whole"))
+    assert_is(tmp_path / "net-int8", "whole")
+
+
 def tree(folder: Path) -> Dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

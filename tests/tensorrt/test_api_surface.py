@@ -214,7 +214,7 @@ def test_the_optimization_level_is_set_where_there_is_one(room, version):
 
 @every_version
 def test_nothing_that_lies_elsewhere_in_rtx_is_touched(room, version):
-    room.install(version, layer_information=INSPECTED)
+    room.install(version, layer_information=INSPECTED, level="AMPERE_PLUS")
     room.build(
         device="a GPU", workspace=1 << 28, timing_cache=str(room.folder / "timings"),
         optimization_level=None if version == "8.5" else 3,
@@ -234,6 +234,15 @@ def test_engines_for_other_versions_and_hardware_where_the_release_has_them(room
     assert room.flags() == TYPING[version][1] | {"VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"}
     levels = room.double.was_set("IBuilderConfig.hardware_compatibility_level")
     assert [level.name for level in levels] == ["AMPERE_PLUS"]
+
+
+@pytest.mark.parametrize("version", DOUBLE.VERSIONS[1:])
+def test_an_engine_that_opens_here_is_asked_for_its_hardware(room, version):
+    room.install(version, level="AMPERE_PLUS", layer_information=INSPECTED)
+    assert room.build(device="NVIDIA L4", hardware_compatible=True).built_for["hardware_compatible"] == "AMPERE_PLUS"
+    (room.folder / "model.plan").unlink()
+    room.install(version, layer_information=INSPECTED)
+    assert "AMPERE_PLUS was asked for" in room.refused(device="NVIDIA L4", hardware_compatible=True)
 
 
 # Progress and cancel
@@ -344,6 +353,50 @@ def test_the_kinds_of_layers_complete_a_calibration_cache(room, version):
     room.build(target="dla0", batch=(4, 4, 4), calibration_cache=text)
     names = {line.partition(": ")[0] for line in room.double.calibration.decode().splitlines()[1:]}
     assert names == {"input", "logits", "sum", "pooled", "conv"}
+
+
+FLOAT_ENDS = (Layer("stem"), Layer("body"), Layer("fc", "MATRIX_MULTIPLY"))
+CACHE = "TRT-8600-EntropyCalibration2\ninput: 3c010a14\n"
+
+
+@pytest.mark.parametrize("version", WITH_DLA)
+@pytest.mark.parametrize("strict", [True, False])
+def test_layers_kept_in_float_are_pinned_to_half_on_a_dla(room, version, strict):
+    room.install(version, dla_cores=1, layers=FLOAT_ENDS)
+    options = {"target": "dla0", "batch": (4, 4, 4), "calibration_cache": CACHE, "strict": strict}
+    result = room.build(half=("stem", "fc"), **options)
+    assert room.double.pinned == {"stem": "HALF", "fc": "HALF"}
+    wanted = "OBEY_PRECISION_CONSTRAINTS" if strict else "PREFER_PRECISION_CONSTRAINTS"
+    assert room.flags() == {"INT8", "FP16", "GPU_FALLBACK", wanted}
+    assert not [text for text in result.warnings if "kept in float" in text]
+
+
+@pytest.mark.parametrize("version", WITH_DLA)
+def test_with_nothing_kept_in_float_nothing_is_pinned(room, version):
+    room.install(version, dla_cores=1, layers=FLOAT_ENDS)
+    room.build(target="dla0", batch=(4, 4, 4), calibration_cache=CACHE, strict=True)
+    assert room.double.pinned == {}
+    assert room.flags() == {"INT8", "FP16", "GPU_FALLBACK"}
+    assert room.double.was_set("ILayer.precision") == []
+
+
+@pytest.mark.parametrize("version", WITH_DLA)
+def test_a_layer_that_cannot_be_pinned_is_named(room, version):
+    room.install(version, dla_cores=1, layers=FLOAT_ENDS)
+    options = {"target": "dla0", "batch": (4, 4, 4), "calibration_cache": CACHE, "half": ("stem", "pool")}
+    assert "pool: kept in float by the recipe" in room.refused(strict=True, **options)
+    assert [text for text in room.build(**options).warnings if text.startswith("pool: kept in float")]
+    assert room.double.pinned == {"stem": "HALF"}
+
+
+@pytest.mark.parametrize("version", WITH_DLA)
+def test_a_pin_that_does_not_hold_is_told(room, version):
+    said = "No implementation of layer stem obeys the requested constraints in strict mode."
+    room.install(version, dla_cores=1, layers=FLOAT_ENDS, build_log=[("WARNING", said), ("WARNING", "nothing to do")])
+    result = room.build(target="dla0", batch=(4, 4, 4), calibration_cache=CACHE, half=("stem",))
+    assert [text for text in result.warnings if "reported" in text] == [
+        f"TensorRT {room.double.module.__version__} reported: {said}"
+    ]
 
 
 @pytest.mark.parametrize("version", [version for version in DOUBLE.VERSIONS if version not in WITH_DLA])
@@ -477,6 +530,7 @@ def test_a_model_that_tensorrt_would_read_as_other_numbers_is_refused(room, vers
         ({"precision": "int4"}, "int4"),
         ({"target": "npu"}, "npu"),
         ({"calibration_cache": "TRT-8600-EntropyCalibration2\n"}, "calibration cache"),
+        ({"half": ("conv1",)}, "calibration cache"),
     ],
 )
 def test_a_wrong_request_is_refused_before_tensorrt_is_asked(room, version, options, said):

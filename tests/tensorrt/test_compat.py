@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from edgeres.backends.tensorrt import compat
+from edgeres.backends.tensorrt import compat, lean
 
 ORIN = {
     "flavour": "tensorrt",
@@ -71,13 +71,31 @@ UNFIT = {
     ),
     "version-compatible, from a newer one": (
         {"tensorrt": "10.4.0", "version_compatible": "yes"},
-        {},
+        {"lean_runtimes": "10.4.0"},
         "TensorRT 10.4.0",
+        "10.3.0",
+    ),
+    "version-compatible, newer, without its lean runtime": (
+        {"tensorrt": "10.0.1", "version_compatible": "yes"},
+        {},
+        "TensorRT 10.0.1",
+        "10.3.0 and no libnvinfer_lean.so.10.0.1, the lean runtime that this engine needs there",
+    ),
+    "version-compatible, with another lean runtime": (
+        {"tensorrt": "8.6.1.6", "version_compatible": "yes"},
+        {"lean_runtimes": "8.6.0, 10.0.1"},
+        "TensorRT 8.6.1.6",
+        "10.3.0 and no libnvinfer_lean.so.8.6.1, the lean runtime that this engine needs there",
+    ),
+    "not version-compatible, whatever is installed": (
+        {"tensorrt": "10.0.1"},
+        {"lean_runtimes": "10.0.1"},
+        "TensorRT 10.0.1",
         "10.3.0",
     ),
     "version-compatible, two majors on": (
         {"tensorrt": "8.6.1", "version_compatible": "yes"},
-        {"tensorrt": "11.4.0"},
+        {"tensorrt": "11.4.0", "lean_runtimes": "8.6.1"},
         "TensorRT 8.6.1",
         "11.4.0",
     ),
@@ -115,9 +133,16 @@ FITS = {
     "another GPU of the same capability": ({"device": "NVIDIA L40"}, {}),
     "a module that a container hides": ({}, {"module": ""}),
     "a plan from before modules": ({"module": ""}, {}),
-    "version-compatible, newer": ({"tensorrt": "10.0.1", "version_compatible": "yes"}, {}),
-    "version-compatible, from 8": ({"tensorrt": "8.6.1", "version_compatible": "yes"}, {}),
-    "version-compatible, on 11": ({"version_compatible": "yes"}, {"tensorrt": "11.0.0"}),
+    "version-compatible, newer": ({"tensorrt": "10.0.1.6", "version_compatible": "yes"}, {"lean_runtimes": "10.0.1"}),
+    "version-compatible, from 8": (
+        {"tensorrt": "8.6.1", "version_compatible": "yes"},
+        {"lean_runtimes": "10.0.1, 8.6.1"},
+    ),
+    "version-compatible, on 11": (
+        {"version_compatible": "yes"},
+        {"tensorrt": "11.0.0", "lean_runtimes": "10.3.0"},
+    ),
+    "version-compatible, at home": ({"version_compatible": "yes"}, {}),
     "Ampere or newer": ({"hardware_compatible": "AMPERE_PLUS"}, {"compute_capability": "12.0"}),
     "no facts but the version": (dict.fromkeys(ORIN, "") | {"tensorrt": "10.3.0"}, {}),
 }
@@ -135,6 +160,51 @@ def test_tensorrt_for_rtx_takes_any_gpu() -> None:
     assert problems(plan, {**here, "tensorrt": "1.6.1"}) == [
         f"engine was built for TensorRT for RTX 1.7.1; this machine has 1.6.1. {MEND}"
     ]
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "wanted"),
+    [
+        ("8.6.1", "8.6.1", ""),
+        ("8.6.1", "8.6.3", "8.6.1"),
+        ("8.6.1.6", "10.3.0", "8.6.1"),
+        ("10.3.0", "10.13.3.9", "10.3.0"),
+        ("10.16.1.11", "11.4.0.106", "10.16.1"),
+        ("11.0.0", "11.4.0", "11.0.0"),
+        ("8.6.1", "11.0.0", ""),
+        ("10.13.3", "10.3.0", ""),
+        ("11.0.0", "10.16.1", ""),
+        ("1.6.1", "1.7.1", ""),
+    ],
+)
+def test_whose_lean_runtime_runs_a_version_compatible_plan(built: str, here: str, wanted: str) -> None:
+    """NVIDIA's table: forward only, within a major version, from 8 to 10 and from 10 to 11; none for RTX."""
+    plan = {"tensorrt": built, "version_compatible": "yes"}
+    assert compat.lean_version(plan, {"tensorrt": here}) == wanted
+    assert compat.lean_version({"tensorrt": built}, {"tensorrt": here}) == ""
+
+
+def test_lean_runtimes_are_found_where_libraries_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, names in (
+        (first, ("libnvinfer_lean.so.8.6.1", "libnvinfer_lean.so.10", "libnvinfer.so.10.3.0", "notes.txt")),
+        (second, ("libnvinfer_lean.so.8.6.1", "libnvinfer_lean.so.10.13.3")),
+    ):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    monkeypatch.setattr(lean, "SYSTEM", (str(second),))
+    monkeypatch.chdir(second)
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path / 'absent'}:{first}::.")
+    assert lean.lean_runtimes() == {
+        "8.6.1": str(first / "libnvinfer_lean.so.8.6.1"),
+        "10.13.3": str(second / "libnvinfer_lean.so.10.13.3"),
+    }
+    monkeypatch.setattr(lean, "SYSTEM", ())
+    monkeypatch.setenv("LD_LIBRARY_PATH", ".")  # what lies in the working folder is not the system's
+    assert lean.lean_runtimes() == {}
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    assert lean.lean_runtimes() == {}
 
 
 def test_a_plan_that_tells_nothing() -> None:

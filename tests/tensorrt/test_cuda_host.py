@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +157,11 @@ def test_a_gpu_that_is_not_there(run: Run) -> None:
     assert "no CUDA-capable device" in run("none", DOUBLE_DEVICES="0")
 
 
+def test_a_gpu_is_seen_without_any_package(run: Run) -> None:
+    assert run("seen") == [True, {}]
+    assert run("seen", DOUBLE_DEVICES="0") == [False, {}]
+
+
 def test_a_process_may_end_with_a_session_open(run: Run, package: str) -> None:
     """Nothing but the scenario's own line is printed; pycuda would complain of a context that it fails to release."""
     assert run("unclosed") == "ended"
@@ -173,6 +180,37 @@ def test_neither_package(fresh: pytest.MonkeyPatch) -> None:
         fresh.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackageError, match=r"pip install cuda-bindings.*pip install pycuda"):
         open_device()
+
+
+def test_cuda_python_of_cuda_11_is_found_under_its_older_name(fresh: pytest.MonkeyPatch) -> None:
+    """There is no cuda.bindings in it; the real 11.8.2 ran all scenarios on Python 3.8, for which it is the last."""
+    old = types.ModuleType("cuda.cuda")
+    good = object()
+    old.CUresult = SimpleNamespace(CUDA_SUCCESS=good)  # type: ignore[attr-defined]
+    old.CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)  # type: ignore[attr-defined]
+    names = ("MAJOR", "MINOR")
+    attributes = {f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{name}": name for name in names}
+    old.CUdevice_attribute = SimpleNamespace(**attributes)  # type: ignore[attr-defined]
+    answers = {
+        "cuInit": (good,),
+        "cuDeviceGetCount": (good, 1),
+        "cuDeviceGet": (good, 0),
+        "cuDeviceGetName": (good, b"Xavier\0\0"),
+        "cuDriverGetVersion": (good, 11040),
+        "cuDevicePrimaryCtxRetain": (good, "context"),
+    }
+    for name, answer in answers.items():
+        setattr(old, name, lambda *given, answer=answer: answer)
+    old.cuDeviceGetAttribute = lambda name, device: (good, 7 if name == "MAJOR" else 2)  # type: ignore[attr-defined]
+    package = types.ModuleType("cuda")
+    package.__path__ = []
+    package.cuda = old  # type: ignore[attr-defined]
+    for name in [name for name in sys.modules if name.startswith("cuda.")]:
+        fresh.delitem(sys.modules, name)
+    fresh.setitem(sys.modules, "cuda", package)
+    fresh.setitem(sys.modules, "cuda.cuda", old)
+    device = open_device()
+    assert (device.name, device.compute_capability, device.driver) == ("Xavier", (7, 2), (11, 4))
 
 
 def test_a_package_that_does_not_load(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:

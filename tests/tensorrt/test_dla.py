@@ -12,8 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeres.backends.tensorrt.dla import calibration_cache, completed, make_calibrator, read_cache, refusal
+from edgeres.artifacts import LayerPlan
+from edgeres.backends.tensorrt.dla import (
+    calibration_cache,
+    completed,
+    kept_in_half,
+    make_calibrator,
+    read_cache,
+    refusal,
+)
 from edgeres.errors import BackendError, CalibrationError
+from edgeres.quantize import plan
 
 # The text
 
@@ -295,3 +304,48 @@ def test_a_dla_that_is_not_there_is_refused_with_what_to_do(version: tuple[int, 
 
 def test_a_core_that_no_module_has_is_refused() -> None:
     assert "dla0 to dla1" in refusal((10, 3, 0), AGX, "dla2")
+
+
+# Layers that stay in float
+
+NAMED = """
+import sys
+import tensorrt as trt
+
+logger = trt.Logger(trt.Logger.ERROR)
+builder = trt.Builder(logger)
+network = builder.create_network(0)
+parser = trt.OnnxParser(network, logger)
+assert parser.parse_from_file(sys.argv[1])
+print("\\n".join(network.get_layer(index).name for index in range(network.num_layers)))
+"""
+
+
+def test_what_a_dla_could_run_in_int8_against_the_plan_is_kept_in_half() -> None:
+    rows = [
+        ("conv", "Conv", "float"),
+        ("body", "Conv", "int8"),
+        ("add", "Add", "float"),
+        ("other", "Add", "int8 skip"),
+        ("relu", "Relu", "follows"),
+        ("shape", "Shape", "float"),
+        ("pool", "GlobalAveragePool", "float"),
+        ("fc", "Gemm", "float"),
+    ]
+    layers = [LayerPlan(node, op, "", precision, "") for node, op, precision in rows]
+    assert kept_in_half(layers) == ("conv", "add", "pool", "fc")
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"), [("resnet8_cifar", ("layer2", "fc")), ("resnet18", ("conv1", "layer3.0.*", "fc"))]
+)
+def test_tensorrts_parser_names_its_layers_as_the_plan_does(
+    name: str, keep: tuple[str, ...], rtx: Any, quantized: Any
+) -> None:
+    """So a layer that the recipe keeps in float is found in the parsed network by its node's name."""
+    found = quantized(name)
+    kept = kept_in_half(plan(found.fp32, found.exported.modules, keep).layers)
+    assert len(kept) >= 4
+    path = found.path.with_name("model.fp32.onnx")
+    names = rtx.run(NAMED, str(path)).splitlines()
+    assert [names.count(node) for node in kept] == [1] * len(kept)

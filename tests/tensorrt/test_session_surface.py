@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from edgeres.backends.tensorrt import logger
+from edgeres.backends.tensorrt import session as session_module
 from edgeres.backends.tensorrt.compat import this_machine
 from edgeres.backends.tensorrt.session import open_session
 from edgeres.errors import BackendError
@@ -228,6 +229,53 @@ def test_a_dla_core_is_chosen_before_the_plan_is_opened(room, version):
 def test_a_dla_core_that_is_not_there_is_refused(room, version):
     room.install(version, dla_cores=1)
     assert "DLA core 1" in room.refused(lambda: room.open(target="dla1"))
+
+
+# Plans of an older version
+
+OLDER = {"8.6": "8.6.0", "10.3": "8.6.1", "10.7": "10.3.0", "10.13": "10.3.0", "10.16": "8.6.1", "11.0": "10.16.1",
+         "11.4": "11.0.0"}  # fmt: skip
+"""By release, an older one whose version-compatible plans it runs."""
+
+
+@pytest.mark.parametrize(("version", "older"), OLDER.items())
+def test_a_version_compatible_plan_runs_on_a_newer_release_by_its_own_lean_runtime(room, monkeypatch, version, older):
+    path = f"/opt/libnvinfer_lean.so.{older}"
+    room.install(version, lean={path: b"ftrt an older plan"})
+    monkeypatch.setattr(session_module, "lean_runtimes", lambda: {older: path, "9.9.9": "/opt/other"})
+    session = room.open(plan=b"ftrt an older plan", tensorrt=f"{older}.6", version_compatible="yes")
+    np.testing.assert_allclose(session(frames(3)), expected(frames(3)), rtol=1e-5, atol=1e-6)
+    session.close()
+    assert room.double.called("Runtime.load_runtime") == [{"path": path}]
+    assert room.double.was_set("Runtime.engine_host_code_allowed") == []
+    assert room.double.touched("call", "set") == COMMON | {"Runtime.load_runtime"}
+
+
+@pytest.mark.parametrize(("version", "older"), OLDER.items())
+def test_without_its_lean_runtime_such_a_plan_never_reaches_tensorrt(room, monkeypatch, version, older):
+    room.install(version)
+    monkeypatch.setattr(session_module, "lean_runtimes", dict)
+    message = room.refused(lambda: room.open(tensorrt=older, version_compatible="yes"))
+    assert f"no libnvinfer_lean.so.{older}" in message
+    assert "edgeres compile build/net" in message
+    assert room.double.calls == []
+
+
+@pytest.mark.parametrize(("version", "older"), OLDER.items())
+def test_a_lean_runtime_that_does_not_load_is_told(room, monkeypatch, version, older):
+    room.install(version)
+    monkeypatch.setattr(session_module, "lean_runtimes", lambda: {older: "/opt/broken.so"})
+    message = room.refused(lambda: room.open(tensorrt=older, version_compatible="yes"))
+    assert "failed at loading /opt/broken.so: Unable to load library" in message
+    assert room.double.called("Runtime.deserialize_cuda_engine") == []
+
+
+@every_version
+def test_a_version_compatible_plan_needs_no_lean_runtime_where_it_was_built(room, monkeypatch, version):
+    room.install(version)
+    monkeypatch.setattr(session_module, "lean_runtimes", dict)
+    room.open(version_compatible="yes").close()
+    assert room.double.called("Runtime.load_runtime") == []
 
 
 # What fails

@@ -17,9 +17,11 @@ from edgeres.backends.tensorrt.place import here
 from edgeres.backends.tensorrt.records import BuildRequest, BuildResult, EngineLayer
 from edgeres.backends.tensorrt.settings import (
     HARDWARE_LEVEL,
+    check_level,
     check_request,
     choose_device,
     configure,
+    pin_half,
     set_calibration,
 )
 from edgeres.errors import BackendError
@@ -39,6 +41,9 @@ ADVICE: Tuple[Tuple[str, str], ...] = (
     ("no cuda-capable device", "There is no GPU here that this TensorRT can use: edgeres doctor"),
 )
 """By what TensorRT said, in lower case, what to do about it."""
+
+DISOBEYED = ("obeys the requested constraints",)
+"""Warnings that a layer does not run in the precision that it was pinned to."""
 
 WRONG = ("Defaulting to INT8 instead",)
 """Warnings behind which an engine computes wrong numbers: a uint8 tensor read as int8."""
@@ -101,7 +106,9 @@ def build_plan(
     if not built_for.get("compute_capability"):
         bench.warnings.append(UNKNOWN_GPU)
     write_atomic(request.plan, content)
-    bench.warnings.extend(f"{words(trt)} reported: {' '.join(text.split())}" for text in bench.record.errors)
+    disobeyed = [text for text in bench.record.warnings if any(sign in text for sign in DISOBEYED)]
+    told = [*bench.record.errors, *disobeyed]
+    bench.warnings.extend(f"{words(trt)} reported: {' '.join(text.split())}" for text in told)
     return BuildResult(
         plan=request.plan,
         sha256=sha256_bytes(content),
@@ -134,6 +141,7 @@ def _built(bench: _Bench, built_for: Dict[str, str]) -> bytes:
     profile = add_profile(builder, config, network, request, record)
     kept.append(profile)
     kept.append(set_calibration(trt, config, network, profile, request, record))
+    bench.warnings.extend(pin_half(trt, config, network, request))
     monitor = make_monitor(trt, bench.watch)
     if monitor is not None:
         config.progress_monitor = monitor
@@ -246,6 +254,8 @@ def _inspected(bench: _Bench, content: bytes) -> str:
         bench.warnings.append(f"the new engine does not open on this machine: {record.last_words()}")
         return ""
     kept.append(engine)
+    if bench.request.hardware_compatible:
+        check_level(trt, engine)
     inspector = engine.create_engine_inspector()
     if inspector is None:
         return ""

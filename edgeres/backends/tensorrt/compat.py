@@ -12,7 +12,13 @@
 ``platform``                ``Linux aarch64``
 ``version_compatible``      of a plan only: ``yes`` if newer TensorRT may run it
 ``hardware_compatible``     of a plan only: the level's name, ``AMPERE_PLUS``, if other GPUs may run it
+``lean_runtimes``           of a machine only: the versions of its lean runtimes, ``8.6.1, 10.3.0``
 ==========================  ==================================================================
+
+Which TensorRT runs which plan: its own version runs any. A version-compatible plan also runs on a newer one, of the
+same major version or from 8 on 10 and from 10 on 11, if the lean runtime of the plan's version is installed there
+(:mod:`edgeres.backends.tensorrt.lean`). Nothing runs on an older one, and no plan of TensorRT for RTX on another
+version of it.
 
 Source: NVIDIA TensorRT documentation, "Engine Compatibility".
 """
@@ -24,16 +30,15 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from edgeres.backends.tensorrt.device import Device
+from edgeres.backends.tensorrt.lean import name_of
 from edgeres.backends.tensorrt.module import dotted, flavour_of, library_version
+from edgeres.backends.tensorrt.versions import FORWARD
 
 TREE = Path("/proc/device-tree")
 """Where Linux tells what board this is."""
 
 NAMES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 NO = ("", "no", "none", "false")
-
-FORWARD = {(8, 8), (8, 10), (10, 10), (10, 11), (11, 11)}
-"""From which major version a version-compatible plan runs on which; never on an older one."""
 
 AMPERE = (8, 0)
 """The least that a plan of hardware compatibility AMPERE_PLUS runs on."""
@@ -102,6 +107,15 @@ def problems(built_for: Mapping[str, str], here: Mapping[str, str], place: str) 
     return found
 
 
+def lean_version(built_for: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """Return the version (three numbers) whose lean runtime runs a plan here; empty where none does, or is needed."""
+    was, now = built_for.get("tensorrt", ""), here["tensorrt"]
+    old, new = _numbers(was), _numbers(now)
+    if was == now or new < old or (old[:1] + new[:1]) not in FORWARD:
+        return ""
+    return dotted(old[:3]) if _yes(built_for.get("version_compatible", "")) else ""
+
+
 def _tensorrt(built_for: Mapping[str, str], here: Mapping[str, str]) -> Optional[_Fact]:
     was, now = built_for.get("tensorrt", ""), here["tensorrt"]
     flavour, flavour_now = built_for.get("flavour", "") or here["flavour"], here["flavour"]
@@ -109,10 +123,11 @@ def _tensorrt(built_for: Mapping[str, str], here: Mapping[str, str]) -> Optional
         return _Fact(f"{NAMES.get(flavour, flavour)} {was}", f"{NAMES.get(flavour_now, flavour_now)} {now}")
     if not was or was == now:
         return None
-    if _yes(built_for.get("version_compatible", "")):
-        old, new = _numbers(was), _numbers(now)
-        if new >= old and (old[:1] + new[:1]) in FORWARD:
-            return None
+    lean = lean_version(built_for, here)
+    if lean and lean in here.get("lean_runtimes", "").split(", "):
+        return None
+    if lean:
+        now = f"{now} and no {name_of(lean)}, the lean runtime that this engine needs there"
     return _Fact(f"{NAMES.get(flavour, flavour)} {was}", now)
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 import struct
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from edgeres.affine import scale_from_amax
+from edgeres.artifacts import LayerPlan
 from edgeres.backends.tensorrt.module import dotted, library_version, load_module, member
-from edgeres.backends.tensorrt.versions import dla_of
+from edgeres.backends.tensorrt.versions import UNROUNDED_SINCE, dla_of
 from edgeres.errors import BackendError
 
 CORES: Tuple[Tuple[str, int], ...] = (
@@ -37,9 +38,8 @@ CORES: Tuple[Tuple[str, int], ...] = (
 EXPLICIT_ON = ("agx orin", "orin")
 """Where the DLA of TensorRT 11.4.1 and newer is to be had, by the same names."""
 
-UNROUNDED_SINCE = 8600
-"""From this version's header on (JetPack 6, DLA 3.14) a scale of 1.0 before an addition tells the DLA not to round."""
-
+INT8_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "AveragePool", "GlobalAveragePool", "ReduceMean")
+"""What a DLA computes in int8; the rest of a plan's float nodes look at shapes, or run in float anyway."""
 
 HEADER = re.compile(r"TRT-(\d+)-EntropyCalibration2")
 
@@ -122,6 +122,12 @@ def read_cache(text: str) -> Dict[str, float]:
 def dla_cache(flavour: str, ranges: Mapping[str, float]) -> str:
     """Return :func:`calibration_cache` for the TensorRT that is installed."""
     return calibration_cache(library_version(load_module(flavour)), ranges)
+
+
+def kept_in_half(plan: Sequence[LayerPlan]) -> Tuple[str, ...]:
+    """Return the nodes that are planned in float and that a DLA could run in int8 all the same: their tensors may have
+    scales for their neighbours' sake."""
+    return tuple(layer.node for layer in plan if layer.precision == "float" and layer.op in INT8_OPS)
 
 
 def completed(trt: Any, network: Any, cache: str) -> str:

@@ -6,12 +6,16 @@ import ctypes
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from edgeres.errors import BackendError, MissingPackageError
 
 FLAVOURS: Dict[str, Tuple[str, ...]] = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt")}
 """By flavour, the packages that may speak it, best first."""
+
+JETSON = Path("/etc/nv_tegra_release")
+"""Is there on a Jetson, and nowhere else."""
 
 FIRST = (8, 5)
 """The oldest TensorRT that edgeres knows. TensorRT for RTX counts from 1, so what is older is taken for RTX."""
@@ -39,11 +43,21 @@ def load_module(flavour: str) -> Any:
     if others and flavour == "tensorrt":
         raise BackendError(f"{others[0]}, not TensorRT. Compile for it: edgeres compile --backend tensorrt-rtx BUNDLE")
     if flavour == "tensorrt":
-        raise MissingPackageError.for_extra("tensorrt", "a TensorRT engine", "tensorrt")
+        raise missing_tensorrt()
     here = f" ({others[0]})" if others else ""
     raise MissingPackageError(
         f"an engine of TensorRT for RTX needs the package tensorrt_rtx{here}. Install it: pip install tensorrt-rtx"
     )
+
+
+def missing_tensorrt() -> MissingPackageError:
+    """Return the error for a machine without TensorRT; on a Jetson it comes with JetPack, and from nowhere else."""
+    if JETSON.exists():
+        return MissingPackageError(
+            "a TensorRT engine needs the package tensorrt, which JetPack brings. Install it: sudo apt install "
+            "python3-libnvinfer; and make the virtual environment with --system-site-packages, so that it is seen"
+        )
+    return MissingPackageError.for_extra("tensorrt", "a TensorRT engine", "tensorrt")
 
 
 def version(module: Any) -> Tuple[int, ...]:

@@ -17,8 +17,10 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``onnx`` is the file to compile and ``plan`` where the engine goes; ``flavour`` is ``tensorrt`` or ``tensorrt-rtx``.
     ``batch`` is (min, opt, max) of the one optimization profile, ``shape`` one sample's (3, height, width).
     ``workspace`` is in bytes, ``optimization_level`` 0…5 (None: the builder's own). ``timing_cache`` is a file, or None
-    for none. ``target`` is ``gpu``, ``dla0`` or ``dla1``; ``calibration_cache`` is the text of a TensorRT calibration
-    cache, for DLA on TensorRT up to 10.7 only.
+    for none. ``target`` is ``gpu``, ``dla0`` or ``dla1``. Two are for a DLA on TensorRT up to 10.7 only:
+    ``calibration_cache`` is the text of a TensorRT calibration cache, and ``half`` names the ONNX nodes that must stay
+    out of int8 although their tensors have scales; with ``strict`` a build that cannot keep them out fails, else it
+    warns.
     """
 
     onnx: str
@@ -36,6 +38,8 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version_compatible: bool = False
     hardware_compatible: bool = False
     calibration_cache: Optional[str] = None
+    half: Tuple[str, ...] = ()
+    strict: bool = False
 
 
 class BuildResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,15 +13,14 @@ from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from edgeres.backends.tensorrt.compat import problems, this_machine
+from edgeres.backends.tensorrt.compat import lean_version, problems, this_machine
 from edgeres.backends.tensorrt.device import Device, open_device
 from edgeres.backends.tensorrt.device.interface import advice
+from edgeres.backends.tensorrt.lean import lean_runtimes
 from edgeres.backends.tensorrt.logger import Record, make_logger
 from edgeres.backends.tensorrt.module import load_module, member, version, words
+from edgeres.backends.tensorrt.versions import shares_a_profile
 from edgeres.errors import BackendError
-
-SHARED_PROFILE: Tuple[Tuple[Tuple[int, ...], bool], ...] = (((1, 0), True), ((8, 5), False), ((10, 0), True))
-"""By the first version of the bindings: may several contexts use the one optimization profile at a time?"""
 
 
 class Tensors(NamedTuple):
@@ -66,13 +65,16 @@ def open_session(
         if device is None:
             device = open_device()
             last.callback(device.close)
-        unfit = problems(built_for, this_machine(trt, device), place)
+        lean = lean_runtimes() if built_for.get("version_compatible") else {}
+        here = {**this_machine(trt, device), "lean_runtimes": ", ".join(lean)}
+        unfit = problems(built_for, here, place)
         if unfit:
             raise BackendError("\n".join(unfit))
         held = ExitStack()
         try:
             with device.current():
                 engine = _Engine(trt, place, held)
+                engine.use(lean.get(lean_version(built_for, here)))
                 engine.deserialize(plan, built_for.get("target", "gpu"))
                 tensors = engine.tensors()
                 count = contexts if engine.shares_its_profile else 1
@@ -187,8 +189,18 @@ class _Engine:
             self._runtime: Any = trt.Runtime(self._logger)
         except (TypeError, RuntimeError) as problem:  # what the bindings make of a null pointer
             raise self.failed(f"opening its runtime ({problem})") from problem
+        self._newer: Any = None
         self._engine: Any = None
-        self.shares_its_profile = [shared for since, shared in SHARED_PROFILE if since <= version(trt)][-1]
+        self.shares_its_profile = shares_a_profile(version(trt))
+
+    def use(self, lean: Optional[str]) -> None:
+        """Open the plan with an older version's lean runtime, at that path; None leaves it to this version's own."""
+        if lean is None:
+            return
+        older = self._runtime.load_runtime(lean)
+        if older is None:
+            raise self.failed(f"loading {lean}")
+        self._newer, self._runtime = self._runtime, older
 
     def deserialize(self, plan: bytes, target: str) -> None:
         """Give the plan to TensorRT. ``engine_host_code_allowed`` stays as it is, off."""
@@ -204,8 +216,9 @@ class _Engine:
             self._runtime.DLA_core = core
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
+            cause = "".join(self._record.errors[:1])  # what follows it may have another reason: there is no GPU, too
+            mend = advice(cause, f"Compile it again: edgeres compile {self._place}")
             said = self._said()
-            mend = advice(said, f"Compile it again: edgeres compile {self._place}")
             raise BackendError(f"{words(self._trt)} failed at opening this plan: {said}. {mend}")
 
     def tensors(self) -> Tensors:
@@ -254,6 +267,7 @@ class _Engine:
     def _forget(self) -> None:
         self._engine = None
         self._runtime = None
+        self._newer = None  # it made the one before, and translates its calls
         self._logger = None
 
 

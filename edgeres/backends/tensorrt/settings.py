@@ -36,8 +36,10 @@ def check_request(trt: Any, request: BuildRequest) -> None:
         problems.append(f"there is no target {request.target!r}; choose one of {', '.join(TARGETS)}")
     elif request.target != "gpu":
         problems.extend(_dla_problems(trt, request))
-    elif request.calibration_cache is not None:
+    elif request.calibration_cache is not None or request.half:
         problems.append("a calibration cache is for a DLA only; on the GPU the ranges stand in the graph as Q/DQ")
+    if request.version_compatible and flavour_of(trt) == "tensorrt-rtx":
+        problems.append("no other version of it is known to run its engines, whatever they were built for")
     if problems:
         raise BackendError(f"{words(trt)} cannot build this: {'; '.join(problems)}. Change the recipe or the options.")
 
@@ -59,7 +61,7 @@ def _dla_problems(trt: Any, request: BuildRequest) -> List[str]:
         problems.append("an engine for a DLA fits no other hardware")
     if kind == "implicit" and request.precision == "int8" and request.calibration_cache is None:
         problems.append(f"up to {dotted((10, 7))} a DLA takes its ranges from a calibration cache, and there is none")
-    if kind == "explicit" and request.calibration_cache is not None:
+    if kind == "explicit" and (request.calibration_cache is not None or request.half):
         problems.append("it takes the ranges of a DLA from Q/DQ in the graph, not from a calibration cache")
     return problems
 
@@ -86,6 +88,17 @@ def configure(trt: Any, config: Any, request: BuildRequest) -> None:
         if levels is None:
             raise BackendError(f"{words(trt)} has no hardware-compatible engines; 8.6 has. Leave the option out.")
         set_option(trt, config, "hardware_compatibility_level", member(levels, HARDWARE_LEVEL))
+
+
+def check_level(trt: Any, engine: Any) -> None:
+    """See that an engine itself says that it runs on other hardware.
+
+    Raises:
+        BackendError: it does not.
+    """
+    found, wanted = engine.hardware_compatibility_level, member(trt.HardwareCompatibilityLevel, HARDWARE_LEVEL)
+    if found != wanted:
+        raise BackendError(f"{words(trt)} built an engine for {found}, {wanted} was asked for. Leave the option out.")
 
 
 def choose_device(trt: Any, builder: Any, config: Any, request: BuildRequest, device: str) -> None:
@@ -128,6 +141,32 @@ def set_calibration(trt: Any, config: Any, network: Any, profile: Any, request: 
     return calibrator
 
 
+def pin_half(trt: Any, config: Any, network: Any, request: BuildRequest) -> List[str]:
+    """Keep the nodes of ``request.half`` in fp16; return what to warn of.
+
+    With implicit quantization a layer may run in int8 as soon as its tensors have scales, and those of a layer that the
+    recipe keeps in float have them for its neighbours' sake. NVIDIA's own translator pins such layers in the same way.
+
+    Raises:
+        BackendError: with ``strict``, a node has no layer of its name.
+    """
+    if not request.half:
+        return []
+    set_flag(trt, config, "OBEY_PRECISION_CONSTRAINTS" if request.strict else "PREFER_PRECISION_CONSTRAINTS")
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    named = {layer.name: layer for layer in layers}
+    missing = [name for name in request.half if name not in named]
+    for name in request.half:
+        if name in named:
+            set_option(trt, named[name], "precision", member(trt.DataType, "HALF"))
+    if not missing:
+        return []
+    told = f"{', '.join(missing)}: kept in float by the recipe, but {words(trt)} has no layer of that name to keep so"
+    if request.strict:
+        raise BackendError(f"{told}. Build without --strict, or keep nothing in float.")
+    return [told]
+
+
 def set_flag(trt: Any, config: Any, name: str) -> None:
     """Set a builder flag by name, and see that it holds.
 
@@ -143,7 +182,7 @@ def set_flag(trt: Any, config: Any, name: str) -> None:
 
 
 def set_option(trt: Any, config: Any, name: str, value: Any) -> None:
-    """Set a property of the builder's configuration, and see that it holds.
+    """Set a property of the builder's configuration, or of a layer, and see that it holds.
 
     Raises:
         BackendError: this version has no such property, or leaves it as it was.

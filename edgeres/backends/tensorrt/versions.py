@@ -1,4 +1,4 @@
-"""Where TensorRT's versions differ, as rows: how layers get their types, and where a DLA can be reached.
+"""Where TensorRT's versions differ, as rows: how layers get their types, where a DLA can be reached, what runs where.
 
 Source: NVIDIA's headers and release notes from 8.5.2 to 11.4.1. Strong typing exists from 10.0, but NVIDIA calls it
 fully available from 10.12; weak typing and its precision flags are gone in 11. Explicit quantization never reached the
@@ -48,6 +48,17 @@ DLA: Tuple[Tuple[Tuple[int, ...], Optional[str]], ...] = (
 """By first version: ``implicit`` takes its ranges from a calibration cache, ``explicit`` from Q/DQ, None has no DLA."""
 
 
+UNROUNDED_SINCE = 8600
+"""From this version on, as a calibration cache spells it (JetPack 6, DLA 3.14), a scale of 1.0 before an addition tells
+a DLA not to round."""
+
+SHARED_PROFILE: Tuple[Tuple[Tuple[int, ...], bool], ...] = (((1, 0), True), ((8, 5), False), ((10, 0), True))
+"""By first version: may several execution contexts use the one optimization profile at a time?"""
+
+FORWARD = {(8, 8), (8, 10), (10, 10), (10, 11), (11, 11)}
+"""From which major version a version-compatible plan runs on which; never on an older one."""
+
+
 def typing_of(release: Tuple[int, ...]) -> Typing:
     """Return the typing policy of a version of the bindings.
 
@@ -64,6 +75,11 @@ def dla_of(release: Tuple[int, ...]) -> Optional[str]:
     """Return how a version quantizes for a DLA: ``implicit``, ``explicit``, or None where it has no DLA."""
     rows = [row for since, row in DLA if since <= release]
     return rows[-1] if rows else None
+
+
+def shares_a_profile(release: Tuple[int, ...]) -> bool:
+    """Whether several execution contexts may use one optimization profile at a time."""
+    return [shared for since, shared in SHARED_PROFILE if since <= release][-1]
 
 
 def graph_for(release: Tuple[int, ...], precision: str, target: str = "gpu") -> str:

@@ -793,7 +793,8 @@ CUresult cuEventElapsedTime_v2(float *milliseconds, Event *start, Event *end_) {
 
 /* ---- how cuda-python finds the others ---- */
 
-static CUresult find(const char *symbol, void **function) {
+/* Who asks as CUDA 11 or 12 gets the functions as they were then: some have more parameters by now. */
+static CUresult find(const char *symbol, void **function, int version) {
     static const char *const suffixes[] = {"_v4", "_v2", ""};
     char name[128];
     void *self;
@@ -802,7 +803,11 @@ static CUresult find(const char *symbol, void **function) {
     if (!dladdr((void *)find, &here) || !(self = dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD))) {
         return NOT_FOUND;
     }
-    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes && !*function; i++) {
+    size_t newest = version < 13000 ? 1 : 0;
+    if (version < 12000 && !strcmp(symbol, "cuGetProcAddress")) {
+        newest = 2;
+    }
+    for (size_t i = newest; i < sizeof suffixes / sizeof *suffixes && !*function; i++) {
         snprintf(name, sizeof name, "%s%s", symbol, suffixes[i]);
         *function = dlsym(self, name);
     }
@@ -811,8 +816,8 @@ static CUresult find(const char *symbol, void **function) {
 }
 
 CUresult cuGetProcAddress(const char *symbol, void **function, int version, uint64_t flags) {
-    (void)version, (void)flags;
-    return find(symbol, function);
+    (void)flags;
+    return find(symbol, function, version);
 }
 
 CUresult cuGetProcAddress_v2(const char *symbol, void **function, int version, uint64_t flags, int *status) {

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,8 +23,9 @@ WEIGHTS = np.random.default_rng(7).integers(-3, 4, (60, CLASSES)).astype(np.floa
 PLAN = b"a plan"
 BUILT_FOR = {"tensorrt": "10.3.0", "flavour": "tensorrt"}
 
-Enqueue = Callable[[int, Callable[[], None]], bool]
-"""Puts work on a stream, and says whether it could."""
+if TYPE_CHECKING:
+    Enqueue = Callable[[int, Callable[[], None]], bool]
+    """Puts work on a stream, and says whether it could."""
 
 
 def frames(count: int, seed: int = 0) -> np.ndarray:

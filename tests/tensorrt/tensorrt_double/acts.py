@@ -22,6 +22,7 @@ PROPERTY_TYPES = {
     "IBuilderConfig.max_aux_streams": "int",
     "IBuilderConfig.profiling_verbosity": "ProfilingVerbosity",
     "IBuilderConfig.progress_monitor": "IProgressMonitor?",
+    "ILayer.precision": "DataType",
     "Runtime.DLA_core": "int",
     "Runtime.engine_host_code_allowed": "bool",
 }
@@ -42,6 +43,7 @@ PROPERTIES: dict[str, Callable[[Double, Any], Any]] = {
     "IBuilderConfig.profiling_verbosity": lambda d, this: d.member("ProfilingVerbosity.LAYER_NAMES_ONLY"),
     "IBuilderConfig.int8_calibrator": lambda double, this: None,
     "IBuilderConfig.progress_monitor": lambda double, this: None,
+    "ILayer.precision": lambda double, this: double.member("DataType.FLOAT"),
     "INetworkDefinition.name": lambda double, this: "",
     "INetworkDefinition.num_inputs": lambda double, this: len(this._state["inputs"]),
     "INetworkDefinition.num_outputs": lambda double, this: len(this._state["outputs"]),
@@ -51,7 +53,9 @@ PROPERTIES: dict[str, Callable[[Double, Any], Any]] = {
     "ICudaEngine.num_optimization_profiles": lambda double, this: len(double.script.profiles),
     "ICudaEngine.num_layers": lambda double, this: len(double.script.layers),
     "ICudaEngine.name": lambda double, this: "",
-    "ICudaEngine.hardware_compatibility_level": lambda d, this: d.member("HardwareCompatibilityLevel.NONE"),
+    "ICudaEngine.hardware_compatibility_level": lambda d, this: d.member(
+        f"HardwareCompatibilityLevel.{d.script.level}"
+    ),
     "ICudaEngine.refittable": lambda double, this: False,
     "ICudaEngine.device_memory_size": lambda double, this: 4096,
     "ICudaEngine.device_memory_size_v2": lambda double, this: 4096,

@@ -235,6 +235,9 @@ def _build(double: Double, this: Any, network: Any, config: Any) -> Any:
         alive(state["cache"], "the timing cache")
     for severity, text in script.build_log:
         double.log(logger, severity, text)
+    if state["flag_set"] & {"OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"}:
+        layers = (layer._state for layer in network._state["layers"])
+        double.pinned = {layer["name"]: layer["precision"].name for layer in layers if "precision" in layer}
     calibrator = state.get("int8_calibrator")
     if calibrator is not None:
         _calibrate(double, calibrator)

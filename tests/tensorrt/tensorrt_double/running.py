@@ -30,12 +30,24 @@ def _nptype(double: Double, this: Any, trt_type: Any) -> Any:
 @acts("Runtime.deserialize_cuda_engine")
 def _deserialize(double: Double, this: Any, serialized_engine: Any) -> Any:
     script, logger = double.script, this._state["logger"]
+    lean = this._state.get("lean")
+    if lean is not None:
+        alive(this._state["newer"], "the runtime that loaded a lean runtime")
     for severity, text in script.engine_log:
         double.log(logger, severity, text)
-    if script.plan is None or bytes(serialized_engine) != script.plan:
+    wanted = script.plan if lean is None else script.lean[lean]
+    if wanted is None or bytes(serialized_engine) != wanted:
         double.log(logger, "ERROR", "IRuntime::deserializeCudaEngine: header.magicTag == kEXPECTED_MAGIC_TAG failed")
         return None
     return double.make("ICudaEngine", runtime=this, contexts=[])
+
+
+@acts("Runtime.load_runtime")
+def _load_runtime(double: Double, this: Any, path: str) -> Any:
+    if path not in double.script.lean:
+        double.log(this._state["logger"], "ERROR", f"Unable to load library: {path}")
+        return None
+    return double.make("Runtime", logger=this._state["logger"], lean=path, newer=weakref.ref(this))
 
 
 def _tensor(double: Double, name: str) -> Tensor | None:

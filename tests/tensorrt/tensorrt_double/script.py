@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -68,7 +68,9 @@ class Script:
     by name; an exception under a class's name lets its constructor fail.
 
     Logs are (severity, text) pairs; ``phases`` are (name, parent, steps) of the progress monitor. ``profiles`` are the
-    (min, opt, max) batches of a deserialized engine, ``contexts`` how many execution contexts it gives.
+    (min, opt, max) batches of a deserialized engine, ``contexts`` how many execution contexts it gives. ``lean``
+    are the paths of lean runtimes, each with the one plan that it opens; ``level`` is the engine's
+    HardwareCompatibilityLevel.
     """
 
     inputs: Sequence[Tensor] = (Tensor("input", (-1, 3, 8, 8)),)
@@ -84,7 +86,9 @@ class Script:
     timing_cache: bytes = b"ptrt a timing cache"
     profiles: Sequence[tuple[int, int, int]] = ((1, 4, 8),)
     contexts: int = 64
+    level: str = "NONE"
     engine_log: Sequence[tuple[str, str]] = ()
+    lean: Mapping[str, bytes] = field(default_factory=dict)
     layer_information: str = '{"Layers": []}'
     compute: Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], None] = mean_plus_index
     returns: dict[str, Any] = field(default_factory=dict)

@@ -30,7 +30,8 @@ class Double:
     """One double: ``module`` goes into ``sys.modules``, ``calls`` and ``refusals`` say what was done with it.
 
     ``submit(stream, work)`` runs what ``execute_async_v3`` enqueues; a device double sets its own, to run it when the
-    stream is synchronized. ``calibration`` is what the calibrator handed to the build.
+    stream is synchronized. ``calibration`` is what the calibrator handed to the build, ``pinned`` the precisions that
+    it was asked to keep: layer → DataType, where a flag says that they count.
     """
 
     def __init__(self, version: str, script: Script | None = None, name: str = "tensorrt") -> None:
@@ -39,6 +40,7 @@ class Double:
         self.calls: list[Call] = []
         self.refusals: list[str] = []
         self.calibration: bytes | None = None
+        self.pinned: dict[str, str] = {}
         self.submit: Callable[[int, Callable[[], None]], None] = lambda stream, work: work()
         self.surface = surface_of(version)
         self.enums = {path: make_enum(path, values) for path, values in self.surface["enums"].items()}

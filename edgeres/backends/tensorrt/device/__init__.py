@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import List, Optional
 
 from edgeres.backends.tensorrt.device.interface import Device
 from edgeres.errors import BackendError, MissingPackageError
 
-__all__ = ["Device", "open_device"]
+__all__ = ["Device", "driver_sees_a_gpu", "open_device"]
 
 
 def open_device(index: int = 0) -> Device:
@@ -40,9 +41,19 @@ def open_device(index: int = 0) -> Device:
         )
     raise MissingPackageError(
         "running a TensorRT engine needs cuda-python or pycuda. Install the one that is quicker: "
-        "pip install cuda-bindings (for CUDA 12: pip install 'cuda-bindings==12.*'); "
-        "where it has no wheel, as on JetPack 5: pip install pycuda"
+        "pip install cuda-bindings (for CUDA 12: pip install 'cuda-bindings==12.*'; for CUDA 11, as on JetPack 5: "
+        "pip install 'cuda-python==11.8.*'); where there is no wheel: pip install pycuda"
     )
+
+
+def driver_sees_a_gpu() -> bool:
+    """Whether there is a driver with a GPU, asked without any package."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        count = ctypes.c_int(0)
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):
+        return False
 
 
 def _with_cuda_python(index: int) -> Device:

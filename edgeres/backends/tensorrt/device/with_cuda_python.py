@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from contextlib import ExitStack, contextmanager
 from typing import Any, Dict, Iterator, Set, Tuple
 
 import numpy as np
-from cuda.bindings import driver as cuda
 
 from edgeres.backends.tensorrt.device.interface import choose, failure, no_driver
 from edgeres.errors import BackendError
+
+if importlib.util.find_spec("cuda.bindings") is not None:
+    from cuda.bindings import driver as cuda
+else:  # the same functions, where cuda-python had them up to 12.5: the last for Python 3.8, and so for JetPack 5
+    from cuda import cuda
 
 NON_BLOCKING = int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
 MAJOR = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
