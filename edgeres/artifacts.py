@@ -334,6 +334,11 @@ class Climb(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     given_back: Tuple[LayerCost, ...] = ()
     ended: str = ""
 
+    @property
+    def taken_layers(self) -> Tuple[LayerCost, ...]:
+        """What the rung that was taken gave back."""
+        return tuple(cost for cost in self.given_back if cost.layer in self.rungs[self.taken].layers)
+
 
 class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One finished stage: ``key`` hashes everything that its result depends on; ``facts`` is its noun, as JSON data."""
@@ -358,6 +363,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     report: Optional[Report] = None
     warnings: Tuple[str, ...] = ()
     format: int = 1
+
+    @property
+    def climb(self) -> Optional[Climb]:
+        """What was done for the accuracy budget; None where the first net kept it, or nothing was to be done."""
+        record = self.stages.get("budget")
+        return None if record is None else from_data(record.facts, Climb, "stage budget")
 
 
 class Bundle(msgspec.Struct, frozen=True):

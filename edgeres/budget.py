@@ -18,6 +18,7 @@ from edgeres.artifacts import Climb, ExportedModel, LayerCost, Report, Rung, fro
 from edgeres.errors import EdgeresError
 from edgeres.provenance import versions
 from edgeres.rungs import STAGES, Rungs
+from edgeres.validation import decibels
 from edgeres.workspace import stage_key
 
 if TYPE_CHECKING:
@@ -112,19 +113,22 @@ class _Ladder:
     def _step(self) -> str:
         """Make one more rung; return what stands in the way of it, if anything does."""
         job, climb, start = self.job, self.rungs.climb, time.monotonic()
-        left = self.limit - _spent(climb) - self._made_in()
+        first = len(climb.rungs) == 1
+        plain = [rung for rung in climb.rungs if not rung.layers]
+        name, level, given = "give back", min(plain, key=_order).level, climb.given_back
+        if first and level < max(NAMES):
+            name, level = NAMES[max(NAMES)], max(NAMES)
+        # A rung takes what one of its level took; of the first with reconstruction that is the least it takes.
+        least = next((rung.seconds for rung in plain if rung.level == level), plain[0].seconds)
+        left = self.limit - _spent(climb) - least
         if left <= 0:
-            return self._too_short(f"for another rung, of about {self._made_in():.0f} s")
-        obstacle = self._obstacle() if len(climb.rungs) == 1 else ""
+            return self._too_short(f"for another rung, of about {least:.0f} s")
+        obstacle = self._obstacle() if first else ""
         if obstacle:
             return obstacle
-        name, level, given = "give back", climb.rungs[0].level, climb.given_back
-        if len(climb.rungs) == 1 and level < max(NAMES):
-            name, level = NAMES[max(NAMES)], max(NAMES)
-        else:
-            plain = [rung for rung in climb.rungs if not rung.layers]
-            level = min(plain, key=_order).level  # what bought nothing is not done again
-            more = self._worst(start + left)
+        if name == "give back":
+            base = climb.rungs[-1] if given else min(plain, key=_order)
+            more = self._worst(base.drop_pp, start + left)
             if not more:
                 return (
                     f"more than {100 * LARGEST_SHARE:.0f} % of the layers in float would be hardly an int8 net. See "
@@ -133,7 +137,7 @@ class _Ladder:
             given = (*given, *more)
         self.standing = -1
         job.level, job.given_back = level, reasons(given)
-        job.time_left = max(0.0, start + left - time.monotonic())
+        job.time_left = (start + left - time.monotonic()) / 2  # the other half is for layers to be given back
         job.make(self.exported)
         assert job.report is not None
         layers = tuple(cost.layer for cost in given)
@@ -169,14 +173,17 @@ class _Ladder:
         seen = recovery.calibration_sqnr(self.job)
         if report.sqnr_db is not None and (seen is None or seen > report.sqnr_db + UNSEEN_DB):
             return (
-                f"the calibration samples do not show the loss: their logits have {_decibels(seen)} against "
-                f"{_decibels(report.sqnr_db)}, so they cannot tell which layers to give back. Calibrate with images "
+                f"the calibration samples do not show the loss: their logits have {decibels(seen)} against "
+                f"{decibels(report.sqnr_db)}, so they cannot tell which layers to give back. Calibrate with images "
                 "like those that it is validated on: --calibration FOLDER"
             )
         return ""
 
-    def _worst(self, deadline: float) -> Tuple[LayerCost, ...]:
-        """Return the fewest layers that, given back too, should let the net keep the budget; empty: none may be."""
+    def _worst(self, drop: Optional[float], deadline: float) -> Tuple[LayerCost, ...]:
+        """Return the fewest layers that, given back too, should let the net keep the budget; empty: none may be.
+
+        ``drop`` is what the net loses without, in percentage points: what is expected is taken in proportion to it.
+        """
         from edgeres.quantize import fewest
 
         def watch(done: int, total: int) -> None:
@@ -195,12 +202,12 @@ class _Ladder:
 
         report = self.job.report
         assert report is not None
-        assert report.drop_pp is not None
+        assert drop
         wanted = max(report.max_drop_pp, 50 / report.samples)  # half an answer, where the budget is nothing
-        return fewest(costs, expected, expected(()) * wanted / report.drop_pp, most)
+        return fewest(costs, expected, expected(()) * wanted / drop, most)
 
     def _made_in(self) -> float:
-        """Return how many seconds the rung in the workspace took, search excluded."""
+        """Return how many seconds the net in the workspace took, whenever it was made."""
         records = self.job.workspace.records
         return sum(records[name].seconds for name in STAGES if name in records and name != "observe")
 
@@ -276,7 +283,7 @@ def reasons(given_back: Iterable[LayerCost]) -> Dict[str, str]:
     """Return, for each node that is given back, why: what ``edgeres inspect`` says of it."""
     return {
         node: f"given back by the accuracy budget: quantized alone, {cost.layer} costs "
-        f"{100 * cost.expected:.2g} % of the answers ({_decibels(cost.sqnr_db)})"
+        f"{100 * cost.expected:.2g} % of the answers ({decibels(cost.sqnr_db)})"
         for cost in given_back
         for node in cost.nodes
     }
@@ -287,7 +294,7 @@ def rung_words(rung: Rung) -> str:
     what = f"{', '.join(rung.layers)} in float" if rung.layers else f"recovery {rung.rung}"
     lost = "" if rung.drop_pp is None else f" loses {rung.drop_pp:.2f} pp,"
     bought = "" if rung.bought_pp is None else f", bought {rung.bought_pp:.2f} pp"
-    return f"{what}:{lost} {_decibels(rung.sqnr_db)}: {rung.verdict}{bought}"
+    return f"{what}:{lost} {decibels(rung.sqnr_db)}: {rung.verdict}{bought}"
 
 
 def budget_words(climb: Climb) -> str:
@@ -295,7 +302,3 @@ def budget_words(climb: Climb) -> str:
     rung = climb.rungs[climb.taken]
     layers = f"{', '.join(rung.layers)} given back" if rung.layers else "nothing given back"
     return f"{len(climb.rungs)} rungs, {layers}: {rung.verdict}"
-
-
-def _decibels(value: Optional[float]) -> str:
-    return "no noise" if value is None else f"{value:.1f} dB"

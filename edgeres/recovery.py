@@ -128,7 +128,7 @@ def _recovery(job: Build, scalings: Mapping[str, Scaling]) -> Recovery:
         exact_input=job.recipe.preprocessing if holds_exact_input(job) else None,
         images=[images[start : start + batch] for start in range(0, len(images), batch)],
         rounding=not (job.recipe.engine.target or "").startswith("dla"),  # TensorRT rounds a DLA's weights itself
-        seconds=min(RECONSTRUCTION, job.time_left) if level(job) > 1 else 0.0,
+        seconds=max(0.0, min(RECONSTRUCTION, job.time_left)) if level(job) > 1 else 0.0,
         given_back=job.given_back,
     )
 

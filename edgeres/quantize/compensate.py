@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgeres.affine import QMAX, channel_amax, scale_from_amax
-from edgeres.errors import QuantizationError
 from edgeres.quantize.follow import Follower, Quantizer, padded
 from edgeres.quantize.graph import attribute
 from edgeres.quantize.placement import Placement
@@ -32,7 +31,6 @@ DAMPING = 3e-3  # of the mean variance, added to every input's, so that rounding
 ENOUGH = 10  # positions per input of a layer; where there are fewer, ridge and damping grow by as much, for with few
 # positions least squares learns the noise of these very images
 MULTIPLICATIONS = 4e10  # per layer, for the products of its inputs; positions are thinned out beyond that
-RAISES = 24  # tenfold each: from any floor to far beyond any covariance
 BLOCK = 128  # inputs rounded before the rest of the matrix is brought up to date
 
 
@@ -184,7 +182,8 @@ def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor, damping: float
     variance = torch.diagonal(square).clone()
     floor = damping * variance.mean() + 1e-12
     order = torch.argsort(variance, descending=True)
-    inverse = _inverse_root(square[order][:, order], floor)
+    matrix = (square + floor * torch.eye(size, dtype=square.dtype))[order][:, order]
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True)
     rest, rounded = weights[:, order].clone(), torch.empty_like(weights)
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
@@ -197,30 +196,6 @@ def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor, damping: float
             part[:, j:] -= errors[:, j : j + 1] * own[j, j:]
         rest[:, stop:] -= errors @ inverse[start:stop, stop:]
     return rounded[:, torch.argsort(order)]
-
-
-def _inverse_root(square: Tensor, floor: Tensor) -> Tensor:
-    """Return the upper triangular root of the inverse of ``square`` with ``floor`` added to its diagonal.
-
-    Covariances of inputs that hardly vary around a large mean, summed in float32, may be less than positive by more
-    than the floor; it is raised then.
-
-    Raises:
-        QuantizationError: the covariances are not finite.
-    """
-    unit = torch.eye(len(square), dtype=square.dtype)
-    for _ in range(RAISES):
-        lower, failed = torch.linalg.cholesky_ex(square + floor * unit)
-        if not failed:
-            root: Tensor
-            root, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return root
-        floor = 10 * floor
-    raise QuantizationError(
-        "a layer's inputs are not finite once the layers before it are quantized: see how its samples look, or turn "
-        "accuracy recovery off: --recovery none"
-    )
 
 
 def _moments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 from edgeres.artifacts import LayerCost
@@ -42,12 +43,18 @@ def _order(costs: Sequence[LayerCost], most: int) -> list[LayerCost]:
     weighted = {node for cost in costs if cost.weighted == len(cost.nodes) for node in cost.nodes}
     taken: set[str] = set()
     order = []
-    for cost in sorted(costs, key=lambda cost: (-cost.expected / max(1, cost.weighted), cost.weighted)):
+    for cost in sorted(costs, key=_harm):
         nodes = taken.union(cost.nodes)
         if nodes != taken and len(nodes & weighted) <= most:
             order.append(cost)
             taken = nodes
     return order
+
+
+def _harm(cost: LayerCost) -> tuple[float, float, int]:
+    """Return what orders layers, worst first; where no answer is expected to change, noise does."""
+    noise = math.inf if cost.sqnr_db is None else cost.sqnr_db + 10 * math.log10(max(1, cost.weighted))
+    return -cost.expected / max(1, cost.weighted), noise, cost.weighted
 
 
 def _uncovered(costs: Sequence[LayerCost]) -> list[LayerCost]:

@@ -34,6 +34,8 @@ from edgeres.quantize.recover import Recovery, follower_of, quantizer_of, scaled
 EVERY = 1e10
 """Activations that may be computed for all layers alone, together: so many images are taken, and at least one batch."""
 
+ERRORS = 20  # points of the integral over the error of the largest logit
+
 Watch = Callable[[int, int], None]
 
 
@@ -203,7 +205,7 @@ class Solo:
 
 
 def noise_of(logits: Tensor, power: float, changed: float) -> Noise:
-    """Return what noise of some power does to the answers.
+    """Return what noise of some power does to the answers, if it is normal, and alike and independent in all classes.
 
     Args:
         logits: float64 ``(N, K)``, without noise.
@@ -211,12 +213,15 @@ def noise_of(logits: Tensor, power: float, changed: float) -> Noise:
         changed: how many answers it changed.
     """
     count, classes = logits.shape
-    spread = math.sqrt(2 * power / (count * max(1, classes - 1)))  # of the difference of two logits
+    spread = math.sqrt(power / (count * max(1, classes - 1)))
     expected = 0.0
     if spread > 0 and classes > 1:
         top = logits.argmax(1, keepdim=True)
-        behind = (logits.gather(1, top) - logits).scatter(1, top, math.inf)
-        expected = float(-torch.expm1(torch.special.log_ndtr(behind / spread).sum(1)).mean())
+        behind = (logits.gather(1, top) - logits).scatter(1, top, math.inf) / spread
+        errors, weights = np.polynomial.hermite_e.hermegauss(ERRORS)  # of the answer's own logit
+        for error, weight in zip(errors, weights / weights.sum(), strict=True):
+            overtaken = -torch.expm1(torch.special.log_ndtr(behind + error).sum(1))
+            expected += float(weight * overtaken.mean())
     signal = float(_own(logits).square().sum())
     sqnr = 10 * math.log10(signal / power) if power > 0 and signal > 0 else None
     return Noise(changed / count, expected, sqnr)
