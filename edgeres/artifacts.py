@@ -223,7 +223,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a backend compiled. The CPU's engine is the ONNX itself and the session options that keep its meaning.
 
     ``model_sha256`` is of the ONNX that it was compiled from, ``activation_range`` is that one's; ``layers`` are the
-    builder's own report, and ``not_as_planned`` says which of them are not what was planned.
+    builder's own report, and ``not_as_planned`` says which of them are not what was planned. ``warnings`` is all that
+    was said when it was made, and goes when it goes.
     """
 
     target: str
@@ -236,6 +237,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: Tuple[EngineLayer, ...] = ()
     activation_range: str = "symmetric"
     not_as_planned: Tuple[str, ...] = ()
+    warnings: Tuple[str, ...] = ()
 
     @property
     def summary(self) -> Optional[LayerSummary]:
@@ -266,6 +268,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Accuracy fields are None where the samples have no labels; percentage points (``_pp``) are 100 × a share. ``layers``
     tells of the engine that was judged, and in a bundle of every engine in it, as far as their builders reported.
+    ``target`` is the judged engine's.
     """
 
     samples: int
@@ -287,6 +290,11 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interval_method: str = "Tango 1998"
     activation_range: str = "symmetric"
     layers: Tuple[LayerSummary, ...] = ()
+    target: str = ""
+
+    def judges(self, engine: Engine) -> bool:
+        """Whether the verdict is on this engine; a report of an earlier edgeres tells no target, only the backend."""
+        return self.target == engine.target if self.target else self.backend == engine.backend
 
 
 class LayerCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgeres.pipeline import Build
 
 RANKS = ("fail", "inconclusive", "pass")
-NAMES = {1: "fast", 2: "full"}
+NAMES = {0: "none", 1: "fast", 2: "full"}
 LARGEST_SHARE = 0.5
 """Of the layers with weights may be given back: beyond, it is hardly an int8 net, and its user should know that."""
 UNSEEN_DB = 10.0
@@ -165,8 +165,8 @@ class _Ladder:
         """Return why nothing can be done about the loss; empty where something can."""
         if not recovery.follows(self.job):
             return (
-                "edgeres cannot follow this model, and so not find out which layers lose it. Keep some in float by "
-                "hand, --keep-float PATTERN, or build with --precision fp16"
+                "accuracy recovery is off (it cannot follow this model, or a DLA is to run it), and so it is not known which "
+                "layers lose it. Keep some in float by hand, --keep-float PATTERN, or build with --precision fp16"
             )
         report = self.job.report
         assert report is not None
@@ -193,7 +193,7 @@ class _Ladder:
 
         solo, costs = recovery.costs(self.job, self.exported, watch)
         already = sum(cost.weighted for cost in self.rungs.climb.given_back)
-        single = {node: cost.weighted for cost in costs if cost.weighted == len(cost.nodes) for node in cost.nodes}
+        single = {node for cost in costs if cost.weighted == len(cost.nodes) for node in cost.nodes}
         most = int(LARGEST_SHARE * (len(single) + already)) - already
 
         def expected(nodes: Collection[str]) -> float:

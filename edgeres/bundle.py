@@ -17,7 +17,7 @@ from edgeres.files import MANIFEST, sha256_bytes, sha256_file
 
 Folder = Union[str, "os.PathLike[str]"]
 FORMAT = 1
-LARGEST_MANIFEST = 256 << 20  # bytes: a manifest names files and samples, it does not hold them
+LARGEST_MANIFEST = 16 << 20  # bytes; one has tens of kB, and read it may take 25 times as much memory
 
 
 def read_manifest(folder: Folder) -> Manifest:
@@ -31,7 +31,7 @@ def read_manifest(folder: Folder) -> Manifest:
     try:
         if not Path(folder).is_dir():
             raise BundleError(f"there is no bundle at {folder}. {how}")
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(path.lstat().st_mode):  # a link neither
             raise BundleError(f"{path} is not an ordinary file, so {folder} is not a bundle. {how}")
         with open(path, "rb") as stream:
             content = stream.read(LARGEST_MANIFEST + 1)

@@ -6,7 +6,7 @@ Nothing here needs torch or onnx: a bundle that was built on a host is compiled 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, Tuple
 
 import msgspec
 
@@ -29,8 +29,9 @@ from edgeres.artifacts import (
 from edgeres.bundle import read_verified, verify
 from edgeres.errors import BackendError, BundleError
 from edgeres.files import content_ref, file_ref
+from edgeres.noise import scalings_from_bytes
 from edgeres.recipe import EngineSection, Recipe
-from edgeres.targets import gpu_is_usable, resolve
+from edgeres.targets import cpu_instead, gpu_is_usable, require_onnxruntime, resolve
 from edgeres.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -62,17 +63,24 @@ def compile_engine(
     """Return the engine of a model whose files lie in ``folder``, and warnings; its own file is written there too.
 
     Raises:
-        BackendError: the backend is missing, refuses the model, or cannot serve the target.
+        BackendError: the backend refuses the model, or cannot serve the target.
+        MissingPackageError: the backend's package is not installed.
     """
     backend, target = resolve(section)
     warnings = _range_warnings(model, target)
     if backend == "cpu":
+        instead = cpu_instead(section)
+        require_onnxruntime(section)
         from edgeres.backends import cpu
 
         cpu.open_model(folder / model.file.path, model.precision).close()
-        return cpu.compile_engine(model.file, model.precision, model.activation_range), warnings
-    engine, told = _tensorrt_engine(folder, section, exported, model, watch)
-    return engine, (*told, *warnings)
+        engine = cpu.compile_engine(model.file, model.precision, model.activation_range)
+        warnings = (instead, *warnings) if instead else warnings
+    else:
+        decided = msgspec.structs.replace(section, backend=backend, target=target)
+        engine, told = _tensorrt_engine(folder, decided, exported, model, watch)
+        warnings = (*told, *warnings)
+    return msgspec.structs.replace(engine, warnings=warnings), warnings
 
 
 def _range_warnings(model: QuantizedModel, target: str) -> Tuple[str, ...]:
@@ -98,12 +106,14 @@ def _range_warnings(model: QuantizedModel, target: str) -> Tuple[str, ...]:
 def _tensorrt_engine(
     folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel, watch: Watch
 ) -> Tuple[Engine, Tuple[str, ...]]:
-    from edgeres.backends.tensorrt import attribute, build_in_child
+    from edgeres.backends.tensorrt import attribute, build_in_child, untold
 
     backend, target = resolve(section)
-    request, source = _request(folder, section, exported, model)
+    sources = _sources(exported, model)
+    request = _request(folder, section, exported, model)
     result = build_in_child(request, watch)
-    layers, complaints = attribute(result.layers, model.layers)
+    source = next(ref for ref in sources.values() if str(folder / ref.path) == result.source)
+    layers, complaints = attribute(result.layers, model.layers, target)
     if complaints and section.strict:
         raise BackendError("with --strict, every layer must run as planned: " + "; ".join(complaints))
     ref = file_ref(folder, f"{files.ENGINES}{target}.engine")
@@ -115,32 +125,39 @@ def _tensorrt_engine(
         precision=model.precision,
         file=ref,
         built_for=result.built_for,
-        options={"batch": ",".join(map(str, request.batch)), "source": source.path},
+        options={"source": source.path, **_options(section, request)},
         model_sha256=source.sha256,
         layers=layers,
         activation_range=model.activation_range,
         not_as_planned=complaints,
     )
-    return engine, (*result.warnings, *complaints)
+    return engine, (*result.warnings, *complaints, *untold(layers, model.layers))
 
 
-def _request(
-    folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel
-) -> Tuple[BuildRequest, FileRef]:
-    """Return what to ask of TensorRT's builder, and which of the bundle's ONNX files it gets."""
-    from edgeres.backends.tensorrt import BuildRequest, dla_cache, graph_for_flavour, kept_in_half
+def _options(section: EngineSection, request: BuildRequest) -> Dict[str, str]:
+    """Return what the builder was told, as far as it was left to nobody's default."""
+    told: Dict[str, object] = {
+        "workspace_mib": section.workspace_mib,
+        "optimization_level": section.optimization_level,
+        "gpu_fallback": None if request.target == "gpu" else ("yes" if section.gpu_fallback else "no"),
+    }
+    said = {name: str(value) for name, value in told.items() if value is not None}
+    return {"batch": ",".join(map(str, request.batch)), **said}
+
+
+def _request(folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel) -> BuildRequest:
+    """Return what to ask of TensorRT's builder, which chooses the form of the model that its version reads."""
+    from edgeres.backends.tensorrt import BuildRequest, kept_in_half
 
     backend, target = resolve(section)
-    wanted = graph_for_flavour(backend, model.precision, target)
-    source = _source(wanted, exported, model)
-    cache: Optional[str] = None
+    ranges: Dict[str, float] = {}
     half: Tuple[str, ...] = ()
-    if wanted == "fp32" and model.precision == "int8":  # a DLA that takes its ranges beside the graph
-        table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
-        cache = dla_cache(backend, {name: value.amax for name, value in table.tensors.items()})
+    if target.startswith("dla") and model.precision == "int8":  # it may take its ranges beside the graph
+        ranges = _ranges(folder)
         half = kept_in_half(model.layers)
-    request = BuildRequest(
-        onnx=str(folder / source.path),
+    return BuildRequest(
+        onnx=str(folder / model.file.path),
+        forms={form: str(folder / ref.path) for form, ref in _sources(exported, model).items()},
         plan=str(folder / f"{files.ENGINES}{target}.engine"),
         input_name=exported.input_name,
         shape=exported.input_shape,
@@ -154,25 +171,29 @@ def _request(
         timing_cache=section.timing_cache,
         version_compatible=section.version_compatible,
         hardware_compatible=section.hardware_compatible,
-        calibration_cache=cache,
+        ranges=ranges,
         half=half,
         strict=section.strict,
     )
-    return request, source
 
 
-def _source(wanted: str, exported: ExportedModel, model: QuantizedModel) -> FileRef:
-    """Return the ONNX that the builder gets; ``wanted`` as ``versions.graph_for`` names it."""
-    if wanted == "fp32":
-        return exported.file
-    if wanted == "qdq-fp16":
-        if model.mixed is None:
-            raise BundleError(
-                "this bundle has no form of its int8 model for strongly typed TensorRT (10.12 and newer, and RTX). "
-                "Quantize it again with this edgeres, and read its warnings: edgeres quantize BUNDLE"
-            )
-        return model.mixed
-    return model.file
+def _ranges(folder: Path) -> Dict[str, float]:
+    """Return the ``amax`` of each tensor of the FP32 model; none where the ranges are those of an equalized model."""
+    scalings = folder / files.SCALINGS
+    if scalings.is_file():
+        found = scalings_from_bytes(scalings.read_bytes(), files.SCALINGS)
+        if not all(scaling.is_plain for scaling in found.values()):
+            return {}
+    table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
+    return {name: value.amax for name, value in table.tensors.items()}
+
+
+def _sources(exported: ExportedModel, model: QuantizedModel) -> Dict[str, FileRef]:
+    """Return the ONNX files that a builder may get, by form: as ``versions.graph_for`` names them."""
+    if model.precision != "int8":
+        return {model.precision: model.file}
+    forms = {"fp32": exported.file, "qdq": model.file}
+    return forms if model.mixed is None else {**forms, "qdq-fp16": model.mixed}
 
 
 def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[Bundle, Engine, Tuple[str, ...]]:
@@ -185,7 +206,7 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
         BackendError: the engine cannot be built.
     """
     verify(bundle)  # before anything is made beside it: the name may be a typing mistake
-    with Workspace(bundle) as workspace:
+    with Workspace(bundle, "Copy the bundle to a folder where you may write, and compile it there.") as workspace:
         if workspace.unfinished:
             raise BundleError(f"an unfinished build stands beside {bundle}. Finish it first: edgeres build {bundle}")
         manifest = verify(bundle)  # again, now that no other build can change it
@@ -226,14 +247,16 @@ def with_engine(manifest: Manifest, engine: Engine, warnings: Tuple[str, ...]) -
     to be written again: it is ``to_json(manifest.report)``.
     """
     others = tuple(other for other in manifest.engines if other.target != engine.target)
-    engines = (engine, *others) if engine.backend == "cpu" or gpu_is_usable() else (*others, engine)
-    replaced = [other for other in manifest.engines if other.target == engine.target and other.file != engine.file]
+    runs = engine.backend == "cpu" or gpu_is_usable(engine.backend)
+    engines = (engine, *others) if runs else (*others, engine)
+    earlier = [other for other in manifest.engines if other.target == engine.target]
+    replaced = any(other.file != engine.file for other in earlier)
     refs: Dict[str, FileRef] = {ref.path: ref for ref in manifest.files}
     refs[engine.file.path] = engine.file
     report, stages = manifest.report, dict(manifest.stages)
-    if replaced:
-        stages.pop("compile", None)  # it made what is no longer there
-    if report is not None and replaced and report.backend == engine.backend:
+    if replaced and "compile" in stages and stages["compile"].facts.get("target") == engine.target:
+        del stages["compile"]  # it made what is no longer there
+    if report is not None and replaced and report.judges(engine):
         report = None
         refs.pop(files.REPORT, None)
         stages.pop("validate", None)
@@ -244,7 +267,8 @@ def with_engine(manifest: Manifest, engine: Engine, warnings: Tuple[str, ...]) -
             stages["validate"] = msgspec.structs.replace(
                 stages["validate"], files=(refs[files.REPORT],), facts=to_data(report)
             )
-    settled = {text for other in replaced for text in other.not_as_planned}
+    kept = {text for other in others for text in other.warnings}
+    settled = {text for other in earlier for text in (*other.warnings, *other.not_as_planned)} - kept
     known: List[str] = [text for text in manifest.warnings if text not in settled]
     return msgspec.structs.replace(
         manifest,

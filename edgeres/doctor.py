@@ -58,7 +58,7 @@ def _gpu() -> Dict[str, Any]:
         "tensorrt_rtx": version("tensorrt-rtx") or _loaded("tensorrt-rtx"),
         "cuda_python": version("cuda-bindings") or version("cuda-python"),
         "pycuda": version("pycuda"),
-        "gpu_usable": gpu_is_usable(),
+        "gpu_usable": gpu_is_usable("tensorrt") or gpu_is_usable("tensorrt-rtx"),
         "jetson": jetson(),
         "targets": list_targets(),
     }

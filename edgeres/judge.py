@@ -26,7 +26,8 @@ Watch = Callable[[int, int], None]
 def run_samples(run: Runner, samples: Samples, preprocessing: Preprocessing, watch: Watch) -> np.ndarray:
     """Return a runner's logits of all samples, float32 ``(N, K)``, in the samples' order."""
     parts, done = [], 0
-    for batch in samples.batches(preprocessing, preprocessing.batch_size):
+    size = getattr(run, "largest", None) or preprocessing.batch_size
+    for batch in samples.batches(preprocessing, size):
         parts.append(run(batch))
         done += len(batch)
         watch(done, len(samples))
@@ -91,7 +92,14 @@ def judge(
         precision=engine.precision,
         samples_source=source,
     )
-    return msgspec.structs.replace(report, activation_range=engine.activation_range, layers=summaries([engine]))
+    return _told(report, engine)
+
+
+def _told(report: Report, engine: Engine) -> Report:
+    """Return a report that says which engine it is on, and what that one's layers compute in."""
+    return msgspec.structs.replace(
+        report, target=engine.target, activation_range=engine.activation_range, layers=summaries([engine])
+    )
 
 
 def stored_logits(content: Optional[bytes], samples: Samples) -> Optional[np.ndarray]:
@@ -128,7 +136,7 @@ def validate_bundle(
         images: uint8 frames ``(N, H, W, 3)``; or a folder, list or array file; None for the samples that the bundle was
             built with, where they still are.
         labels: int64 ``(N,)``, with an array of images; a folder's are its subfolders.
-        backend: which of the bundle's engines; ``auto`` is its first.
+        backend: which of the bundle's engines, by its backend or its target; ``auto`` is its first.
         max_drop: the accuracy budget in percentage points; None for the bundle's own.
         policy: ``ci`` or ``point``; None for the bundle's own.
 
@@ -160,9 +168,7 @@ def validate_bundle(
             backend=engine.record.backend,
             precision=engine.record.precision,
         )
-        return msgspec.structs.replace(
-            report, activation_range=engine.record.activation_range, layers=summaries([engine.record])
-        )
+        return _told(report, engine.record)
 
 
 def fp32_record(manifest: Manifest) -> Engine:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Dict, Mapping, Tuple
 
 import numpy as np
@@ -60,7 +61,7 @@ class NoiseTable:
         logs = self.log_error
         return np.asarray(np.exp(logs[rows, left] * (1 - share) + logs[rows, left + 1] * share))
 
-    @property
+    @cached_property
     def log_error(self) -> np.ndarray:
         """The natural logarithm of ``error``, which is interpolated between steps: float64 ``(C, STEPS)``."""
         return np.asarray(np.log(np.maximum(self.error, SMALLEST**2)))

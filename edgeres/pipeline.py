@@ -405,7 +405,7 @@ class Build:
         others = self.workspace.take_engines(MODEL_STAGES, None if engine is None else engine.target)
         if engine is None and others:
             self.progress.reused("compile", ", ".join(other.target for other in others))
-        for text in (text for other in others for text in other.not_as_planned):
+        for text in (text for other in others for text in other.warnings or other.not_as_planned):
             self.warn(text)
         self.engines = others if engine is None else (engine, *others)
         if not self.engines:
@@ -452,7 +452,7 @@ class Build:
         from edgeres.backends import cpu
         from edgeres.targets import gpu_is_usable
 
-        if engine.backend == "cpu" or gpu_is_usable():
+        if engine.backend == "cpu" or gpu_is_usable(engine.backend):
             return engine
         self.warn(
             f"no GPU here can run {engine.file.path}, so the verdict is on what {model.file.path} means, computed on "

@@ -31,6 +31,8 @@ ACTIVATION_RANGES = ("auto", "symmetric", "shifted")
 RECOVERIES = ("auto", "none", "fast", "full")
 POLICIES = ("ci", "point")
 BACKENDS = ("auto", "cpu", "tensorrt", "tensorrt-rtx")
+LARGEST_BATCH = (1 << 31) - 1
+LARGEST_WORKSPACE = (1 << 43) - 1  # in MiB; in bytes it has 63 bits
 TARGETS = ("cpu", "gpu", "dla0", "dla1", "rtx")
 DOSSIER_PREFIX = "edgeres:"
 MOST_MINUTES = 7 * 24 * 60
@@ -371,8 +373,12 @@ def _engine_mistakes(engine: EngineSection) -> List[str]:
         problems.append(f"engine.target: {engine.target!r} is not one of {', '.join(TARGETS)}")
     if not 1 <= engine.batch[0] <= engine.batch[1] <= engine.batch[2]:
         problems.append(f"engine.batch: {list(engine.batch)} is not [min, opt, max] with 1 <= min <= opt <= max")
-    if engine.workspace_mib is not None and engine.workspace_mib < 1:
-        problems.append(f"engine.workspace_mib: {engine.workspace_mib} is not a positive number of MiB")
+    if engine.batch[2] > LARGEST_BATCH:
+        problems.append(f"engine.batch: {engine.batch[2]} is more than TensorRT can count ({LARGEST_BATCH})")
+    if engine.workspace_mib is not None and not 1 <= engine.workspace_mib <= LARGEST_WORKSPACE:
+        problems.append(
+            f"engine.workspace_mib: {engine.workspace_mib} is not a number of MiB from 1 to {LARGEST_WORKSPACE}"
+        )
     if engine.optimization_level is not None and not 0 <= engine.optimization_level <= 5:
         problems.append(f"engine.optimization_level: {engine.optimization_level} is not between 0 and 5")
     return problems

@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from edgeres.quantize.recover import Recovery
 
 LEVELS = {"none": 0, "fast": 1, "auto": 1, "full": 2}
-RECONSTRUCTION = 240.0  # seconds, at most
+RECONSTRUCTION = 120.0  # seconds; it ends sooner where that suffices, and does not begin where it would not
 TOOLS = ("torch", "onnx", "numpy")
 
 
 def level(job: Build) -> int:
-    """Return how much recovery a build starts with: 0 none, 1 what is fast, 2 all."""
+    """Return how much recovery a build starts with: 0 none, 1 what is fast, 2 all.
+
+    None for a DLA: up to TensorRT 10.7 it gets scales for the FP32 model, and not the graph in which these hold.
+    """
+    if (job.recipe.engine.target or "").startswith("dla"):
+        return 0
     return LEVELS[job.recipe.quantization.recovery] if job.level is None else job.level
-
-
-def holds_exact_input(job: Build) -> bool:
-    """Whether the first layer is to read exact pixels: not where a DLA would get scales alone, without the graph."""
-    return level(job) > 0 and not (job.recipe.engine.target or "").startswith("dla")
 
 
 def images_of(job: Build) -> Tuple[np.ndarray, int]:
@@ -63,13 +63,11 @@ def equalize(
     """
     if not level(job) or not placement.weights:
         return {}
-    exact = holds_exact_input(job)
     inputs: Dict[str, Any] = {
         "model": exported.file.sha256,
         "statistics": statistics.sha256,
         "tensors": placement.tensors,
         "shifted": sorted(shifted),
-        "exact_input": exact,
         **_samples(job),
     }
 
@@ -79,11 +77,10 @@ def equalize(
 
         path = job.workspace.folder / files.STATISTICS
         found = Statistics.from_bytes(path.read_bytes(), str(path)).tensors
-        left_out = (exported.input_name,) if exact else ()
         tables = {
             name: noise_table(found[name], grid_of(name in shifted and found[name].minimum >= 0))
             for name in placement.tensors
-            if name not in left_out
+            if name != exported.input_name  # its pixels will be exact
         }
         fp32 = job.workspace.folder / files.FP32_MODEL
         images, batch = images_of(job)
@@ -125,9 +122,8 @@ def _recovery(job: Build, scalings: Mapping[str, Scaling]) -> Recovery:
     images, batch = images_of(job)
     return Recovery(
         scalings=scalings,
-        exact_input=job.recipe.preprocessing if holds_exact_input(job) else None,
+        exact_input=job.recipe.preprocessing,
         images=[images[start : start + batch] for start in range(0, len(images), batch)],
-        rounding=not (job.recipe.engine.target or "").startswith("dla"),  # TensorRT rounds a DLA's weights itself
         seconds=max(0.0, min(RECONSTRUCTION, job.time_left)) if level(job) > 1 else 0.0,
         given_back=job.given_back,
     )
@@ -141,16 +137,14 @@ def depends_on(job: Build, scalings: Mapping[str, Scaling]) -> Dict[str, Any]:
         "recovery": level(job),
         "given_back": job.given_back,
         "scalings": files.sha256_file(job.workspace.folder / files.SCALINGS),
-        "exact_input": holds_exact_input(job),
-        "target": job.recipe.engine.target,
         **_samples(job),
     }
 
 
 def follows(job: Build) -> bool:
-    """Whether recovery could follow the model, once it was equalized."""
+    """Whether there is recovery, and it could follow the model."""
     path = job.workspace.folder / files.SCALINGS
-    return path.is_file() and bool(scalings_from_bytes(path.read_bytes(), str(path)))
+    return "equalize" in job.workspace.records and bool(scalings_from_bytes(path.read_bytes(), str(path)))
 
 
 def calibration_sqnr(job: Build) -> Optional[float]:
@@ -193,8 +187,6 @@ def costs(
         "scalings": files.sha256_file(path),
         "keep_float": keep,
         "given_back": sorted(job.given_back),
-        "exact_input": holds_exact_input(job),
-        "target": job.recipe.engine.target,
         **_samples(job),
     }
     record = job.stage("sensitivity", inputs, "each layer alone, on calibration samples", work)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
-from edgeres.errors import BackendError
+from edgeres.artifacts import Engine
+from edgeres.errors import BackendError, MissingPackageError
 from edgeres.recipe import EngineSection
 
 TARGETS: Dict[str, Tuple[str, str]] = {
@@ -38,19 +40,60 @@ def resolve(section: EngineSection) -> Tuple[str, str]:
     return backend, target
 
 
-def gpu_is_usable() -> bool:
-    """Whether TensorRT is installed and a GPU answers."""
-    from edgeres.backends.tensorrt import load_module
-    from edgeres.backends.tensorrt.device import open_device
+def gpu_is_usable(backend: str = "tensorrt") -> bool:
+    """Whether a GPU answers, and the package that runs a backend's engines on it is installed."""
+    return gpu_obstacle(backend) is None
 
-    try:
-        if importlib.util.find_spec("tensorrt") is None:
-            return False
-        load_module("tensorrt")
-        open_device().close()
-    except Exception:  # no driver, no device, another library under the bindings: there is no GPU to use from here
-        return False
-    return True
+
+@functools.lru_cache(maxsize=None)  # neither packages nor GPUs come and go while a process runs
+def gpu_obstacle(backend: str) -> Optional[str]:
+    """Return why no engine of a backend can run on a GPU here; None where one can. TensorRT and CUDA are asked in a
+    process of their own: a small board needs the memory for the build."""
+    from edgeres.backends.tensorrt import ask_for_a_gpu
+
+    return ask_for_a_gpu(backend, DEFAULT_TARGETS[backend])
+
+
+def cpu_instead(section: EngineSection) -> Optional[str]:
+    """Return what to say where a recipe leaves the choice, and gets the CPU's engine on a machine that looks as if its
+    GPU were meant; None where that is not so."""
+    from edgeres.backends.tensorrt import looks_like_nvidia
+
+    if section.backend != "auto" or section.target is not None or not looks_like_nvidia():
+        return None
+    reason = gpu_obstacle("tensorrt")
+    return reason and f"the engine is for the CPU, because no GPU can be used from here: {reason}"
+
+
+def require_onnxruntime(section: EngineSection) -> None:
+    """Refuse to make an engine for the CPU where its package is not installed.
+
+    Raises:
+        MissingPackageError: with the reason why it is not for the GPU, where that was left to us.
+    """
+    if importlib.util.find_spec("onnxruntime") is not None:
+        return
+    missing = MissingPackageError.for_extra("onnxruntime", "an engine for the CPU", "cpu")
+    if section.backend == "auto" and section.target is None:
+        raise MissingPackageError(f"no GPU can be used from here: {gpu_obstacle('tensorrt')}\nAnd {missing}")
+    raise missing
+
+
+def misfits(engine: Engine, place: str) -> List[str]:
+    """Return in sentences why a bundle's engine cannot run on this machine; empty if nothing speaks against it. No
+    engine is opened for that.
+
+    Args:
+        place: the bundle, for the command that messages advise.
+    """
+    if engine.backend in ("tensorrt", "tensorrt-rtx"):
+        from edgeres.backends.tensorrt import misfits as of_plan
+
+        return of_plan(engine.built_for, engine.backend, place)
+    if engine.backend != "cpu":
+        return [f"there is no backend {engine.backend!r}. Compile it again: edgeres compile {place}"]
+    missing = importlib.util.find_spec("onnxruntime") is None
+    return [str(MissingPackageError.for_extra("onnxruntime", "an engine for the CPU", "cpu"))] if missing else []
 
 
 def list_targets() -> List[Dict[str, Any]]:

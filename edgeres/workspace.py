@@ -41,10 +41,11 @@ class Workspace:
 
     Raises (on entering):
         BundleError: ``out`` is a file or a folder that is no bundle, the place cannot be written, or another build is
-            at work there.
+            at work there; ``otherwise`` is what to do then.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, otherwise: str = "Choose another folder: --out FOLDER") -> None:
+        self.otherwise = otherwise
         self.out = Path(os.path.abspath(out))  # without any ..: its name names the work folder
         self.folder = self.out.parent / f".{self.out.name}.work"
         self.records: Dict[str, StageRecord] = {}
@@ -65,9 +66,7 @@ class Workspace:
             self.unfinished = any((self.folder / RECORDS).iterdir())
         except OSError as problem:
             self._release()
-            raise BundleError(
-                f"cannot write beside {self.out}: {problem.strerror}. Choose another folder: --out FOLDER"
-            ) from None
+            raise BundleError(f"cannot write beside {self.out}: {problem.strerror}. {self.otherwise}") from None
         except BundleError:
             self._release()
             raise
@@ -193,7 +192,7 @@ class Workspace:
     def _refuse_strangers(self) -> None:
         """Refuse to replace anything that is not a bundle: --out may be a typing mistake."""
         if self.out.is_symlink():
-            raise BundleError(f"{self.out} is a link. Name the folder itself: --out {os.path.realpath(str(self.out))}")
+            raise BundleError(f"{self.out} is a link. Name the folder itself: {os.path.realpath(str(self.out))}")
         if self.out.exists() and not self.out.is_dir():
             raise BundleError(f"{self.out} exists and is not a folder. Choose another: --out FOLDER")
         if not self.out.is_dir() or not any(self.out.iterdir()):
@@ -220,7 +219,7 @@ class Workspace:
             if problem.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise BundleError(
-                f"another edgeres is building {self.out}. Wait, or choose another: --out FOLDER"
+                f"another edgeres is building {self.out}. Wait until it is done. Or: {self.otherwise}"
             ) from None
 
     def _release(self) -> None:

@@ -43,7 +43,8 @@ def channel_groups(model: onnx.ModelProto, channels: Mapping[str, int]) -> Chann
     """Return the channel groups of a float graph.
 
     Args:
-        channels: the size of axis 1 of every tensor that depends on the input.
+        channels: the size of axis 1 of every (N, C) and (N, C, H, W) tensor that depends on the input; what is not
+            there, and all that it is computed from, keeps its scale.
     """
     graph = Graph(model)
     union = _Union()
@@ -56,11 +57,11 @@ def channel_groups(model: onnx.ModelProto, channels: Mapping[str, int]) -> Chann
             if output in channels:
                 union.add(output, channels[output])
         if not inputs or node.output[0] not in channels:
-            for name in inputs:
+            for name in (*inputs, *node.output):  # what is computed from constants alone takes no factor either
                 union.freeze(name)
             continue
         if not _tie(graph, node, inputs, union):
-            for name in (*inputs, *(output for output in node.output if output in channels)):
+            for name in (*inputs, *node.output):
                 union.freeze(name)
     for name in graph.outputs:
         union.freeze(name)
@@ -72,8 +73,10 @@ def _tie(graph: Graph, node: onnx.NodeProto, inputs: list[str], union: _Union) -
     output = node.output[0]
     if node.op_type in ("Conv", "Gemm", "MatMul"):
         return takes_factors(graph, node)
-    if node.op_type in (*PASSING, *RESHAPES, "ReduceMean"):
+    if node.op_type in (*PASSING, *RESHAPES):
         return union.tie(output, inputs[0])  # Flatten of a pooled (N, C, 1, 1) only: else the channels' numbers differ
+    if node.op_type == "ReduceMean":
+        return _averages_images(graph, node) and union.tie(output, inputs[0])
     if node.op_type == "Mul":
         return _gate(graph, node, inputs, union)
     if node.op_type == "Add":
@@ -83,6 +86,8 @@ def _tie(graph: Graph, node: onnx.NodeProto, inputs: list[str], union: _Union) -
     if node.op_type == "Pad":
         return _pad(graph, node, union)
     if node.op_type == "Concat" and attribute(node, "axis", 1) == 1 and len(inputs) == len(node.input):
+        if not all(union.knows(name) for name in inputs):
+            return False
         first = 0
         for name in inputs:
             union.tie_at(output, name, first)
@@ -100,7 +105,41 @@ def takes_factors(graph: Graph, node: onnx.NodeProto) -> bool:
         return False
     if node.op_type == "Gemm":
         return not attribute(node, "transA", 0) and attribute(node, "alpha", 1.0) == 1.0 == attribute(node, "beta", 1.0)
-    return graph.values(node.input[1]).ndim == (4 if node.op_type == "Conv" else 2)
+    if graph.values(node.input[1]).ndim != (4 if node.op_type == "Conv" else 2):
+        return False
+    return node.op_type == "Conv" or _is_matrix(graph, node.input[0])
+
+
+def _is_matrix(graph: Graph, tensor: str) -> bool:
+    """Whether a tensor is sure to be (N, C), so that a matrix product reads its channels."""
+    node = graph.producer.get(tensor)
+    if node is None:
+        return False
+    if node.op_type in ("Flatten", "Gemm"):
+        return True
+    if node.op_type == "Reshape":
+        shape = graph.constant(node.input[1])
+        return shape is not None and len(shape) == 2
+    if node.op_type == "ReduceMean":
+        return _averages_images(graph, node) and not attribute(node, "keepdims", 1)
+    if node.op_type == "Squeeze":
+        axes = _axes(graph, node)
+        return axes is not None and len(axes) == 2  # of a pooled (N, C, 1, 1)
+    return node.op_type in ("Relu", "LeakyRelu", "Identity", "Dropout", "Add", "MatMul") and _is_matrix(
+        graph, node.input[0]
+    )
+
+
+def _axes(graph: Graph, node: onnx.NodeProto) -> list[int] | None:
+    """Return the axes of a Squeeze or ReduceMean, from its second input or attribute; None where neither has any."""
+    axes = graph.constant(node.input[1]) if len(node.input) > 1 else attribute(node, "axes", None)
+    return [int(axis) for axis in axes] if isinstance(axes, (list, np.ndarray)) else None
+
+
+def _averages_images(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a ReduceMean leaves samples and channels alone."""
+    axes = _axes(graph, node)
+    return bool(axes) and {2, 3, -2, -1}.issuperset(axes or ())
 
 
 def _gate(graph: Graph, node: onnx.NodeProto, inputs: list[str], union: _Union) -> bool:
@@ -127,6 +166,8 @@ def _pad(graph: Graph, node: onnx.NodeProto, union: _Union) -> bool:
     value = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(())
     if value is None or value.any():
         return False
+    if not union.knows(node.input[0]):
+        return False
     union.tie_at(node.output[0], node.input[0], int(pads[1]))
     return True
 
@@ -143,6 +184,9 @@ class _Union:
         self.first[tensor] = np.arange(len(self.parent), len(self.parent) + channels)
         self.parent.extend(self.first[tensor].tolist())
 
+    def knows(self, tensor: str) -> bool:
+        return tensor in self.first
+
     def size(self, tensor: str) -> int:
         return len(self.first[tensor])
 
@@ -151,7 +195,7 @@ class _Union:
 
     def tie(self, one: str, other: str) -> bool:
         """Tie two tensors channel by channel; return False where they have different numbers of channels."""
-        if one not in self.first or other not in self.first or self.size(one) != self.size(other):
+        if not self.knows(one) or not self.knows(other) or self.size(one) != self.size(other):
             return False
         self.tie_at(one, other, 0)
         return True

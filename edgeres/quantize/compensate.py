@@ -56,12 +56,15 @@ class _Chunk:
 
 @dataclass
 class _Moments:
-    """Means of a layer's inputs and targets and of their products, by group, float64."""
+    """Means of a layer's inputs and targets and of their products, by group, float64.
+
+    The products are about the means where the layer has a bias to take the means' error, and else as they are.
+    """
 
     inputs: Tensor  # (g, D)
     targets: Tensor  # (g, K / g)
-    square: Tensor  # (g, D, D), centred
-    cross: Tensor  # (g, D, K / g), centred
+    square: Tensor  # (g, D, D), or empty where nobody needs it
+    cross: Tensor  # (g, D, K / g), likewise
     positions: int
 
 
@@ -107,10 +110,13 @@ def compensate(
 
 
 def _is_layer(follower: Follower, node: onnx.NodeProto) -> bool:
-    """Whether a node is a layer with constant weights and bias that nobody else reads."""
-    return node.op_type in ("Conv", "Gemm", "MatMul") and all(
-        name in follower.constants and len(follower.readers[name]) == 1 for name in node.input[1:] if name
-    )
+    """Whether a node is a plain layer with constant weights and bias that nobody else reads."""
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[0] in follower.constants:
+        return False
+    if any(name not in follower.constants or len(follower.readers[name]) > 1 for name in node.input[1:] if name):
+        return False
+    plain = not attribute(node, "transA", 0) and attribute(node, "alpha", 1.0) == 1.0 == attribute(node, "beta", 1.0)
+    return plain and follower.constants[node.input[1]].ndim == (4 if node.op_type == "Conv" else 2)
 
 
 def _fit(
@@ -125,32 +131,31 @@ def _fit(
 ) -> None:
     """Find one layer's weights (``axis`` is their output channels'; None leaves them) and bias."""
     weights = follower.constants[node.input[1]].double()
-    rows = weights if axis in (0, None) and not _columns_are_outputs(node) else weights.T
+    rows = weights.T if _columns_are_outputs(node) else weights
     groups = attribute(node, "group", 1)
     assert isinstance(groups, int)
     flat = rows.reshape(groups, rows.shape[0] // groups, -1)  # (g, K / g, D)
-    moments = _moments(follower, node, chunks, quantizer, constants, groups)
+    moments = _moments(follower, node, chunks, quantizer, constants, rounding and axis is not None)
     fitted = flat
     if axis is not None:
-        amax = channel_amax(rows.float().numpy(), 0)
-        scale = scale_from_amax(amax)
+        scale = scale_from_amax(channel_amax(rows.float().numpy(), 0))
         steps = torch.from_numpy(scale.astype(np.float64)).reshape(groups, -1)
-        fitted = torch.stack(
-            [
-                _rounded(flat[i], steps[i], moments, i)
-                if rounding
-                else torch.clamp(torch.round(flat[i] / steps[i][:, None]), -QMAX, QMAX) * steps[i][:, None]
-                for i in range(groups)
-            ]
-        )
+        fitted = torch.stack([
+            _rounded(flat[i], steps[i], moments, i) if rounding else nearest(flat[i], steps[i]) for i in range(groups)
+        ])  # fmt: skip
         found.scales[node.input[1]] = scale
         new = fitted.reshape(rows.shape)
         constants[node.input[1]] = (new if rows is weights else new.T).float().contiguous()
         found.constants[node.input[1]] = constants[node.input[1]].numpy()
-    if len(node.input) > 2 and node.input[2]:
+    if _has_bias(node):
         bias = moments.targets - torch.einsum("gkd,gd->gk", fitted, moments.inputs)
-        constants[node.input[2]] = bias.reshape(-1).float()
+        old = follower.constants[node.input[2]]  # that of a Gemm may be (1, K), or one number for all
+        constants[node.input[2]] = bias.reshape(old.shape if old.numel() == bias.numel() else -1).float()
         found.constants[node.input[2]] = constants[node.input[2]].numpy()
+
+
+def _has_bias(node: onnx.NodeProto) -> bool:
+    return len(node.input) > 2 and bool(node.input[2])
 
 
 def _columns_are_outputs(node: onnx.NodeProto) -> bool:
@@ -158,16 +163,31 @@ def _columns_are_outputs(node: onnx.NodeProto) -> bool:
 
 
 def _rounded(weights: Tensor, steps: Tensor, moments: _Moments, group: int) -> Tensor:
-    """Return a group's weights, float64 ``(K, D)``, fitted and then rounded to multiples of ``steps``, ``(K,)``."""
+    """Return a group's weights, float64 ``(K, D)``, fitted and then rounded to multiples of ``steps``, ``(K,)``.
+
+    A row that this does not bring nearer to its target than plain rounding would is rounded plainly.
+    """
     square, cross = moments.square[group], moments.cross[group]
     scarcity = max(1.0, ENOUGH * weights.shape[1] / moments.positions)
     ridge = torch.diag(RIDGE * scarcity * torch.diagonal(square) + 1e-12)
     fitted = weights + torch.linalg.solve(square + ridge, cross - square @ weights.T).T
-    return round_in_turn(fitted, steps, square, DAMPING * scarcity)
+    turned, plain = round_in_turn(fitted, steps, square, DAMPING * scarcity), nearest(weights, steps)
+
+    def distance(rows: Tensor) -> Tensor:  # from the target, squared, but for a constant
+        return ((rows @ square - 2 * cross.T) * rows).sum(1)
+
+    return torch.where((distance(turned) > distance(plain))[:, None], plain, turned)
+
+
+def nearest(weights: Tensor, steps: Tensor) -> Tensor:
+    """Return ``weights``, float64 ``(K, D)``, rounded to the nearest int8 multiples of ``steps``, float64 ``(K,)``."""
+    return torch.clamp(torch.round(weights / steps[:, None]), -QMAX, QMAX) * steps[:, None]
 
 
 def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor, damping: float = DAMPING) -> Tensor:
     """Return ``weights`` rounded to int8 multiples of ``steps``, each input's error passed on to those after it.
+
+    Passing errors on is greedy. A row that loses by it is rounded to the nearest instead, so that none does.
 
     Args:
         weights: float64 ``(K, D)``.
@@ -180,10 +200,8 @@ def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor, damping: float
     """
     size = weights.shape[1]
     variance = torch.diagonal(square).clone()
-    floor = damping * variance.mean() + 1e-12
     order = torch.argsort(variance, descending=True)
-    matrix = (square + floor * torch.eye(size, dtype=square.dtype))[order][:, order]
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)), upper=True)
+    inverse = _inverse_factor(square[order][:, order], float(damping * variance.mean().clamp(min=0)) + 1e-12)
     rest, rounded = weights[:, order].clone(), torch.empty_like(weights)
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
@@ -195,7 +213,25 @@ def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor, damping: float
             errors[:, j] = (column - rounded[:, start + j]) / own[j, j]
             part[:, j:] -= errors[:, j : j + 1] * own[j, j:]
         rest[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return rounded[:, torch.argsort(order)]
+    turned, plain = rounded[:, torch.argsort(order)], nearest(weights, steps)
+    worse, before = (((rows - weights) @ square * (rows - weights)).sum(1) for rows in (turned, plain))
+    return torch.where((worse > before)[:, None], plain, turned)
+
+
+def _inverse_factor(square: Tensor, floor: float) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of ``square`` plus ``floor``, or more, on its diagonal.
+
+    Inputs that hardly vary (a calibration set of one colour) have a covariance that is rounding noise.
+    """
+    identity = torch.eye(len(square), dtype=square.dtype)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(square + floor * identity)
+        if not failed:
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed and bool(torch.isfinite(upper).all()):
+                return upper
+        floor *= 10
 
 
 def _moments(
@@ -204,33 +240,43 @@ def _moments(
     chunks: list[_Chunk],
     quantizer: Quantizer,
     constants: Mapping[str, Tensor],
-    groups: int,
+    products: bool,
 ) -> _Moments:
+    """Return a layer's moments; without ``products``, which cost nearly all the time, the means alone."""
+    groups = attribute(node, "group", 1)
+    assert isinstance(groups, int)
     generator = torch.Generator().manual_seed(0)
     sums: list[Tensor] = []
     count, thin = 0, 0
     for chunk in chunks:
-        read = follower.read(node, 0, node.input[0], chunk.coarse, chunk.quantized, quantizer, constants)
+        read = follower.read(node, 0, chunk.coarse, chunk.quantized, quantizer, constants)
         target = follower.step(node, chunk.exact, {}, None)
-        target = target + _skip_error(follower, node, chunk, quantizer)
-        x, y = _rows(node, read, groups, follower), _targets(target, groups)
-        if not thin:
+        lost = _skip_error(follower, node, chunk, quantizer)
+        if np.broadcast_shapes(target.shape, lost.shape) == target.shape:
+            target = target + lost
+        x, y = _rows(node, read, groups, follower), _targets(node, target, groups)
+        if not thin and products:
             work = x.shape[0] * x.shape[1] * x.shape[2] * (x.shape[2] + y.shape[2]) * len(chunks)
             thin = max(1, int(np.ceil(work / MULTIPLICATIONS)))
         if thin > 1:
             chosen = torch.randperm(x.shape[1], generator=generator)[: max(1, x.shape[1] // thin)]
             x, y = x[:, chosen], y[:, chosen]
+        if not sums:
+            origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        x, y = x - origin[0], y - origin[1]  # float32 sums of squares would lose a small variance beside a large mean
         count += x.shape[1]
-        parts = [x.sum(1), y.sum(1), x.transpose(1, 2) @ x, x.transpose(1, 2) @ y]
+        parts = [x.sum(1), y.sum(1), *((x.transpose(1, 2) @ x, x.transpose(1, 2) @ y) if products else ())]
         sums = [a + b.double() for a, b in zip(sums, parts, strict=True)] if sums else [p.double() for p in parts]
-    inputs, targets, square, cross = (total / count for total in sums)
-    return _Moments(
-        inputs,
-        targets,
-        square - inputs[:, :, None] * inputs[:, None],
-        cross - inputs[:, :, None] * targets[:, None],
-        count,
-    )
+    shifts = [total / count for total in sums[:2]]
+    inputs, targets = (mean[:, 0] + shift for mean, shift in zip(origin, shifts, strict=True))
+    if not products:
+        return _Moments(inputs, targets, torch.empty(0), torch.empty(0), count)
+    square = sums[2] / count - shifts[0][:, :, None] * shifts[0][:, None]
+    cross = sums[3] / count - shifts[0][:, :, None] * shifts[1][:, None]
+    if not _has_bias(node):
+        square = square + inputs[:, :, None] * inputs[:, None]
+        cross = cross + inputs[:, :, None] * targets[:, None]
+    return _Moments(inputs, targets, square, cross, count)
 
 
 def _skip_error(follower: Follower, node: onnx.NodeProto, chunk: _Chunk, quantizer: Quantizer) -> Tensor:
@@ -242,8 +288,8 @@ def _skip_error(follower: Follower, node: onnx.NodeProto, chunk: _Chunk, quantiz
         index = 1 if add.input[0] == node.output[0] else 0
         skip = add.input[index]
         if skip in chunk.exact and skip in chunk.coarse and skip != node.output[0]:
-            read = follower.read(add, index, skip, chunk.coarse, chunk.quantized, quantizer)
-            return chunk.exact[skip] - read
+            lost: Tensor = chunk.exact[skip] - follower.read(add, index, chunk.coarse, chunk.quantized, quantizer)
+            return lost
     return torch.zeros(())
 
 
@@ -263,9 +309,9 @@ def _rows(node: onnx.NodeProto, x: Tensor, groups: int, follower: Follower) -> T
     return rows
 
 
-def _targets(y: Tensor, groups: int) -> Tensor:
+def _targets(node: onnx.NodeProto, y: Tensor, groups: int) -> Tensor:
     """Return a layer's outputs in the order of :func:`_rows`, float32 ``(g, positions, K / g)``."""
-    if y.ndim < 4:
+    if node.op_type != "Conv":
         return y.reshape(1, -1, y.shape[-1])
     n, outputs = y.shape[:2]
     rows: Tensor = y.reshape(n, groups, outputs // groups, -1).permute(1, 0, 3, 2)

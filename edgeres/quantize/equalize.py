@@ -53,21 +53,31 @@ class _Activation:
 
 @dataclass(frozen=True)
 class _Weights:
-    """One quantized layer: its largest |w| by output and input channel, and the variance of what these multiply."""
+    """One quantized layer: its largest |w| by output and input channel, and the variance of what these multiply.
+
+    ``groups`` is int64 ``(g, C / g)``, the groups of its inputs' channels; ``outputs`` is int64 ``(K,)``.
+    """
 
     largest: Tensor
     power: Tensor
     sensitivity: Tensor
     groups: Tensor
+    outputs: Tensor
     taps: int
 
     def noise(self, log_factor: Tensor) -> Tensor:
         """Return the logits' noise power that rounding these weights causes, at the groups' factors."""
         factor = torch.exp2(log_factor[self.groups])  # (rows of groups, inputs of a group)
-        rows = len(self.largest) // len(factor)
-        step = (self.largest / factor.repeat_interleave(rows, 0)).amax(1) / QMAX
-        reach = (factor.square() * self.power).sum(1).repeat_interleave(rows) * self.taps
+        step = (self.largest / self._by_row(factor)).amax(1) / QMAX
+        reach = self._by_row((factor.square() * self.power).sum(1)) * self.taps
         return ROUNDING_GAIN * (self.sensitivity * step.square() / 12 * reach).sum()
+
+    def spread(self) -> Tensor:
+        """Return about how far each output deviates from its mean, float64 ``(K,)``, in its own units."""
+        return (self.largest.square() * self._by_row(self.power)).sum(1).mul(self.taps).sqrt()
+
+    def _by_row(self, grouped: Tensor) -> Tensor:
+        return grouped.repeat_interleave(len(self.largest) // len(grouped), 0)
 
 
 def equalize(
@@ -87,7 +97,9 @@ def equalize(
         tables: for every quantized tensor that is to be considered.
         sensitivity: of these and of every quantized layer's output, float64 ``(C,)`` each.
     """
-    names = [name for name in placement.tensors if name in tables]
+    names = [name for name in placement.tensors if name in tables and name in groups.index]
+    if not names:
+        return np.ones(len(groups))
     activations = [
         _Activation(
             torch.from_numpy(tables[name].log_step),
@@ -99,7 +111,7 @@ def equalize(
     ]
     weights = _weights(model, placement, groups, tables, sensitivity)
     free = torch.from_numpy(groups.free)
-    log_factor = torch.from_numpy(_even(groups, names, tables))
+    log_factor = torch.from_numpy(_even(groups, names, tables, weights))
     log_steps = torch.stack([_best_step(tensor, log_factor) for tensor in activations])
     log_factor.requires_grad_(True)
     log_steps.requires_grad_(True)
@@ -144,19 +156,32 @@ def _weights(
                 torch.from_numpy(spread.reshape(count, -1)),
                 torch.from_numpy(sensitivity[node.output[0]]),
                 torch.from_numpy(groups.index[node.input[0]].reshape(count, -1)),
+                torch.from_numpy(groups.index[node.output[0]]),
                 int(np.prod(values.shape[2:])),
             )
         )
     return found
 
 
-def _even(groups: ChannelGroups, names: list[str], tables: Mapping[str, NoiseTable]) -> np.ndarray:
-    """Return log2 factors that even out the groups' ranges, geometric means over each group's tensors."""
+def _even(
+    groups: ChannelGroups, names: list[str], tables: Mapping[str, NoiseTable], weights: list[_Weights]
+) -> np.ndarray:
+    """Return log2 factors that even out the groups' ranges, geometric means over each group's tensors.
+
+    A group that never fired has no range; what its layers make of their inputs stands for it, lest weights that happen
+    to be large because its channels happen to be small spoil the rows that they are in.
+    """
     total, number = np.zeros(len(groups)), np.zeros(len(groups))
     for name in names:
         alive, index = tables[name].alive, groups.index[name]
         np.add.at(total, index[alive], tables[name].log_step[alive])
         np.add.at(number, index[alive], 1)
+    silent = number == 0
+    for layer in weights:
+        spread, index = layer.spread().numpy(), layer.outputs.numpy()
+        made = silent[index] & (spread > 0)
+        np.add.at(total, index[made], np.log2(spread[made] / QMAX))
+        np.add.at(number, index[made], 1)
     return np.where(groups.free & (number > 0), -total / np.maximum(number, 1), 0.0)
 
 

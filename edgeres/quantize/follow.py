@@ -37,16 +37,13 @@ class Follower:
         }
         for node in self.nodes:
             if node.op_type == "Constant":
-                value = numpy_helper.to_array(_attributes(node)["value"])
-                self.constants[node.output[0]] = torch.from_numpy(np.array(value))
+                self.constants[node.output[0]] = torch.from_numpy(_constant(_attributes(node)))
         self.nodes = [node for node in self.nodes if node.op_type != "Constant"]
         self.input = next(value.name for value in model.graph.input if value.name not in self.constants)
         self.output = model.graph.output[0].name
         unknown = sorted({node.op_type for node in self.nodes} - set(OPERATORS))
         if unknown:
-            raise QuantizationError(
-                f"accuracy recovery cannot follow the operator {', '.join(unknown)}. Turn it off: --recovery none"
-            )
+            raise _refusal(f"the operator {', '.join(unknown)}")
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
             for name in node.input:
@@ -82,20 +79,20 @@ class Follower:
         """Return one node's output from the values so far; ``quantized`` holds what ``quantizer`` made of them."""
         inputs = []
         for index, name in enumerate(node.input):
-            inputs.append(self.read(node, index, name, values, quantized, quantizer, constants) if name else None)
+            inputs.append(self.read(node, index, values, quantized, quantizer, constants) if name else None)
         return OPERATORS[node.op_type](inputs, _attributes(node))
 
     def read(
         self,
         node: onnx.NodeProto,
         index: int,
-        name: str,
         values: Mapping[str, Tensor],
         quantized: dict[str, Tensor],
         quantizer: Quantizer | None,
         constants: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Return what a node reads at one of its inputs."""
+        """Return what a node reads at one of its inputs, which must not be left out."""
+        name = node.input[index]
         if name in self.constants:
             return (constants or {}).get(name, self.constants[name])
         point = self.points.get((node.name, index))
@@ -106,12 +103,13 @@ class Follower:
         return quantized[point]
 
     def channels(self, size: tuple[int, int]) -> dict[str, int]:
-        """Return the size of axis 1 of every tensor, for frames of ``size`` (height, width)."""
+        """Return the size of axis 1 of every (N, C) and (N, C, H, W) tensor, for frames of ``size`` (height, width)."""
+        batch = 2  # so that an axis of size 1 is not taken for it
         with torch.no_grad():
-            values: dict[str, Tensor] = {self.input: torch.zeros(1, 3, *size)}
+            values: dict[str, Tensor] = {self.input: torch.zeros(batch, 3, *size)}
             for node in self.nodes:
                 values[node.output[0]] = self.step(node, values, {}, None)
-        return {name: value.shape[1] for name, value in values.items() if value.ndim > 1}
+        return {name: x.shape[1] for name, x in values.items() if x.ndim in (2, 4) and x.shape[0] == batch}
 
     def schedule(self) -> list[onnx.NodeProto]:
         """Return the nodes in an order in which no weighted layer comes before anything else that could run."""
@@ -131,6 +129,21 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {found.name: onnx.helper.get_attribute_value(found) for found in node.attribute}
 
 
+def _constant(attributes: Mapping[str, Any]) -> np.ndarray:
+    """Return what a Constant node holds, in whichever attribute it holds it."""
+    for name, kind in (("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64),
+                       ("value_ints", np.int64)):  # fmt: skip
+        if name in attributes:
+            return np.array(attributes[name], kind)
+    if "value" not in attributes:
+        raise _refusal(f"a Constant of the kind {', '.join(attributes)}")
+    return np.array(numpy_helper.to_array(attributes["value"]))
+
+
+def _refusal(what: str) -> QuantizationError:
+    return QuantizationError(f"accuracy recovery cannot follow {what}. Turn it off: --recovery none")
+
+
 Inputs = Sequence[Any]
 Attributes = Mapping[str, Any]
 
@@ -142,8 +155,17 @@ def padded(x: Tensor, pads: Sequence[int], value: float = 0.0) -> Tensor:
     return F.pad(x, turned, value=value) if any(turned) else x
 
 
+def _pads(operator: str, axes: int, attributes: Attributes) -> list[int]:
+    """Return the pads of a window that slides over two axes; refuse any other window."""
+    if axes != 2:
+        raise _refusal(f"a {axes}-D {operator}")
+    if attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
+        raise _refusal(f"a {operator} with auto_pad")
+    return list(attributes.get("pads", [0, 0, 0, 0]))
+
+
 def _conv(inputs: Inputs, attributes: Attributes) -> Tensor:
-    x = padded(inputs[0], attributes.get("pads", [0, 0, 0, 0]))
+    x = padded(inputs[0], _pads("Conv", inputs[1].ndim - 2, attributes))
     bias = inputs[2] if len(inputs) > 2 else None
     strides, dilations = attributes.get("strides", [1, 1]), attributes.get("dilations", [1, 1])
     y: Tensor = F.conv2d(x, inputs[1], bias, strides, 0, dilations, attributes.get("group", 1))
@@ -158,23 +180,21 @@ def _gemm(inputs: Inputs, attributes: Attributes) -> Tensor:
 
 
 def _max_pool(inputs: Inputs, attributes: Attributes) -> Tensor:
-    x = padded(inputs[0], attributes.get("pads", [0, 0, 0, 0]), float("-inf"))
-    y: Tensor = F.max_pool2d(
-        x,
-        attributes["kernel_shape"],
-        attributes.get("strides", [1, 1]),
-        0,
-        attributes.get("dilations", [1, 1]),
-        bool(attributes.get("ceil_mode", 0)),
-    )
+    kernel, strides = attributes["kernel_shape"], attributes.get("strides", [1, 1])
+    pads, up = _pads("MaxPool", len(kernel), attributes), bool(attributes.get("ceil_mode", 0))
+    x = padded(inputs[0], pads, float("-inf"))
+    y: Tensor = F.max_pool2d(x, kernel, strides, 0, attributes.get("dilations", [1, 1]), up)
+    if up:  # no window may begin in the padding at the end
+        height, width = ((inputs[0].shape[2 + i] + pads[i] - 1) // strides[i] + 1 for i in (0, 1))
+        y = y[:, :, :height, :width]
     return y
 
 
 def _average_pool(inputs: Inputs, attributes: Attributes) -> Tensor:
-    if any(attributes.get("pads", ())) or attributes.get("ceil_mode", 0):
-        raise QuantizationError(
-            "accuracy recovery cannot follow an AveragePool with padding. Turn it off: --recovery none"
-        )
+    if any(_pads("AveragePool", len(attributes["kernel_shape"]), attributes)) or attributes.get("ceil_mode", 0):
+        raise _refusal("an AveragePool with padding or ceil_mode")
+    if any(size != 1 for size in attributes.get("dilations", ())):
+        raise _refusal("an AveragePool with dilations")
     y: Tensor = F.avg_pool2d(inputs[0], attributes["kernel_shape"], attributes.get("strides", [1, 1]))
     return y
 
@@ -186,7 +206,7 @@ def _slice(inputs: Inputs, _attributes: Attributes) -> Tensor:
     steps = inputs[4].tolist() if len(inputs) > 4 and inputs[4] is not None else [1] * len(starts)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step < 1:
-            raise QuantizationError("accuracy recovery cannot follow a Slice backwards. Turn it off: --recovery none")
+            raise _refusal("a Slice backwards")
         first, last, _stride = slice(start, end, step).indices(x.shape[axis])
         x = x.index_select(axis, torch.arange(first, max(first, last), step))
     return x
@@ -194,7 +214,9 @@ def _slice(inputs: Inputs, _attributes: Attributes) -> Tensor:
 
 def _pad(inputs: Inputs, attributes: Attributes) -> Tensor:
     if attributes.get("mode", b"constant") != b"constant":
-        raise QuantizationError("accuracy recovery cannot follow a Pad by copies. Turn it off: --recovery none")
+        raise _refusal("a Pad by copies")
+    if len(inputs) > 3:
+        raise _refusal("a Pad of some axes")
     value = float(inputs[2]) if len(inputs) > 2 and inputs[2] is not None else 0.0
     return padded(inputs[0], inputs[1].tolist(), value)
 
@@ -208,8 +230,10 @@ def _reshape(inputs: Inputs, attributes: Attributes) -> Tensor:
 
 
 def _mean(inputs: Inputs, attributes: Attributes) -> Tensor:
-    axes = attributes.get("axes") or (inputs[1].tolist() if len(inputs) > 1 else None)
-    y: Tensor = inputs[0].mean(axes, keepdim=bool(attributes.get("keepdims", 1)))
+    axes = _axes(inputs, attributes)
+    if not axes and attributes.get("noop_with_empty_axes", 0):
+        return inputs[0]  # type: ignore[no-any-return]
+    y: Tensor = inputs[0].mean(axes or None, keepdim=bool(attributes.get("keepdims", 1)))
     return y
 
 
@@ -220,17 +244,20 @@ def _clip(inputs: Inputs, _attributes: Attributes) -> Tensor:
 
 
 def _axes(inputs: Inputs, attributes: Attributes) -> list[int]:
-    return list(inputs[1].tolist() if len(inputs) > 1 else attributes["axes"])
+    """Return the axes, which opset 13 (for ReduceMean opset 18) made an input; none where they are left out."""
+    return list(inputs[1].tolist() if len(inputs) > 1 and inputs[1] is not None else attributes.get("axes", ()))
 
 
 def _squeeze(inputs: Inputs, attributes: Attributes) -> Tensor:
-    y: Tensor = inputs[0].squeeze(tuple(_axes(inputs, attributes)))
+    axes = _axes(inputs, attributes)
+    y: Tensor = inputs[0].squeeze(tuple(axes)) if axes else inputs[0].squeeze()
     return y
 
 
 def _unsqueeze(inputs: Inputs, attributes: Attributes) -> Tensor:
     x: Tensor = inputs[0]
-    for axis in sorted(_axes(inputs, attributes)):
+    axes = _axes(inputs, attributes)
+    for axis in sorted(axis % (x.ndim + len(axes)) for axis in axes):  # they count the axes of the result
         x = x.unsqueeze(axis)
     return x
 
@@ -245,7 +272,7 @@ OPERATORS: dict[str, Callable[[Inputs, Attributes], Tensor]] = {
     "Flatten": lambda i, a: i[0].flatten(a.get("axis", 1)) if a.get("axis", 1) == 1 else i[0].reshape(
         int(np.prod(i[0].shape[: a["axis"]])), -1),
     "Gemm": _gemm,
-    "GlobalAveragePool": lambda i, a: i[0].mean((2, 3), keepdim=True),
+    "GlobalAveragePool": lambda i, a: i[0].mean(tuple(range(2, i[0].ndim)), keepdim=True),
     "HardSigmoid": lambda i, a: torch.clamp(a.get("alpha", 0.2) * i[0] + a.get("beta", 0.5), 0, 1),
     "Identity": lambda i, a: i[0],
     "LeakyRelu": lambda i, a: F.leaky_relu(i[0], a.get("alpha", 0.01)),

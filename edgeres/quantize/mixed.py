@@ -13,6 +13,7 @@ came within 32 and 30 dB of the Q/DQ model, which this form equals bit for bit w
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -135,12 +136,20 @@ def _int8_layers(graph: Graph) -> set[str]:
             found = all(dequantized)
         elif node.op_type == "Add":
             found = all(map(any, zip(dequantized, fused, strict=True))) and (len(made) == 1 or any(dequantized))
-            found = found or (len(made) == 1 and {reader.name for reader in graph.readers(node.output[0])} <= shifted)
+            found = found or (len(made) == 1 and _is_shift(graph, node, shifted))
+        elif node.op_type == "Mul" and len(made) == 1:  # an input's pixel steps, on their way to a shift
+            found = all(reader.op_type == "Add" and _is_shift(graph, reader, shifted)
+                        for reader in graph.readers(node.output[0]))  # fmt: skip
         else:
             found = node.op_type in FOLLOWING and all(map(any, zip(dequantized, fused, strict=True)))
         if found and made:
             layers.add(node.name)
     return layers
+
+
+def _is_shift(graph: Graph, node: onnx.NodeProto, shifted: Collection[str]) -> bool:
+    """Whether all that reads a node's output are QuantizeLinear of shifted tensors, by name."""
+    return {reader.name for reader in graph.readers(node.output[0])} <= set(shifted)
 
 
 def _halve_attributes(node: onnx.NodeProto) -> None:

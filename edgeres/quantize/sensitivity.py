@@ -41,6 +41,8 @@ def sensitivities(
     generator = torch.Generator().manual_seed(0)
     wanted = list(dict.fromkeys(tensors))
     total: dict[str, Tensor] = {}
+    if not wanted:
+        return {}
     for start in range(0, len(images), batch):
         x = torch.from_numpy(images[start : start + batch]).requires_grad_(True)
         logits, kept = follower.run(x, wanted)

@@ -5,9 +5,8 @@ images, with Q/DQ at any choice of layers. What a choice costs is the share of a
 is not counted (of a hundred images none may change) but expected from the noise and from how far the float network's
 answers lie apart. Noise that all logits share changes no answer, and does not count.
 
-Source: Dong et al., "HAWQ", 2019 (arXiv:1905.03696), for ranking layers by what quantizing each of them costs; Lin et
-al., "Fixed Point Quantization of Deep Convolutional Networks", 2016 (arXiv:1511.06393), section 3, for noise of layers
-that adds up at the output.
+Source: Wu et al., "Integer Quantization for Deep Learning Inference", 2020 (arXiv:2004.09602), on partial quantization:
+one layer quantized at a time, and the most sensitive left in float.
 """
 
 from __future__ import annotations
@@ -131,7 +130,7 @@ class Solo:
             for candidate, noise in zip(units, found, strict=True)
         ]
         images = sum(len(x) for x in self._images[:batches])
-        return tuple(sorted(costs, key=lambda cost: (-cost.expected, cost.sqnr_db or math.inf, cost.weighted))), images
+        return tuple(sorted(costs, key=_worst_first)), images
 
     def _without(self, nodes: Collection[str]) -> Placement:
         return plan(self.model, self.modules, self.keep_float, {**self.given_back, **dict.fromkeys(nodes, "")})
@@ -225,6 +224,10 @@ def noise_of(logits: Tensor, power: float, changed: float) -> Noise:
     signal = float(_own(logits).square().sum())
     sqnr = 10 * math.log10(signal / power) if power > 0 and signal > 0 else None
     return Noise(changed / count, expected, sqnr)
+
+
+def _worst_first(cost: LayerCost) -> tuple[float, float, int]:
+    return -cost.expected, math.inf if cost.sqnr_db is None else cost.sqnr_db, cost.weighted
 
 
 def _own(logits: Tensor) -> Tensor:

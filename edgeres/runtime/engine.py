@@ -18,6 +18,10 @@ from edgeres.preprocess import prepare_batch, problems
 class OpenEngine(Protocol):
     """What every backend's ``open_engine`` returns."""
 
+    @property
+    def largest(self) -> Optional[int]:
+        """The most samples that it computes at a time; None where it has no limit of its own."""
+
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Return logits float32 ``(N, K)`` of float32 ``(N, 3, h, w)``."""
 
@@ -41,6 +45,11 @@ class LoadedEngine:
         """The shape of one normalized input: (3, height, width)."""
         return (3, *self.manifest.preprocessing.size)
 
+    @property
+    def largest(self) -> Optional[int]:
+        """The most frames that the engine computes at a time; None where it has no limit of its own."""
+        return self._runner.largest
+
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         """Return the logits of some frames.
 
@@ -55,7 +64,7 @@ class LoadedEngine:
             BackendError: the array is neither, or the engine is closed.
         """
         self._check(frames)
-        step = self.manifest.preprocessing.batch_size
+        step = self.largest or self.manifest.preprocessing.batch_size
         parts = [self._runner(self._normalized(frames[i : i + step])) for i in range(0, len(frames), step)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -147,7 +156,8 @@ def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None) -
 
     Args:
         bundle: its folder.
-        backend: ``auto`` (the bundle's own first engine) or the name of one; there is never a silent change to another.
+        backend: ``auto`` (the bundle's own first engine), or the backend or the target of one (``tensorrt``, ``dla0``);
+            there is never a silent change to another.
         threads: for one operator; None leaves it to the backend.
 
     Raises:
@@ -160,9 +170,11 @@ def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None) -
 
 def _choose(bundle: Folder, manifest: Manifest, backend: str) -> Engine:
     for engine in manifest.engines:
-        if backend in ("auto", engine.backend):
+        if backend in ("auto", engine.backend, engine.target):
             return engine
-    there = ", ".join(engine.backend for engine in manifest.engines) or "none"
+    names = (name for engine in manifest.engines for name in (engine.backend, engine.target))
+    there = ", ".join(dict.fromkeys(names)) or "none"
     wanted = "an engine" if backend == "auto" else f"an engine for {backend}"
-    how = "" if backend == "auto" else f" --backend {backend}"
+    option = "--backend" if backend in ("cpu", "tensorrt", "tensorrt-rtx") else "--target"
+    how = "" if backend == "auto" else f" {option} {backend}"
     raise BundleError(f"{bundle} does not have {wanted} (it has: {there}). Compile one: edgeres compile {bundle}{how}")

@@ -18,12 +18,14 @@ from torch import nn
 from edgeres import models
 from edgeres.architectures import Architecture
 from edgeres.artifacts import TensorRange
-from edgeres.calibrate import choose, observe
+from edgeres.calibrate import Statistics, choose, observe
 from edgeres.export import export_module
 from edgeres.export.exported import Exported
 from edgeres.export.fold import name_nodes
 from edgeres.models.resnet import ResNet
 from edgeres.quantize import Placement, plan, shiftable, write_int8
+from edgeres.quantize.channels import ChannelGroups, channel_groups
+from edgeres.quantize.follow import Follower
 
 SIZE = 32
 
@@ -36,8 +38,20 @@ class Net:
     exported: Exported
     fp32: onnx.ModelProto
     placement: Placement
+    statistics: Statistics
     ranges: Mapping[str, TensorRange]
     int8: onnx.ModelProto
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A float graph as accuracy recovery sees it: int8's places, the graph in torch, its channels and their groups."""
+
+    model: onnx.ModelProto
+    placement: Placement
+    follower: Follower
+    channels: Mapping[str, int]
+    groups: ChannelGroups
 
 
 @pytest.fixture(scope="session")
@@ -108,8 +122,9 @@ def quantized(module: nn.Module, folder: Path, keep_float: Sequence[str] = (), s
     placement = plan(fp32, exported.modules, keep_float)
     batches = [np.random.default_rng(i).standard_normal((8, 3, SIZE, SIZE)).astype(np.float32) for i in range(2)]
     allowed = shiftable(fp32, placement) if shift else ()
-    ranges = choose(observe(path, placement.tensors, batches), "minmax", 99.99, allowed)
-    return Net(module, exported, fp32, placement, ranges, write_int8(fp32, placement, ranges))
+    statistics = observe(path, placement.tensors, batches)
+    ranges = choose(statistics, "minmax", 99.99, allowed)
+    return Net(module, exported, fp32, placement, statistics, ranges, write_int8(fp32, placement, ranges))
 
 
 @pytest.fixture(scope="session")
@@ -132,6 +147,20 @@ def shifted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
         return quantized(build(name), tmp_path_factory.mktemp(name), shift=True)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def followed() -> Callable[..., Followed]:
+    """Return ``followed(model, size)``: what accuracy recovery knows of a float graph, for frames of that size."""
+
+    def follow(model: onnx.ModelProto, size: tuple[int, int] = (SIZE, SIZE)) -> Followed:
+        placement = plan(model, {})
+        points = {reader: point.tensor for point in placement.points for reader in point.readers}
+        follower = Follower(model, points)
+        channels = follower.channels(size)
+        return Followed(model, placement, follower, channels, channel_groups(model, channels))
+
+    return follow
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ def test_every_integer_survives_a_round_trip() -> None:
 
 
 @given(
-    st.floats(128 * TINY, LARGEST, width=32),
+    st.floats(128 * TINY, LARGEST / 2, width=32),  # at the very end 127 rounded-up steps are infinite
     arrays.arrays(np.float32, 20, elements=st.floats(-1, 1, width=32)),
 )
 def test_inside_the_range_nothing_moves_by_more_than_half_a_step(amax: float, shares: np.ndarray) -> None:

@@ -22,10 +22,11 @@ from edgeres import models
 from edgeres.artifacts import Bundle, Climb
 from edgeres.bundle import verify
 from edgeres.inspection import inspect_bundle
-from edgeres.pipeline import build
+from edgeres.pipeline import Build, build
 from edgeres.progress import Progress
 from edgeres.quantize import lint, reconstruct
 from edgeres.recipe import dossier, load_recipe
+from edgeres.workspace import Workspace
 
 FRAGILE = {"conv1", "fc"}
 
@@ -263,3 +264,21 @@ def test_where_no_rung_is_enough_the_best_one_is_kept_and_fails(climbed: Climbed
     assert watcher.ran == []
     assert watcher.warnings == list(bundle.manifest.warnings)
     assert again.manifest.climb == climb
+
+
+def test_a_skip_that_loses_the_range_it_shared_gets_one_of_its_own(climbed: Climbed, tmp_path: Path) -> None:
+    """Behind option A's slice and padding: the block's first convolution, given back, takes the shared range along."""
+    recipe = load_recipe(climbed.path)
+    with Workspace(tmp_path / "bundle") as workspace:
+        job = Build(recipe, workspace, "quantize", Progress())
+        job.open_samples()
+        exported = job.export()
+        job.given_back = {"/layer2/layer2.0/conv1/Conv": "because"}
+        layers = {layer.node: layer for layer in job.quantize(exported).layers}
+        table = job.table(exported)
+    assert (layers["/layer2/layer2.0/conv1/Conv"].precision, layers["/layer2/layer2.0/conv1/Conv"].reason) == (
+        "float",
+        "because",
+    )
+    assert layers["/layer2/layer2.0/Add"].precision == "int8 skip"
+    assert "/layer2/layer2.0/downsample/Pad_output_0" in table.tensors

@@ -59,7 +59,7 @@ def test_build_prints_both_accuracies_and_says_what_it_reused(place: Path) -> No
     assert "FP32" in out
     assert "INT8" in out
     assert "top-1" in out
-    assert out.count("reused") == 8
+    assert out.count("reused") == 9
     assert "\x1b" not in out  # no colour codes where there is no terminal
 
 

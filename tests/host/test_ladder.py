@@ -221,7 +221,7 @@ def test_a_model_that_cannot_be_followed_is_said_to_be_one(known: Any, tmp_path:
         climb = climbed(job)
     assert climb is not None
     assert len(climb.rungs) == 1
-    assert "cannot follow this model" in job.warnings[0]
+    assert "accuracy recovery is off" in job.warnings[0]
 
 
 def test_samples_that_do_not_show_the_loss_cannot_say_whence_it_comes(known: Any, tmp_path: Path) -> None:

@@ -6,4 +6,4 @@ from edgeres import calibrate, recipe
 
 
 def test_the_recipe_knows_every_range_method() -> None:
-    assert tuple(calibrate.METHODS) == recipe.METHODS
+    assert (calibrate.AUTO, *calibrate.METHODS) == recipe.METHODS

@@ -318,7 +318,7 @@ NO_BUNDLE: Dict[str, Tuple[Callable[[Path], None], str]] = {
     "manifest is a folder": (a_folder_for_manifest, "is not an ordinary file"),
     "manifest is a pipe": (a_pipe_for_manifest, "is not an ordinary file"),
     "manifest is endless": (an_endless_manifest, "is not an ordinary file"),
-    "manifest is a loop": (a_looping_manifest, "cannot be read"),
+    "manifest is a loop": (a_looping_manifest, "not an ordinary file"),
     "manifest is truncated": (a_truncated_manifest, "not a Manifest that this edgeres understands"),
     "manifest is newer": (a_newer_manifest, "not a Manifest that this edgeres understands"),
 }
@@ -346,6 +346,29 @@ def test_an_oversized_manifest_is_not_parsed(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(bundle_module, "LARGEST_MANIFEST", size - 1)
     with pytest.raises(BundleError, match="larger than any manifest"):
         verify(folder)
+
+
+def test_the_largest_manifest_that_is_parsed_is_bearable_on_a_robot(folder: Path) -> None:
+    """Empty lists are the worst: each takes three bytes in the file and fifty-six in memory."""
+    content = (folder / MANIFEST).read_bytes().rstrip()
+    nested = b",".join([b"[]"] * (6 << 20))
+    (folder / MANIFEST).write_bytes(content[:-1] + b',"more":[' + nested + b"]}")
+    code = (
+        "import resource, sys; from edgeres import bundle; from edgeres.errors import BundleError\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+        "try:\n    bundle.read_manifest(sys.argv[1])\n"
+        "except BundleError as problem:\n    print(problem)\n"
+    )
+    child = subprocess.run([sys.executable, "-B", "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert "larger than any manifest" in child.stdout
+
+
+def test_a_manifest_that_is_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.json"
+    (folder / MANIFEST).rename(elsewhere)
+    (folder / MANIFEST).symlink_to(elsewhere)
+    with pytest.raises(BundleError, match="not an ordinary file"):
+        read_manifest(folder)
 
 
 def test_an_oversized_manifest_is_refused_in_bounded_memory(folder: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 from typing import Optional, Tuple, Type
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -239,6 +240,19 @@ def test_advice_says_what_to_do() -> None:
     assert "preprocessing" in other
     unlabelled = compare(GOOD, GOOD, None, max_drop_pp=0.5, backend="cpu", precision="fp16")
     assert "--validation" in advice(unlabelled)[0]
+
+
+def test_advice_owns_that_the_full_range_is_not_timed_on_tensorrt() -> None:
+    report = judge(0, 0, 1000)
+    for backend, activations, words in (
+        ("tensorrt", "shifted", ["--activation-range symmetric"]),
+        ("tensorrt", "symmetric", []),
+        ("tensorrt-rtx", "shifted", []),
+        ("cpu", "shifted", []),
+    ):
+        steps = advice(msgspec.structs.replace(report, backend=backend, activation_range=activations))
+        assert len(steps) == len(words)
+        assert all(word in step for word, step in zip(words, steps))
 
 
 def test_advice_doubts_labels_that_the_reference_gets_wrong_and_samples_seen_before() -> None:

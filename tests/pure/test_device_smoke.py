@@ -86,6 +86,12 @@ def test_what_fails_is_in_the_report_and_the_rest_is_done_all_the_same(board: Bo
     assert said.endswith("== something failed: see above\n")
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_done(board: Board) -> None:
+    code, said, commands = board.run("bundle", "images", "absent/report.txt", failing="verify")
+    assert (code, commands) == (2, [])
+    assert "name another file" in said
+
+
 @pytest.mark.parametrize("arguments", [(), ("absent",)])
 def test_without_a_bundle_it_says_how_it_is_used(board: Board, arguments: Tuple[str, ...]) -> None:
     code, said, commands = board.run(*arguments)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import numpy as np
@@ -23,12 +24,12 @@ import onnx
 import pytest
 
 import edgeres
-from edgeres import errors, models
+from edgeres import errors, models, targets
 from edgeres.backends.tensorrt import BuildRequest, BuildResult
 from edgeres.calibrate import choose, observe
 from edgeres.export import export_module
 from edgeres.export.exported import Exported
-from edgeres.quantize import Placement, plan, write_int8
+from edgeres.quantize import Placement, plan, shiftable, write_int8
 
 WHEELS = "tensorrt-cu13-bindings==11.4.0.106 onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0"
 BINDINGS = "tensorrt_bindings"
@@ -123,12 +124,25 @@ class Quantized:
         return BuildRequest(**asked)  # type: ignore[arg-type]
 
 
+def lacking(reason: str) -> NoReturn:
+    """Skip a test for want of something; where a merge depends on it, that is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(f"what a merge depends on skips nothing: {reason}")
+    pytest.skip(reason)
+
+
 def folder_of(package: str) -> Path:
     """Return where a package lies, without importing it; skip the test where it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"{package} is not installed: pip install --no-deps {WHEELS}")
+        lacking(f"{package} is not installed: pip install --no-deps {WHEELS}")
     return Path(spec.submodule_search_locations[0])
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known_of_gpus() -> None:
+    """Forget what was found out about GPUs: machines change between tests."""
+    targets.gpu_obstacle.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +151,7 @@ def rtx(tmp_path_factory: pytest.TempPathFactory) -> Rtx:
     bindings, library = folder_of(BINDINGS), folder_of(LIBRARY)
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
-        pytest.skip("no C compiler is installed; the stand-in for TensorRT's plugin library needs one")
+        lacking("no C compiler is installed; the stand-in for TensorRT's plugin library needs one")
     root = tmp_path_factory.mktemp("rtx")
     libraries, packages = root / "lib", root / "site"
     libraries.mkdir()
@@ -163,11 +177,14 @@ def rtx(tmp_path_factory: pytest.TempPathFactory) -> Rtx:
 
 
 @pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Quantized]:
-    """Return ``quantized(name)``: a network by its name in the catalogue, made once per session."""
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Quantized]:
+    """Return ``quantized(name, activations)``: a network by its name in the catalogue, made once per session.
+
+    ``activations`` are ``symmetric``, or ``shifted`` to the full int8 range.
+    """
 
     @cache
-    def make(name: str) -> Quantized:
+    def make(name: str, activations: str) -> Quantized:
         size = 32 if name.endswith("_cifar") else 224
         exported = export_module(models.create(name, seed=1).eval(), (size, size))
         folder = tmp_path_factory.mktemp(name)
@@ -176,15 +193,16 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Quant
         fp32 = onnx.load(source)
         placement = plan(fp32, exported.modules)
         batch = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
-        ranges = choose(observe(source, placement.tensors, [batch]), "minmax", 99.99)
+        allowed = shiftable(fp32, placement) if activations == "shifted" else ()
+        ranges = choose(observe(source, placement.tensors, [batch]), "minmax", 99.99, allowed)
         path = folder / "model.int8.onnx"
         onnx.save(write_int8(fp32, placement, ranges), path)
         return Quantized(path, size, exported, fp32, placement)
 
-    return make
+    return lambda name, activations="symmetric": make(name, activations)
 
 
 @pytest.fixture(scope="session")
-def small(quantized: Callable[[str], Quantized]) -> Quantized:
+def small(quantized: Callable[..., Quantized]) -> Quantized:
     """The smallest network, for tests that are not about the network."""
     return quantized("resnet8_cifar")

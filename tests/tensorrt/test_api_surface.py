@@ -399,6 +399,16 @@ def test_a_pin_that_does_not_hold_is_told(room, version):
     ]
 
 
+@pytest.mark.parametrize("version", WITH_DLA)
+def test_a_layer_that_falls_back_to_the_gpu_is_told(room, version):
+    said = "Default DLA is enabled but layer fc is not supported on DLA, falling back to GPU."
+    flood = [("WARNING", f"missing scale for tensor {number}") for number in range(300)]
+    room.install(version, dla_cores=1, layers=FLOAT_ENDS, build_log=[("WARNING", said), *flood])
+    result = room.build(target="dla0", batch=(4, 4, 4), calibration_cache=CACHE)
+    told = [text for text in result.warnings if "reported" in text]
+    assert told == [f"TensorRT {room.double.module.__version__} reported: {said}"]
+
+
 @pytest.mark.parametrize("version", [version for version in DOUBLE.VERSIONS if version not in WITH_DLA])
 def test_a_release_without_a_dla_refuses_one_before_it_builds(room, version):
     room.install(version, dla_cores=2)
@@ -517,6 +527,23 @@ def test_a_model_that_tensorrt_would_read_as_other_numbers_is_refused(room, vers
     warning = "UINT8 is not supported here. Defaulting to INT8 instead."
     room.install(version, parse_log=[("WARNING", warning)])
     assert "Defaulting to INT8" in room.refused()
+    room.install(version, parse_log=[*([("WARNING", f"warning {i}") for i in range(300)]), ("WARNING", warning)])
+    assert "Defaulting to INT8" in room.refused()
+
+
+@every_version
+def test_a_flood_of_warnings_hides_no_error(room, version):
+    """A build for a DLA, or with implicit ranges, warns once or twice per tensor."""
+    flood = [("WARNING", f"missing scale for tensor {number}") for number in range(300)]
+    reason = ("ERROR", "Could not find any implementation for node conv1")
+    for log in ([*flood, reason], [reason, *flood]):
+        room.install(version, plan=None, build_log=log)
+        message = room.refused()
+        assert reason[1] in message
+        assert "Keep that layer out of int8" in message
+        assert "missing scale" not in message
+    room.install(version, plan=None, build_log=flood)
+    assert "missing scale for tensor 299" in room.refused()
 
 
 @every_version
@@ -526,6 +553,8 @@ def test_a_model_that_tensorrt_would_read_as_other_numbers_is_refused(room, vers
         ({"batch": (4, 2, 8)}, "4/2/8"),
         ({"batch": (0, 1, 2)}, "0/1/2"),
         ({"workspace": 0}, "workspace"),
+        ({"workspace": 1 << 63}, "more than it can count"),
+        ({"batch": (1, 8, 1 << 31)}, "more than it can count"),
         ({"optimization_level": 9}, "9"),
         ({"precision": "int4"}, "int4"),
         ({"target": "npu"}, "npu"),
@@ -548,7 +577,9 @@ def test_with_a_gpu_the_engine_itself_tells_its_layers(room, version):
     result = room.build(device="Orin")
     (given,) = room.double.called("EngineInspector.get_engine_information")
     assert given["format"].name == "JSON"
-    assert [layer.name for layer in result.layers] == ["conv1"]
+    assert [(layer.name, layer.inputs, layer.outputs) for layer in result.layers] == [("conv1", ("int8",), ("fp32",))]
+    (given,) = room.double.called("IExecutionContext.set_input_shape")
+    assert (given["name"], tuple(given["shape"])) == ("input", (4, 3, 8, 8))
     assert len(room.double.called("Runtime.deserialize_cuda_engine")) == 1
 
 
@@ -562,11 +593,23 @@ def test_an_engine_that_does_not_open_here_costs_only_a_warning(room, version):
 
 
 @every_version
+@pytest.mark.parametrize("method", ["ICudaEngine.create_execution_context", "IExecutionContext.set_input_shape"])
+def test_without_a_context_the_engine_tells_what_it_can(room, version, method):
+    refusal = None if method.startswith("ICudaEngine") else False
+    room.install(version, layer_information=INSPECTED, returns={method: refusal})
+    result = room.build(device="Orin")
+    assert [(layer.name, layer.inputs, layer.outputs) for layer in result.layers] == [
+        ("conv1", ("unknown",), ("unknown",))
+    ]
+    assert [text for text in result.warnings if "gave no execution context" in text]
+
+
+@every_version
 def test_without_a_gpu_no_engine_is_opened(room, version):
     room.install(version)
     result = room.build(device="")
     assert room.double.called("Runtime.deserialize_cuda_engine") == []
-    assert [text for text in result.warnings if "did not tell what its layers compute in" in text]
+    assert result.layers == ()
 
 
 # Releases and flavours

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +214,33 @@ def test_a_missing_tensorrt_names_the_command(tmp_path: Path, monkeypatch: pytes
         pytest.skip("TensorRT for RTX is installed here")
     with pytest.raises(MissingPackageError, match="pip install"):
         build_in_child(msgspec.structs.replace(REQUEST, flavour="tensorrt-rtx"), silent)
+
+
+def test_a_path_that_environment_variables_cannot_hold_is_searched_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    fake = Fake(folder)
+    fake.write("sys.stderr.write('found in spite of the colon'); sys.stderr.flush(); os._exit(3)\n")
+    with pytest.raises(BackendError, match="found in spite of the colon"):
+        build_in_child(REQUEST, silent)
+
+
+def test_a_folder_that_is_no_text_is_named() -> None:
+    request = msgspec.structs.replace(REQUEST, plan=os.fsdecode(b"/tmp/caf\xe9/model.engine"))
+    with pytest.raises(BackendError, match=r"not UTF-8.*Rename"):
+        build_in_child(request, silent)
+
+
+def test_without_a_place_for_temporary_files_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Any:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", nowhere)
+    with pytest.raises(BackendError, match="TMPDIR"):
+        build_in_child(REQUEST, silent)
 
 
 def test_a_python_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from edgeres.backends.tensorrt import compat, lean
+from edgeres.backends.tensorrt import compat, lean, module
 
 ORIN = {
     "flavour": "tensorrt",
@@ -205,6 +205,24 @@ def test_lean_runtimes_are_found_where_libraries_are(monkeypatch: pytest.MonkeyP
     assert lean.lean_runtimes() == {}
     monkeypatch.delenv("LD_LIBRARY_PATH")
     assert lean.lean_runtimes() == {}
+
+
+@pytest.mark.parametrize(
+    ("stated", "number", "wanted"),
+    [
+        ("10.3.0", 100700, (10, 7, 0)),  # a library of another version lies under the bindings: it builds the plan
+        ("10.3.0.26", 100300, (10, 3, 0, 26)),
+        ("8.5.2.2", 8503, (8, 5, 3)),
+        ("11.4.0", 10701, (1, 7, 1)),
+    ],
+)
+def test_what_lies_under_the_bindings_counts(
+    monkeypatch: pytest.MonkeyPatch, stated: str, number: int, wanted: tuple[int, ...]
+) -> None:
+    library = SimpleNamespace(getInferLibVersion=lambda: number)
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    assert module.library_version(SimpleNamespace(__name__="tensorrt", __version__=stated)) == wanted
 
 
 def test_a_plan_that_tells_nothing() -> None:

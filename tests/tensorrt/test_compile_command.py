@@ -152,7 +152,9 @@ def test_a_stage_that_changes_nothing_keeps_the_engines(command: str, rtx: Any, 
     rtx.run(COMMAND, "compile", str(bundle), "--target", "rtx")
     before = verify(bundle)
     answer = json.loads(rtx.run(COMMAND, command, str(bundle), "--json"))
-    assert answer["warnings"] == []
+    assert set(answer["warnings"]) <= set(
+        before.warnings
+    )  # hygiene says again that the samples are few; nothing is left out
     after = assert_all_tell_the_same(rtx, bundle)
     assert after.engines == before.engines
     assert after.report == before.report

@@ -271,6 +271,10 @@ NANO, THOR, XAVIER = "NVIDIA Jetson Orin Nano Developer Kit", "NVIDIA Jetson AGX
         ((10, 3, 0), "", "dla0"),
         ((11, 4, 1), AGX, "dla0"),
         ((11, 4, 1), "Orin", "dla0"),
+        ((8, 5, 2), "Jetson-AGX", "dla0"),  # AGX Xavier, as its device tree has it from L4T 32.2 on
+        ((10, 3, 0), "reComputer J4012", "dla1"),  # another maker's board: the builder knows
+        ((11, 4, 1), "reComputer J4012", "dla0"),
+        ((8, 5, 2), "NVIDIA A100-SXM4-80GB", "dla0"),
         ((10, 13, 3), THOR, "gpu"),
         ((1, 7, 1), "NVIDIA GeForce RTX 4090", "gpu"),
     ],
@@ -292,8 +296,6 @@ def test_a_dla_that_is_there_is_not_refused(version: tuple[int, ...], device: st
         ((11, 4, 1), NX, "for AGX Orin, this is NVIDIA Jetson Orin NX"),
         ((11, 4, 1), THOR, "has no DLA"),
         ((8, 6, 2), NANO, "has no DLA"),
-        ((8, 5, 2), "NVIDIA A100-SXM4-80GB", "has no DLA"),
-        ((10, 3, 0), "NVIDIA GeForce RTX 4090", "has no DLA"),
     ],
 )
 def test_a_dla_that_is_not_there_is_refused_with_what_to_do(version: tuple[int, ...], device: str, words: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgeres.artifacts import LayerPlan
-from edgeres.backends.tensorrt.layers import attribute, layers_from_inspector, layers_from_log
+from edgeres.backends.tensorrt.layers import attribute, layers_from_inspector, layers_from_log, untold
 from edgeres.backends.tensorrt.records import EngineLayer
 
 LOGS = Path(__file__).parent / "logs"
@@ -292,13 +292,15 @@ def test_names_alone_are_one_warning() -> None:
     assert {layer.precision for layer in layers} == {"unknown"}
     assert [layer.module for layer in layers] == ["net.conv1 + net.relu1", "net.pool", "net.fc"]
     assert len(warnings) == 1
-    assert "not their types" in warnings[0]
+    assert "whether it computes in int8 is not known" in warnings[0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"Layers": 3}', '{"Layers": []}', '{"Bindings": []}', "\x00"])
 def test_what_is_no_list_of_layers_gives_none(text: str) -> None:
     assert layers_from_inspector(text) == ()
-    assert attribute((), plan()) == ((), ())
+    (complaint,) = attribute((), plan())[1]
+    assert "whether it computes in int8 is not known" in complaint
+    assert attribute((), plan(kept=[one.node for one in plan()]))[1] == ()
 
 
 def test_entries_that_lack_anything_are_read_as_far_as_they_go() -> None:
@@ -316,14 +318,58 @@ def test_inside_a_dla_nothing_is_known_and_nothing_is_claimed() -> None:
         "Inputs": [tensor("x", "Four wide channel vectorized row major Int8 format")],
         "Outputs": [tensor("y", "Sixteen wide channel vectorized row major FP16 format")],
     }
-    (layer,), warnings = attribute(layers_from_inspector(inspected([whole])), plan())
+    (layer,), warnings = attribute(layers_from_inspector(inspected([whole])), plan(), "dla0")
     assert layer.nodes == tuple(one.node for one in plan())
-    assert warnings == ()
+    assert (layer.precision, warnings, untold((layer,), plan())) == ("unknown", (), ())
     part = {**whole, "Name": "{ForeignNode[stem...pool]}"}
     rest = convolution("k + fc", [HALF], "Half", LINEAR)
     assert attribute(layers_from_inspector(inspected([part, rest])), plan())[1] == (
         "net.fc (Gemm) was planned in int8 and runs in fp16",
     )
+
+
+def test_what_runs_beside_the_dla_is_named() -> None:
+    """TensorRT falls back to the GPU without an error, and such an engine is int8 all the same."""
+    layers = layers_from_inspector(inspected(OLD))
+    assert attribute(layers, plan(), "gpu")[1] == ()
+    everything = ", ".join(f"net.{name}" for name in ("stem", "conv1", "conv2", "add", "pool", "fc"))
+    assert attribute(layers, plan(), "dla0")[1] == (
+        f"the engine is for a DLA, and these layers run on the GPU: {everything}",
+    )
+    inside = {
+        "Name": "{ForeignNode[stem...pool]}",
+        "LayerType": "DLA",
+        "Inputs": [tensor("x", "Four wide channel vectorized row major Int8 format")],
+        "Outputs": [tensor("y", WIDE)],
+    }
+    layers = layers_from_inspector(inspected([inside, OLD[-2]]))
+    for kept in ((), ("fc",)):  # what is planned in float is to run there too
+        assert attribute(layers, plan(kept=kept), "dla1")[1] == (
+            "the engine is for a DLA, and these layers run on the GPU: net.fc",
+        )
+
+
+DYNAMIC = "N/A due to dynamic shapes"
+
+
+def test_formats_that_are_not_told_are_no_complaint_where_weights_are_int8() -> None:
+    """As TensorRT lists an engine with a free batch; the types of the weights stand there all the same."""
+    text = re.sub(r'"Format/Datatype": "[^"]*"', f'"Format/Datatype": "{DYNAMIC}"', inspected(OLD))
+    assert text.count(DYNAMIC) > 10
+    layers, warnings = attribute(layers_from_inspector(text), plan())
+    assert warnings == ()
+    assert {layer.precision for layer in layers if layer.constants} == {"int8"}
+    assert untold(layers, plan()) == (
+        "the engine does not tell what these layers, planned in int8, run in: net.add, net.pool",
+    )
+    assert untold(attribute(layers_from_inspector(inspected(OLD)), plan())[0], plan()) == ()
+
+
+def test_float_weights_are_a_complaint_whether_formats_are_told_or_not() -> None:
+    changed = [*OLD]
+    changed[2] = convolution("w1 + conv1 + relu1", [DYNAMIC], "Half", DYNAMIC)
+    warnings = attribute(layers_from_inspector(inspected(changed)), plan())[1]
+    assert warnings == ("net.conv1 (Conv) was planned in int8 and runs in fp16",)
 
 
 def test_what_another_engine_hides_is_one_warning() -> None:

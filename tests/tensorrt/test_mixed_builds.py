@@ -17,7 +17,7 @@ from edgeres.artifacts import LayerPlan
 from edgeres.backends.tensorrt import BuildResult, EngineLayer
 from edgeres.backends.tensorrt.layers import attribute
 from edgeres.calibrate import choose, observe
-from edgeres.quantize import Placement, plan, write_int8, write_mixed
+from edgeres.quantize import Placement, plan, shiftable, write_int8, write_mixed
 
 KEPT: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -30,19 +30,21 @@ KEPT: dict[str, tuple[str, ...]] = {
 
 @pytest.fixture(scope="session")
 def build(
-    quantized: Callable[[str], Any], rtx: Any, tmp_path_factory: pytest.TempPathFactory
+    quantized: Callable[..., Any], rtx: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, Sequence[str]], tuple[BuildResult, BuildResult, tuple[LayerPlan, ...]]]:
     """Return the engines of a net's Q/DQ form and of its mixed form, with some modules kept in float, and the plan."""
 
-    def make(name: str, keep: Sequence[str]) -> tuple[BuildResult, BuildResult, tuple[LayerPlan, ...]]:
+    def make(
+        name: str, keep: Sequence[str], activations: str = "symmetric"
+    ) -> tuple[BuildResult, BuildResult, tuple[LayerPlan, ...]]:
         found = quantized(name)
         placement = plan(found.fp32, found.exported.modules, keep)
         samples = np.random.default_rng(0).standard_normal((2, 3, found.size, found.size)).astype(np.float32)
         ranges = {}
         if placement.tensors:
-            ranges = choose(
-                observe(found.path.with_name("model.fp32.onnx"), placement.tensors, [samples]), "minmax", 99.99
-            )
+            statistics = observe(found.path.with_name("model.fp32.onnx"), placement.tensors, [samples])
+            allowed = shiftable(found.fp32, placement) if activations == "shifted" else ()
+            ranges = choose(statistics, "minmax", 99.99, allowed)
         int8 = write_int8(found.fp32, placement, ranges)
         folder: Path = tmp_path_factory.mktemp(name)
         results = []
@@ -71,9 +73,11 @@ def weighted(layers: Sequence[EngineLayer]) -> Counter[tuple[str, str]]:
         ("resnet50", "ends"),
     ],
 )
-def test_int8_stays_and_the_rest_is_half(name: str, keep: str, build: Callable[..., Any]) -> None:
-    int8, mixed, layers = build(name, KEPT[keep])
+@pytest.mark.parametrize("activations", ["symmetric", "shifted"])
+def test_int8_stays_and_the_rest_is_half(name: str, keep: str, activations: str, build: Callable[..., Any]) -> None:
+    int8, mixed, layers = build(name, KEPT[keep], activations)
     assert len(mixed.layers) <= len(int8.layers)
+    assert activations == "symmetric" or len(mixed.layers) <= len(build(name, KEPT[keep])[1].layers)
     total = sum(one.op in ("Conv", "Gemm") for one in layers)
     wanted = sum(one.op in ("Conv", "Gemm") and one.precision == "int8" for one in layers)
     both = Counter({("int8", "int8"): wanted, ("fp16", "fp16"): total - wanted})
@@ -122,11 +126,12 @@ def forced_skip(placement: Placement, whole: Placement, addition: str) -> Placem
     return replace(placement, points=tuple(points.values()), layers=layers)
 
 
+@pytest.mark.parametrize("activations", ["symmetric", "shifted"])
 @pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18", "resnet50"])
 def test_a_wholly_quantized_net_runs_as_planned(
-    name: str, quantized: Callable[[str], Any], rtx: Any, tmp_path: Path
+    name: str, activations: str, quantized: Callable[..., Any], rtx: Any, tmp_path: Path
 ) -> None:
-    found = quantized(name)
+    found = quantized(name, activations)
     result = rtx.build(found.request(tmp_path / "plan"))
     layers, warnings = attribute(result.layers, found.placement.layers)
     assert warnings == ()
@@ -140,7 +145,7 @@ def test_a_wholly_quantized_net_runs_as_planned(
 
 
 def test_what_the_linter_would_have_refused_is_found_in_the_engine(
-    quantized: Callable[[str], Any], rtx: Any, tmp_path: Path
+    quantized: Callable[..., Any], rtx: Any, tmp_path: Path
 ) -> None:
     found = quantized("resnet20_cifar")
     broken = onnx.load(found.path)

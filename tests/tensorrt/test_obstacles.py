@@ -99,6 +99,14 @@ def test_a_dla_is_ready_where_tensorrt_sees_it(
     assert machine.double.refusals == []
 
 
+@pytest.mark.parametrize("board", [AGX, "Jetson-AGX", "reComputer J4012", ""])
+@pytest.mark.parametrize("cores", [0, 2])
+def test_of_a_board_that_is_not_known_tensorrt_decides(machine: Machine, board: str, cores: int) -> None:
+    machine.has(version="10.3", device=True, module=board, cores=cores)
+    machine.device.name = "a GPU"
+    assert [machine.found()[name][0] is None for name in ("dla0", "dla1")] == [cores == 2] * 2
+
+
 @pytest.mark.parametrize(
     ("version", "board", "words"),
     [
@@ -106,12 +114,10 @@ def test_a_dla_is_ready_where_tensorrt_sees_it(
         ("10.13", THOR, "10.7 is the last 10.x with one"),
         ("10.16", AGX, "10.7 is the last 10.x with one"),
         ("11.4", AGX, "TensorRT 11.4.0"),
-        ("10.3", "", "NVIDIA Host Double has no DLA"),
     ],
 )
 def test_a_dla_that_is_not_there_is_told_why(machine: Machine, version: str, board: str, words: str) -> None:
     machine.has(version=version, device=True, module=board, cores=2)
-    machine.device.name = "NVIDIA Host Double"
     found = machine.found()
     assert found["gpu"] == (None, None)
     assert words in str(found["dla0"][0])
@@ -138,6 +144,21 @@ def test_engines_for_rtx_are_built_without_a_gpu_and_not_run(machine: Machine, m
     assert targets.here(rows["rtx"]) == f"can be compiled here, not run: {NO_DRIVER}"
     assert targets.here(rows["gpu"]) == rows["gpu"]["obstacle"]
     assert targets.here(rows["cpu"]) == "ready"
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+def test_a_gpu_is_usable_for_the_flavour_that_is_installed(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, flavour: str
+) -> None:
+    machine.has(version="11.4", device=True)
+    if flavour == "tensorrt-rtx":
+        machine.double.module.__name__, machine.double.module.__version__ = "tensorrt_rtx", "1.7.1.116"
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", machine.double.module)
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+    else:
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    usable = {name for name in ("tensorrt", "tensorrt-rtx") if targets.gpu_is_usable(name)}
+    assert usable == {flavour}
 
 
 def test_without_tensorrt_every_target_names_the_command(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

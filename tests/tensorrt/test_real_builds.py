@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from edgeres.backends.tensorrt import BuildRequest, attribute
 from edgeres.errors import BackendError, BundleError
 from edgeres.files import sha256_file
 
+WEIGHTED = ("correlation", "conv", "gemm")
 WATCHED = """
 import json, sys
 import msgspec
@@ -44,11 +46,12 @@ print("\\n" + json.dumps([steps, said, len(again.layers)]))
 """
 
 
+@pytest.mark.parametrize("activations", ["symmetric", "shifted"])
 @pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18", "resnet50"])
 def test_every_weighted_layer_runs_in_int8(
-    name: str, rtx: Any, quantized: Callable[[str], Any], tmp_path: Path
+    name: str, activations: str, rtx: Any, quantized: Callable[..., Any], tmp_path: Path
 ) -> None:
-    net = quantized(name)
+    net = quantized(name, activations)
     result = rtx.build(net.request(tmp_path / "a.engine"))
     assert result.sha256 == sha256_file(tmp_path / "a.engine")
     assert result.bytes == (tmp_path / "a.engine").stat().st_size
@@ -56,7 +59,7 @@ def test_every_weighted_layer_runs_in_int8(
     assert result.built_for["flavour"] == "tensorrt-rtx"
     assert result.built_for["compute_capability"] == "portable"
     assert result.built_for["tensorrt"].startswith("1.")
-    weighted = [layer for layer in result.layers if layer.type in ("correlation", "conv", "gemm")]
+    weighted = [layer for layer in result.layers if layer.type in WEIGHTED]
     assert len(weighted) == len(net.weighted)
     assert {(layer.precision, layer.inputs[0], layer.constants[0]) for layer in weighted} == {("int8",) * 3}
     assert set(net.weighted) <= {node for layer in weighted for node in layer.nodes}
@@ -95,6 +98,22 @@ def test_a_trained_net_runs_in_int8_throughout(rtx: Any, shared_data: Path, tmp_
         weighted = [layer for layer in layers if layer.type in ("correlation", "conv", "gemm")]
         assert len(weighted) == 20
         assert {(layer.precision, layer.inputs[0], layer.constants[0]) for layer in weighted} == {("int8",) * 3}
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18", "resnet50"])
+def test_the_full_int8_range_costs_no_layer(name: str, rtx: Any, quantized: Callable[..., Any], tmp_path: Path) -> None:
+    symmetric, shifted = (
+        rtx.build(quantized(name, activations).request(tmp_path / f"{activations}.engine")).layers
+        for activations in ("symmetric", "shifted")
+    )
+    assert len(shifted) == len(symmetric)
+    # Nor does any layer read or write another type: each kernel has its shift or its map in it.
+    assert Counter((one.type, one.inputs[:1], one.outputs) for one in shifted if one.type in WEIGHTED) == Counter(
+        (one.type, one.inputs[:1], one.outputs) for one in symmetric if one.type in WEIGHTED
+    )
+    assert Counter((tuple(sorted(one.inputs)), one.outputs) for one in shifted) == Counter(
+        (tuple(sorted(one.inputs)), one.outputs) for one in symmetric
+    )
 
 
 def test_children_build_the_same(rtx: Any, small: Any, tmp_path: Path) -> None:

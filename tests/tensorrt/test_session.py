@@ -379,7 +379,8 @@ def test_threads_answer_as_one(bench: Bench) -> None:
 
 def test_an_interrupted_close_may_be_repeated(bench: Bench) -> None:
     session = bench.open(contexts=1)
-    lane = session._take()
+    call = object()
+    session._take(call)
     waiting = session._changed.wait
 
     def interrupt() -> None:
@@ -389,8 +390,55 @@ def test_an_interrupted_close_may_be_repeated(bench: Bench) -> None:
     session._changed.wait = interrupt
     with pytest.raises(KeyboardInterrupt):
         session.close()
-    session._give(lane)
+    session._give(call)
     assert np.array_equal(session(frames(3)), logits(frames(3)))
-    del lane
     session.close()
     bench.assert_empty()
+
+
+def interrupted(session: Session, place: int) -> bool:
+    """Run a batch with Ctrl-C at the so-manieth line of the session's own code; return whether it came so far."""
+    seen = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal seen
+        if frame.f_code.co_filename != room.__file__ or frame.f_code.co_name not in ("__call__", "_take", "_give"):
+            return None
+        if event in ("line", "return"):
+            seen += 1
+            if seen == place:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        session(frames(3))
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def hang(timeout: float | None = None) -> bool:
+    """Stand for a wait that nobody would end."""
+    raise AssertionError("it waits for a call that is over")
+
+
+def test_no_interrupt_loses_a_context(bench: Bench) -> None:
+    """Wherever Ctrl-C comes, closing does not wait for a call that is over, and as many batches run as before."""
+    places = 0
+    while True:
+        session = bench.open(contexts=2)
+        came = interrupted(session, places + 1)
+        assert session._busy == {}
+        assert np.array_equal(session(frames(3)), logits(frames(3)))
+        session._changed.wait = hang
+        session.close()
+        bench.assert_empty()
+        if not came:
+            break
+        places += 1
+    assert places > 20

@@ -34,6 +34,8 @@ VNNI = frozenset({"avx512_vnni", "avx_vnni", "avx512vnni", "avxvnni"})
 class CpuRunner:
     """An open CPU engine; see :data:`edgeres.backends.Runner`. Any thread may call it, as ONNX Runtime's sessions."""
 
+    largest: Optional[int] = None  # an ONNX file with a free batch takes any
+
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session: Optional[ort.InferenceSession] = session
         self._input = session.get_inputs()[0].name

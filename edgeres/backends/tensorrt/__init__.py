@@ -7,23 +7,26 @@ room loads neither ``tensorrt`` nor CUDA.
 from __future__ import annotations
 
 from edgeres.backends.tensorrt.child import build_in_child
-from edgeres.backends.tensorrt.dla import dla_cache, kept_in_half
-from edgeres.backends.tensorrt.layers import attribute
+from edgeres.backends.tensorrt.dla import kept_in_half
+from edgeres.backends.tensorrt.fit import misfits
+from edgeres.backends.tensorrt.layers import attribute, untold
 from edgeres.backends.tensorrt.module import load_module
 from edgeres.backends.tensorrt.obstacles import Obstacles, find_obstacles
+from edgeres.backends.tensorrt.probe import ask_for_a_gpu, looks_like_nvidia
 from edgeres.backends.tensorrt.records import BuildRequest, BuildResult, EngineLayer
-from edgeres.backends.tensorrt.versions import graph_for_flavour
 
 __all__ = [
     "BuildRequest",
     "BuildResult",
     "EngineLayer",
     "Obstacles",
+    "ask_for_a_gpu",
     "attribute",
     "build_in_child",
-    "dla_cache",
     "find_obstacles",
-    "graph_for_flavour",
     "kept_in_half",
     "load_module",
+    "looks_like_nvidia",
+    "misfits",
+    "untold",
 ]

@@ -20,6 +20,7 @@ from edgeres.backends.tensorrt.settings import (
     check_level,
     check_request,
     choose_device,
+    choose_form,
     configure,
     pin_half,
     set_calibration,
@@ -48,12 +49,13 @@ DISOBEYED = ("obeys the requested constraints",)
 WRONG = ("Defaulting to INT8 instead",)
 """Warnings behind which an engine computes wrong numbers: a uint8 tensor read as int8."""
 
+FALLBACK = ("falling back to GPU", "Switching to GPU fallback")
+"""Warnings that a layer does not run on the DLA that it was built for."""
+
 UNKNOWN_GPU = (
     "the engine fits this machine's GPU alone, but nothing here can tell which that is, so nothing will check it; "
     "install cuda-bindings or pycuda and compile again"
 )
-
-KEPT = 50
 
 _ONE_AT_A_TIME = threading.Lock()
 """A process has one logger of TensorRT: what two builds say could not be told apart."""
@@ -87,12 +89,14 @@ def build_plan(
     Raises:
         MissingPackageError: TensorRT is not installed.
         BackendError: TensorRT refuses the request or the model, the build fails, or it was cancelled.
-        BundleError: the plan cannot be written.
+        BundleError: the plan cannot be written, or the bundle lacks the form of the model that this TensorRT reads.
+        CalibrationError: a range is none.
     """
     started = time.monotonic()
     trt = load_module(request.flavour)
+    request = choose_form(trt, request)
     check_request(trt, request)
-    bench = _Bench(trt, request, Record(), Watch(progress, cancelled), [], [])
+    bench = _Bench(trt, request, Record((*WRONG, *DISOBEYED, *FALLBACK)), Watch(progress, cancelled), [], [])
     if cancelled():
         raise _cancelled(request)
     with _ONE_AT_A_TIME:
@@ -106,8 +110,7 @@ def build_plan(
     if not built_for.get("compute_capability"):
         bench.warnings.append(UNKNOWN_GPU)
     write_atomic(request.plan, content)
-    disobeyed = [text for text in bench.record.warnings if any(sign in text for sign in DISOBEYED)]
-    told = [*bench.record.errors, *disobeyed]
+    told = dict.fromkeys([*bench.record.errors, *bench.record.noticed(*DISOBEYED, *FALLBACK)])
     bench.warnings.extend(f"{words(trt)} reported: {' '.join(text.split())}" for text in told)
     return BuildResult(
         plan=request.plan,
@@ -117,7 +120,7 @@ def build_plan(
         layers=layers,
         warnings=tuple(bench.warnings),
         seconds=time.monotonic() - started,
-        log=tuple(f"{severity}: {text}" for severity, text in bench.record.complaints[:KEPT]),
+        source=request.onnx,
     )
 
 
@@ -153,7 +156,7 @@ def _built(bench: _Bench, built_for: Dict[str, str]) -> bytes:
         raise _cancelled(request)
     if memory is None:
         raise _failed(bench)
-    wrong = [text for text in record.warnings if any(sign in text for sign in WRONG)]
+    wrong = record.noticed(*WRONG)
     if wrong:
         raise BackendError(f"{words(trt)} would compute other numbers than the model: {wrong[0]}. Build it again.")
     cache.save()
@@ -204,7 +207,7 @@ class _TimingCache:
     def _taken(self, config: Any, content: bytes) -> bool:
         """Offer a cache to TensorRT. What it cannot read it replaces by an empty one, with no more than a complaint."""
         record = self._bench.record
-        before = len(record.complaints)
+        before = record.count
         cache = config.create_timing_cache(content)
         taken = cache is not None and config.set_timing_cache(cache, False)
         if taken:
@@ -237,10 +240,7 @@ def _layers(bench: _Bench, content: bytes, device: bool) -> Tuple[EngineLayer, .
     if device:
         text = _inspected(bench, content)
         layers = layers_from_inspector(text) if text else ()
-    layers = layers or layers_from_log(bench.record.tables)
-    if not layers:
-        bench.warnings.append(f"{words(bench.trt)} did not tell what its layers compute in")
-    return layers
+    return layers or layers_from_log(bench.record.tables)
 
 
 def _inspected(bench: _Bench, content: bytes) -> str:
@@ -256,11 +256,26 @@ def _inspected(bench: _Bench, content: bytes) -> str:
     kept.append(engine)
     if bench.request.hardware_compatible:
         check_level(trt, engine)
+    context = _shaped_context(bench, engine)
+    kept.append(context)
     inspector = engine.create_engine_inspector()
     if inspector is None:
         return ""
     kept.append(inspector)
+    if context is not None:
+        inspector.execution_context = context
     return str(inspector.get_engine_information(member(trt.LayerInformationFormat, "JSON")) or "")
+
+
+def _shaped_context(bench: _Bench, engine: Any) -> Any:
+    """Return an execution context with the usual batch, or None where it cannot be had: without one, the inspector of
+    an engine with a free batch tells no formats, and so no types."""
+    request = bench.request
+    context = engine.create_execution_context()
+    if context is None or not context.set_input_shape(request.input_name, (request.batch[1], *request.shape)):
+        bench.warnings.append("the new engine gave no execution context, so it does not tell all types of its layers")
+        return None
+    return context
 
 
 def _failed(bench: _Bench) -> BackendError:

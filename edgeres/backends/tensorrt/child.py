@@ -8,6 +8,7 @@ print goes to a file, whose last lines are shown when the child dies.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import selectors
 import signal
@@ -27,11 +28,19 @@ from edgeres.errors import BackendError, EdgeresError
 
 CHUNK = 1 << 16
 GRACE = 5.0
+START = """
+import json, os, sys
+sys.path[:] = json.loads(os.environ.pop("EDGERES_SYS_PATH"))
+import runpy
+runpy.run_module(sys.argv.pop(1), run_name="__main__")
+"""
+"""What a child runs: a module by its name, found where this process finds it; PYTHONPATH could not say every path."""
 TAIL = 2000
 TAIL_LINES = 8
 
 RAISED: Dict[str, Type[EdgeresError]] = {
-    kind.__name__: kind for kind in (BackendError, errors.MissingPackageError, errors.BundleError)
+    kind.__name__: kind
+    for kind in (BackendError, errors.MissingPackageError, errors.BundleError, errors.CalibrationError)
 }
 """What a builder may raise, by name; it is raised again in the parent."""
 
@@ -60,7 +69,8 @@ def build_in_child(request: BuildRequest, progress: Report, timeout: Optional[fl
         BundleError: the plan cannot be written.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    with tempfile.TemporaryFile() as output:
+    line = _encoded(request)
+    with _scratch() as output:
         source, sink = os.pipe()
         try:
             try:
@@ -68,7 +78,7 @@ def build_in_child(request: BuildRequest, progress: Report, timeout: Optional[fl
             finally:
                 os.close(sink)
             try:
-                outcome = _conversation(child, source, request, progress, deadline)
+                outcome = _conversation(child, source, line, progress, deadline)
                 status = _ended(child)
             except _TooLong:
                 raise BackendError(
@@ -87,19 +97,47 @@ def build_in_child(request: BuildRequest, progress: Report, timeout: Optional[fl
         return _result(outcome, status, output)
 
 
+def _encoded(request: BuildRequest) -> bytes:
+    try:
+        return msgspec.json.encode(request) + b"\n"
+    except UnicodeEncodeError:
+        raise BackendError(
+            f"the path {os.path.dirname(request.plan)!r} is not UTF-8, and TensorRT takes no other. Rename the folder."
+        ) from None
+
+
+def _scratch() -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as problem:
+        raise BackendError(
+            f"there is no place for a temporary file: {problem.strerror or problem}. Name one: TMPDIR=FOLDER"
+        ) from None
+
+
+def command(module: str, *arguments: str) -> List[str]:
+    """Return how to run a module of ours in a child, which wants :func:`environment`."""
+    return [sys.executable, "-c", START, module, *arguments]
+
+
+def environment() -> Dict[str, str]:
+    """Return an environment in which a child imports what this process would, and nothing from its working folder."""
+    path = [os.path.abspath(place) for place in sys.path if place]
+    return {**os.environ, "EDGERES_SYS_PATH": json.dumps(path), "PYTHONSAFEPATH": "1"}
+
+
 def _started(sink: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start the child; it imports what this process would, and not what happens to lie in the working folder."""
-    path = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "edgeres.backends.tensorrt.worker", str(sink)],
+            command("edgeres.backends.tensorrt.worker", str(sink)),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             pass_fds=(sink,),
-            # `python -m` would import from the working folder first; Python 3.11 can be told not to, older ones cannot.
+            # `python -c` imports from the working folder first; Python 3.11 can be told not to, older ones cannot.
             cwd=os.sep,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            env=environment(),
         )
     except OSError as problem:
         raise BackendError(
@@ -108,12 +146,12 @@ def _started(sink: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
 
 
 def _conversation(
-    child: subprocess.Popen[bytes], source: int, request: BuildRequest, progress: Report, deadline: Optional[float]
+    child: subprocess.Popen[bytes], source: int, request: bytes, progress: Report, deadline: Optional[float]
 ) -> Optional[Message]:
     """Send the request and pass progress on; return the last word, or None where the child went without one."""
     assert child.stdin is not None
     try:
-        child.stdin.write(msgspec.json.encode(request) + b"\n")
+        child.stdin.write(request)
         child.stdin.flush()
     except BrokenPipeError:
         return None  # it died before it could read; its status says how

@@ -17,7 +17,7 @@ import numpy as np
 
 from edgeres.affine import scale_from_amax
 from edgeres.artifacts import LayerPlan
-from edgeres.backends.tensorrt.module import dotted, library_version, load_module, member
+from edgeres.backends.tensorrt.module import dotted, member
 from edgeres.backends.tensorrt.versions import UNROUNDED_SINCE, dla_of
 from edgeres.errors import BackendError
 
@@ -33,7 +33,8 @@ CORES: Tuple[Tuple[str, int], ...] = (
     ("orin", 2),  # CUDA calls every Orin this, also the Nano, which has none: the builder has the last word
     ("xavier", 2),
 )
-"""By a part of the device's name, in lower case, how many DLA cores it has at most; the first row that fits."""
+"""By a part of the device's name, in lower case, how many DLA cores it has at most; the first row that fits. Of names
+that are not here, as boards of other makers have them, the builder decides."""
 
 EXPLICIT_ON = ("agx orin", "orin")
 """Where the DLA of TensorRT 11.4.1 and newer is to be had, by the same names."""
@@ -62,7 +63,9 @@ def refusal(version: Tuple[int, ...], device_name: str, target: str) -> str:
         )
     if not device_name:
         return ""
-    row = next(((name, cores) for name, cores in CORES if name in device_name.lower()), ("", 0))
+    row = next((row for row in CORES if row[0] in device_name.lower()), None)
+    if row is None:
+        return ""
     if row[1] == 0:
         return f"{device_name} has no DLA. Compile for the GPU: --target gpu"
     if kind == "explicit" and row[0] not in EXPLICIT_ON:
@@ -117,11 +120,6 @@ def read_cache(text: str) -> Dict[str, float]:
         except ValueError as problem:
             raise BackendError(f"line {number} of the calibration cache: {problem}") from None
     return scales
-
-
-def dla_cache(flavour: str, ranges: Mapping[str, float]) -> str:
-    """Return :func:`calibration_cache` for the TensorRT that is installed."""
-    return calibration_cache(library_version(load_module(flavour)), ranges)
 
 
 def kept_in_half(plan: Sequence[LayerPlan]) -> Tuple[str, ...]:

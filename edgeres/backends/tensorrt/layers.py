@@ -37,6 +37,10 @@ UNKNOWN = "unknown"
 FLOATS = ("fp32", "bf16", "fp16", "fp8", "fp4")  # widest first
 WEIGHTED_OPS = ("Conv", "Gemm", "MatMul")
 WEIGHTED_TYPES = re.compile(r"conv|correlation|gemm|matmul|matrix|fullyconnected|fusion", re.IGNORECASE)
+NOTHING_TOLD = (
+    "nothing tells the types of the engine's layers, so whether it computes in int8 is not known. Compile it where "
+    "the engine can be opened, with a GPU and cuda-python or pycuda: edgeres doctor"
+)
 MOVES = ("Slice", "Pad")  # a builder may turn them into strides; then no layer is left that mentions them
 OPAQUE = re.compile(r"\{ForeignNode\[(.+)\]\}", re.DOTALL)
 
@@ -132,7 +136,17 @@ def _layer(name: str, kind: str, tensors: Sequence[Tuple[str, ...]], metadata: s
     inputs, constants, outputs = tensors
     pieces = metadata.split("[ONNX Layer: ")[1:]
     nodes = tuple(dict.fromkeys(piece[: piece.rfind("]")] for piece in pieces if "]" in piece))
-    return EngineLayer(name, kind, _precision(kind, inputs, constants, outputs), inputs, constants, outputs, nodes)
+    precision = UNKNOWN if _is_opaque(name, kind) else _precision(kind, inputs, constants, outputs)
+    return EngineLayer(name, kind, precision, inputs, constants, outputs, nodes)
+
+
+def _is_opaque(name: str, kind: str) -> bool:
+    """Whether a layer stands for many that another compiler made, of which only what goes in and out is told."""
+    return _on_dla(kind) or bool(OPAQUE.search(name))
+
+
+def _on_dla(kind: str) -> bool:
+    return "dla" in kind.lower()
 
 
 def _spelled(stated: str) -> str:
@@ -144,6 +158,8 @@ def _spelled(stated: str) -> str:
 def _precision(kind: str, inputs: Sequence[str], constants: Sequence[str], outputs: Sequence[str]) -> str:
     """Return what a layer computes in: int8 where its weights are int8 too, else what it reads, else what it writes."""
     weights_are_told = bool(constants) or not WEIGHTED_TYPES.search(kind)
+    if WEIGHTED_TYPES.search(kind) and constants and not {*inputs, *outputs} - {UNKNOWN}:
+        return "int8" if "int8" in constants else constants[0]  # formats are not told; weights meet their own type
     if "int8" in inputs and ("int8" in constants or not weights_are_told):
         return "int8"
     if {*inputs, *outputs} == {"int8"}:
@@ -156,31 +172,72 @@ def _precision(kind: str, inputs: Sequence[str], constants: Sequence[str], outpu
 
 
 def attribute(
-    layers: Sequence[EngineLayer], plan: Sequence[LayerPlan]
+    layers: Sequence[EngineLayer], plan: Sequence[LayerPlan], target: str = "gpu"
 ) -> Tuple[Tuple[EngineLayer, ...], Tuple[str, ...]]:
     """Return the layers with the torch modules they came from, and what does not run as the plan means it to.
 
-    A warning names each layer that was planned in int8 and is not, each residual skip that is not loaded as int8, and
-    each of them that the engine does not mention. Layers inside a DLA are reported as one, so nothing is said of them.
+    A warning names each layer that was planned in int8 and is not, each residual skip that is not loaded as int8, each
+    of them that the engine does not mention, and what was to run on a DLA and does not. Layers inside a DLA are
+    reported as one, so nothing else is said of them. An engine of which nothing is known is one warning; of what is
+    known in part, :func:`untold` tells.
 
     Args:
         layers: as the builder reported them; where ``nodes`` is empty (TensorRT 8.5) they are read from the name.
         plan: what was decided for each ONNX node.
+        target: ``gpu``, ``dla0`` or ``dla1``.
     """
     order = {one.node: index for index, one in enumerate(plan)}
     named = [msgspec.structs.replace(one, nodes=one.nodes or _nodes_of_name(one.name, order)) for one in layers]
     result = tuple(msgspec.structs.replace(one, module=_module(one, plan, order)) for one in named)
-    if not any(one.inputs or one.outputs for one in result):
-        silent = ("the engine tells the names of its layers, not their types: what it computes in is unknown",)
-        return result, silent if result else ()
-    mentions: Dict[str, List[EngineLayer]] = {}
-    for layer in result:
-        for node in layer.nodes:
-            mentions.setdefault(node, []).append(layer)
-    planned = {one.node: one for one in plan}
     meant = [one for one in plan if one.precision.startswith("int8")]
-    warnings = [_complaint(one, mentions.get(one.node, []), planned) for one in meant]
+    mentions = _mentions(result)
+    warnings = _beside_the_dla(plan, mentions) if target.startswith("dla") and result else []
+    if not meant:
+        return result, tuple(warnings)
+    if not any({*one.inputs, *one.outputs, *one.constants} - {UNKNOWN} for one in result):
+        return result, (*warnings, NOTHING_TOLD)
+    planned = {one.node: one for one in plan}
+    warnings += [_complaint(one, mentions.get(one.node, []), planned) for one in meant]
     return result, tuple(dict.fromkeys(warning for warning in warnings if warning))
+
+
+def untold(layers: Sequence[EngineLayer], plan: Sequence[LayerPlan]) -> Tuple[str, ...]:
+    """Return a sentence that names what was planned in int8 and whose types the engine does not tell; none where there
+    is nothing of the kind, or where nothing is told at all: :func:`attribute` says that.
+
+    Args:
+        layers: from :func:`attribute`.
+        plan: what was decided for each ONNX node.
+    """
+    mentions = _mentions(layers)
+    silent = [
+        one.module or one.node
+        for one in plan
+        if one.precision.startswith("int8") and _silent(one, mentions.get(one.node, []))
+    ]
+    if not silent or len(silent) == sum(one.precision.startswith("int8") for one in plan):
+        return ()
+    return (f"the engine does not tell what these layers, planned in int8, run in: {', '.join(dict.fromkeys(silent))}",)
+
+
+def _mentions(layers: Sequence[EngineLayer]) -> Dict[str, List[EngineLayer]]:
+    found: Dict[str, List[EngineLayer]] = {}
+    for layer in layers:
+        for node in layer.nodes:
+            found.setdefault(node, []).append(layer)
+    return found
+
+
+def _beside_the_dla(plan: Sequence[LayerPlan], mentions: Mapping[str, Sequence[EngineLayer]]) -> List[str]:
+    """Return a warning of what computes on the GPU although the engine was built for a DLA."""
+    computing = [one for one in plan if one.op in WEIGHTED_OPS or one.precision.startswith("int8")]
+    beside = [
+        one.module or one.node
+        for one in computing
+        if one.node in mentions and not any(_on_dla(layer.type) for layer in mentions[one.node])
+    ]
+    names = ", ".join(dict.fromkeys(beside))
+    return [f"the engine is for a DLA, and these layers run on the GPU: {names}"] if beside else []
 
 
 def _nodes_of_name(name: str, order: Mapping[str, int]) -> Tuple[str, ...]:
@@ -208,7 +265,7 @@ def _module(layer: EngineLayer, plan: Sequence[LayerPlan], order: Mapping[str, i
 def _complaint(wanted: LayerPlan, found: Sequence[EngineLayer], planned: Mapping[str, LayerPlan]) -> str:
     """Return what is wrong with the way a node runs that was planned in int8; an empty string where nothing is."""
     who = f"{wanted.module or wanted.node} ({wanted.op})"
-    if any("dla" in layer.type.lower() for layer in found):
+    if any(_on_dla(layer.type) for layer in found) or _silent(wanted, found):
         return ""
     if not found:
         return "" if wanted.op in MOVES else f"{who} was planned in int8, but no layer of the engine mentions it"
@@ -216,7 +273,7 @@ def _complaint(wanted: LayerPlan, found: Sequence[EngineLayer], planned: Mapping
         return f"{found[0].name}: the engine does not tell what runs in int8 inside this layer"
     if wanted.op in WEIGHTED_OPS:
         doing = [layer for layer in found if WEIGHTED_TYPES.search(layer.type)] or list(found)
-        if any("int8" in layer.inputs and ("int8" in layer.constants or not layer.constants) for layer in doing):
+        if any(_computes_in_int8(layer) for layer in doing):
             return ""
         return f"{who} was planned in int8 and runs in {doing[0].precision}"
     if wanted.precision == "int8 skip":
@@ -226,6 +283,25 @@ def _complaint(wanted: LayerPlan, found: Sequence[EngineLayer], planned: Mapping
     if any("int8" in (*layer.inputs, *layer.outputs) for layer in found):
         return ""
     return f"{who} was planned in int8 and runs in {found[0].precision}"
+
+
+def _computes_in_int8(layer: EngineLayer) -> bool:
+    """Whether a weighted layer multiplies int8 by int8, by what is told of it: its weights where its input is not."""
+    if not {*layer.inputs} - {UNKNOWN}:
+        return "int8" in layer.constants
+    return "int8" in layer.inputs and ("int8" in layer.constants or not layer.constants)
+
+
+def _silent(wanted: LayerPlan, found: Sequence[EngineLayer]) -> bool:
+    """Whether the layers of a node leave open what it runs in: formats that are not told, and no int8 weights."""
+    doing = list(found)
+    if wanted.op in WEIGHTED_OPS:
+        doing = [layer for layer in found if WEIGHTED_TYPES.search(layer.type)] or doing
+        if any({*layer.constants} - {UNKNOWN} for layer in doing):
+            return False
+    return bool(doing) and all(
+        UNKNOWN in layer.inputs and not {*layer.inputs, *layer.outputs} - {UNKNOWN} for layer in doing
+    )
 
 
 def _has_int8_skip(layer: EngineLayer, planned: Mapping[str, LayerPlan]) -> bool:

@@ -4,59 +4,74 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Any, Deque, Dict, List, MutableSet, Tuple
+from typing import Any, Deque, Dict, Iterable, List, MutableSet, Tuple
 from weakref import WeakSet
 
 from edgeres.backends.tensorrt.module import member
 
 COMPLAINTS = 200
-LAST = 40
 WORDS = 3
 LONGEST = 2000
-TABLES = ("Layers:", "Engine Layer Information")
+NOTICED = 50
+TABLE = "Layers:"
 
 ERRORS = ("INTERNAL_ERROR", "ERROR")
 
-_LOCK = threading.Lock()
+# TensorRT's objects log when they are freed, and the garbage collector may free one of them while this is held.
+_LOCK = threading.RLock()
 _LOGGERS: Dict[Any, Tuple[Any, MutableSet[Record]]] = {}
 
 
 class Record:
     """What was said, by severity. Nothing in here raises, and its size does not grow with the build's length.
 
-    ``tables`` are the messages that describe the layers of an engine, whole; ``complaints`` the first errors and
-    warnings, as (severity, text); ``last`` the newest messages of any kind.
+    ``tables`` are the messages that describe the layers of an engine, whole; of errors and of warnings the newest are
+    kept, each kind for itself, so that a flood of warnings hides no error.
+
+    Args:
+        signs: words to listen for, of whatever severity: see :meth:`noticed`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, signs: Iterable[str] = ()) -> None:
         self.tables: List[str] = []
-        self.complaints: List[Tuple[str, str]] = []
-        self.last: Deque[Tuple[str, str]] = deque(maxlen=LAST)
+        self.count = 0
+        self._errors: Deque[Tuple[int, str]] = deque(maxlen=COMPLAINTS)
+        self._warnings: Deque[Tuple[int, str]] = deque(maxlen=COMPLAINTS)
+        self._noticed: Dict[str, Dict[str, None]] = {sign: {} for sign in signs}
 
     def add(self, severity: str, text: str) -> None:
         """Keep one message."""
-        if severity == "VERBOSE" and text.lstrip().startswith(TABLES):
+        if severity == "VERBOSE" and text.lstrip().startswith(TABLE):
             self.tables.append(text)
         short = text[:LONGEST]
-        if severity in (*ERRORS, "WARNING") and len(self.complaints) < COMPLAINTS:
-            self.complaints.append((severity, short))
-        self.last.append((severity, short))
+        for sign, found in self._noticed.items():
+            if sign in short and len(found) < NOTICED:
+                found[short] = None
+        if severity in ERRORS or severity == "WARNING":
+            self.count += 1
+            (self._errors if severity in ERRORS else self._warnings).append((self.count, short))
+
+    def noticed(self, *signs: str) -> List[str]:
+        """Return the messages that held one of these signs, however many others came before or after; each once."""
+        return list(dict.fromkeys(text for sign in signs for text in self._noticed[sign]))
 
     def take(self, start: int) -> List[str]:
-        """Return the complaints from number ``start`` on, and forget them: they have been dealt with."""
-        taken = [text for _, text in self.complaints[start:]]
-        del self.complaints[start:]
-        return taken
+        """Return the complaints after the first ``start``, and forget them: they have been dealt with."""
+        taken = sorted(said for said in (*self._errors, *self._warnings) if said[0] > start)
+        for kind in (self._errors, self._warnings):
+            while kind and kind[-1][0] > start:
+                kind.pop()
+        return [text for _, text in taken]
 
     @property
     def errors(self) -> List[str]:
         """The errors, oldest first, each once."""
-        return list(dict.fromkeys(text for severity, text in self.complaints if severity in ERRORS))
+        return list(dict.fromkeys(text for _, text in self._errors))
 
     @property
     def warnings(self) -> List[str]:
         """The warnings, oldest first, each once."""
-        return list(dict.fromkeys(text for severity, text in self.complaints if severity == "WARNING"))
+        return list(dict.fromkeys(text for _, text in self._warnings))
 
     def last_words(self) -> str:
         """Return what TensorRT said to why it failed: its last errors, else its last warnings, as one line."""

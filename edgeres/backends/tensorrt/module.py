@@ -34,7 +34,7 @@ def load_module(flavour: str) -> Any:
         raise BackendError(f"there is no flavour {flavour!r}. Choose one of: {', '.join(FLAVOURS)}")
     others: List[str] = []
     for name in FLAVOURS[flavour]:
-        if not _found(name):
+        if not is_installed(name):
             continue
         module = _imported(name)
         if flavour_of(module) == flavour:
@@ -77,7 +77,7 @@ def library_version(module: Any) -> Tuple[int, ...]:
         found = (number // 10000, number // 100 % 100, number % 100)
         if number < 10000:
             found = (number // 1000, number // 100 % 10, number % 100)
-        if found[0] != stated[0]:
+        if found != stated[:3]:
             return found
     return stated
 
@@ -110,7 +110,8 @@ def member(enum: Any, name: str) -> Any:
     return found
 
 
-def _found(name: str) -> bool:
+def is_installed(name: str) -> bool:
+    """Whether a package is there; it is not imported."""
     if name in sys.modules:
         return sys.modules[name] is not None
     return importlib.util.find_spec(name) is not None

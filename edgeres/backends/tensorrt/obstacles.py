@@ -66,14 +66,14 @@ def _of_target(trt: Any, gpu: _Gpu, target: str) -> Obstacles:
         return Obstacles(reason, reason)
     if gpu.obstacles.build is not None:
         return gpu.obstacles
-    cores = _dla_cores(trt)
+    cores = dla_cores(trt)
     if cores <= int(target[len("dla") :]):
         text = f"{words(trt)} sees {cores} DLA cores here. Compile for the GPU: --target gpu"
         return Obstacles(text, text)
     return gpu.obstacles
 
 
-def _dla_cores(trt: Any) -> int:
+def dla_cores(trt: Any) -> int:
     try:
         return int(trt.Runtime(make_logger(trt, Record())).num_DLA_cores)
     except (TypeError, RuntimeError):  # what the bindings make of a null pointer

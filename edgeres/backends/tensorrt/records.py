@@ -21,6 +21,10 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``calibration_cache`` is the text of a TensorRT calibration cache, and ``half`` names the ONNX nodes that must stay
     out of int8 although their tensors have scales; with ``strict`` a build that cannot keep them out fails, else it
     warns.
+
+    Where only the builder can tell which form of a model its version reads, ``forms`` has the path of each, by the
+    names of :func:`edgeres.backends.tensorrt.versions.graph_for`; one of them takes the place of ``onnx``. ``ranges``
+    are the ``amax`` of each tensor, for the cache that goes with the form without Q/DQ; none where they are of another.
     """
 
     onnx: str
@@ -40,10 +44,13 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calibration_cache: Optional[str] = None
     half: Tuple[str, ...] = ()
     strict: bool = False
+    forms: Dict[str, str] = {}
+    ranges: Dict[str, float] = {}
 
 
 class BuildResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a build made: the plan's hash and size, what it fits, its layers, and what the user should know."""
+    """What a build made: the plan's hash and size, what it fits, its layers, and what the user should know; ``source``
+    is the ONNX file that it was built from."""
 
     plan: str
     sha256: str
@@ -52,7 +59,7 @@ class BuildResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: Tuple[EngineLayer, ...]
     warnings: Tuple[str, ...]
     seconds: float
-    log: Tuple[str, ...] = ()
+    source: str = ""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack, suppress
-from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -97,11 +97,18 @@ class Session:
         self.tensors = tensors
         self.contexts = len(lanes)
         self._device = device
-        self._idle = lanes
+        self._lanes = lanes
+        self._busy: Dict[_Lane, object] = {}
         self._held = held
         self._last = last
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._state = "open"
+
+    @property
+    def largest(self) -> int:
+        """The most samples that the engine computes at a time."""
+        return self.tensors.largest
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Return the logits of a batch of any size, computed in pieces that the engine takes.
@@ -116,12 +123,16 @@ class Session:
             BackendError: the array does not fit, the session is closed, or TensorRT or CUDA fails.
         """
         self._check(batch)
-        lane = self._take()
+        call = object()
         try:
-            with self._device.current():
-                return lane.run(batch)
-        finally:
-            self._give(lane)
+            try:
+                lane = self._take(call)
+                with self._device.current():
+                    return lane.run(batch)
+            finally:
+                self._give(call)
+        finally:  # an interrupt may have divided the first
+            self._give(call)
 
     def close(self) -> None:
         """Let running calls end, then free everything; calls that wait are refused. Calling it twice is fine.
@@ -129,7 +140,7 @@ class Session:
         Raises:
             BackendError: CUDA refused to free something; all else is freed, and the session is closed.
         """
-        with self._changed:
+        with self._lock:
             while self._state == "closing":
                 self._changed.wait()
             if self._state == "closed":
@@ -137,17 +148,17 @@ class Session:
             self._state = "closing"
             self._changed.notify_all()
             try:
-                while len(self._idle) < self.contexts:
+                while self._busy:
                     self._changed.wait()
             except BaseException:  # interrupted: it stays open, and may be closed again
                 self._settle("open")
                 raise
-            self._idle = []
+            self._lanes = []
         try:
             with self._last:
                 _free(self._device, self._held)
         finally:
-            with self._changed:
+            with self._lock:
                 self._settle("closed")
 
     def _settle(self, state: str) -> None:
@@ -162,17 +173,22 @@ class Session:
         wanted = ", ".join(str(size) for size in shape)
         raise BackendError(f"this engine takes float32 (N, {wanted}), not {found}. Prepare frames as its recipe says.")
 
-    def _take(self) -> _Lane:
-        with self._changed:
-            while self._state == "open" and not self._idle:
+    def _take(self, call: object) -> _Lane:
+        """Return a lane that is now the call's own; wait for one."""
+        with self._lock:
+            while self._state == "open" and len(self._busy) == len(self._lanes):
                 self._changed.wait()
             if self._state != "open":
                 raise BackendError("this engine is closed. Load the bundle again.")
-            return self._idle.pop()
+            lane = next(lane for lane in self._lanes if lane not in self._busy)
+            self._busy[lane] = call  # in one step: an interrupt finds the lane idle, or the call its owner
+            return lane
 
-    def _give(self, lane: _Lane) -> None:
-        with self._changed:
-            self._idle.append(lane)
+    def _give(self, call: object) -> None:
+        """Let others have the lane of a call, if it has one."""
+        with self._lock:
+            for lane in [lane for lane, owner in self._busy.items() if owner is call]:
+                del self._busy[lane]
             self._changed.notify_all()
 
 

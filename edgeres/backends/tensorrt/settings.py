@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+from typing import Any, List, Optional, Tuple
 
-from edgeres.backends.tensorrt.dla import completed, make_calibrator, refusal
+import msgspec
+
+from edgeres.backends.tensorrt.dla import calibration_cache, completed, make_calibrator, refusal
 from edgeres.backends.tensorrt.logger import Record
-from edgeres.backends.tensorrt.module import dotted, flavour_of, member, version, words
+from edgeres.backends.tensorrt.module import dotted, flavour_of, library_version, member, version, words
 from edgeres.backends.tensorrt.records import BuildRequest
-from edgeres.backends.tensorrt.versions import dla_of, typing_of
-from edgeres.errors import BackendError
+from edgeres.backends.tensorrt.versions import dla_of, graph_for, typing_of
+from edgeres.errors import BackendError, BundleError
 
 TARGETS = ("gpu", "dla0", "dla1")
 LEVELS = range(6)
+LARGEST_BATCH = (1 << 31) - 1
+LARGEST_WORKSPACE = (1 << 63) - 1
 HARDWARE_LEVEL = "AMPERE_PLUS"
+
+
+def choose_form(trt: Any, request: BuildRequest) -> BuildRequest:
+    """Return a request for the form of the model that this version reads, with a calibration cache where it needs one.
+
+    Raises:
+        BackendError: a cache is wanted, and the ranges are none of the FP32 model's.
+        BundleError: the bundle does not have that form.
+        CalibrationError: a range is negative or not finite.
+    """
+    if not request.forms:
+        return request
+    wanted = graph_for(version(trt), request.precision, request.target)
+    if wanted not in request.forms:
+        raise BundleError(
+            f"this bundle has no form of its {request.precision} model for {words(trt)}, which takes precisions from "
+            "the graph (10.12 and newer, and RTX). Quantize it again with this edgeres, and read its warnings: edgeres "
+            "quantize BUNDLE"
+        )
+    cache: Optional[str] = None
+    half: Tuple[str, ...] = ()
+    if wanted == "fp32" and request.precision == "int8":  # a DLA that takes its ranges beside the graph
+        if not request.ranges:
+            raise BackendError(
+                f"a DLA of {words(trt)} takes its ranges beside the FP32 model, and this bundle's are those of a model "
+                "that was equalized. Where the bundle was built: edgeres quantize BUNDLE --recovery none"
+            )
+        cache, half = calibration_cache(library_version(trt), request.ranges), request.half
+    return msgspec.structs.replace(
+        request, onnx=request.forms[wanted], forms={}, ranges={}, calibration_cache=cache, half=half
+    )
 
 
 def check_request(trt: Any, request: BuildRequest) -> None:
@@ -30,6 +65,10 @@ def check_request(trt: Any, request: BuildRequest) -> None:
         problems.append(f"there is no precision {request.precision!r}; choose fp32, fp16 or int8")
     if request.optimization_level is not None and request.optimization_level not in LEVELS:
         problems.append(f"the optimization level is 0 to 5, not {request.optimization_level}")
+    if high > LARGEST_BATCH:
+        problems.append(f"a batch of {high} is more than it can count")
+    if request.workspace is not None and request.workspace > LARGEST_WORKSPACE:
+        problems.append(f"a workspace of {request.workspace} bytes is more than it can count")
     if request.workspace is not None and request.workspace <= 0:
         problems.append(f"a workspace of {request.workspace} bytes holds nothing")
     if request.target not in TARGETS:

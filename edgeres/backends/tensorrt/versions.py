@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Dict, Mapping, NamedTuple, Optional, Tuple
 
-from edgeres.backends.tensorrt.module import load_module, version
 from edgeres.errors import BackendError
 
 WEAK: Dict[str, Tuple[str, ...]] = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8", "FP16")}
@@ -94,13 +93,3 @@ def graph_for(release: Tuple[int, ...], precision: str, target: str = "gpu") -> 
     if target != "gpu" and dla_of(release) == "implicit":
         return "fp32"
     return "qdq-fp16" if typing_of(release).strong else "qdq"
-
-
-def graph_for_flavour(flavour: str, precision: str, target: str = "gpu") -> str:
-    """Return :func:`graph_for` of the package that is installed for a flavour.
-
-    Raises:
-        MissingPackageError: it is not installed.
-        BackendError: it does not load, or is of the other flavour.
-    """
-    return graph_for(version(load_module(flavour)), precision, target)

@@ -1,4 +1,4 @@
-"""The child's half of a build in a process of its own: ``python -m edgeres.backends.tensorrt.worker PIPE``."""
+"""The child's half of a build in a process of its own: its argument is the number of a pipe."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 ACTS: dict[str, Callable[..., Any]] = {}
 
 PROPERTY_TYPES = {
+    "EngineInspector.execution_context": "IExecutionContext",
     "IBuilderConfig.DLA_core": "int",
     "IBuilderConfig.builder_optimization_level": "int",
     "IBuilderConfig.default_device_type": "DeviceType",

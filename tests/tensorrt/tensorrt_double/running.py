@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from tensorrt_double.script import Crash, Tensor
 
 if TYPE_CHECKING:
     from tensorrt_double.strict import Double
+
+TYPE_IN_JSON = re.compile(r'"(Format/Datatype|Datatype|Format)": "[^"]*"')
+"""What an inspector leaves open of an engine with a free batch until a context knows its shapes; not the weights'."""
 
 NUMPY_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "INT32": np.int32, "UINT8": np.uint8}
 
@@ -131,7 +135,11 @@ def _create_inspector(double: Double, this: Any) -> Any:
 @acts("EngineInspector.get_engine_information")
 def _engine_information(double: Double, this: Any, format: Any) -> str:
     alive(this._state["engine"], "the inspector's engine")
-    return double.script.layer_information
+    context = this._state.get("execution_context")
+    free = {tensor.name for tensor in double.script.inputs if -1 in tensor.shape}
+    if free <= (set() if context is None else set(context._state["shapes"])):
+        return double.script.layer_information
+    return re.sub(TYPE_IN_JSON, r'"\1": "N/A due to dynamic shapes"', double.script.layer_information)
 
 
 def _exclusive(function: Callable[..., Any]) -> Callable[..., Any]:
