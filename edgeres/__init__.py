@@ -50,6 +50,7 @@ OPTIONS = {
     "keep_float": "quantization.keep_float",
     "activation_range": "quantization.activation_range",
     "recovery": "quantization.recovery",
+    "budget_minutes": "quantization.budget_minutes",
     "validation": "validation.samples",
     "max_drop": "validation.max_drop",
     "policy": "validation.policy",
@@ -75,7 +76,7 @@ def build(
     Args:
         recipe: a TOML file, or a bundle to build again; None for the embedded default, or for ``options`` alone where
             they name a model.
-        out: the bundle's folder; by default ``build/<name>-<precision>``.
+        out: the bundle's folder; by default that of the bundle to build again, else ``build/<name>-<precision>``.
         progress: is told what happens; silent by default.
         options: the flags of ``edgeres build`` with underscores, such as ``model="resnet50"``, ``max_drop=0.3``. Paths
             are relative to the current folder.
@@ -95,6 +96,8 @@ def build(
         raise TypeError(f"build() has no option {unknown[0]!r}; it has {', '.join(OPTIONS)}")
     overrides = {OPTIONS[name]: _plain(value) for name, value in options.items()}
     wanted = load_recipe(None if recipe is None else os.fspath(recipe), overrides)
+    if out is None and recipe is not None and os.path.isdir(recipe):
+        out = recipe  # a bundle is continued where it is
     return run(wanted, None if out is None else FilePath(out), progress=progress)
 
 

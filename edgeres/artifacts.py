@@ -364,6 +364,57 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.target == engine.target if self.target else self.backend == engine.backend
 
 
+class LayerCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a layer (or a block, a skip, a pool) costs where it alone is quantized, measured on calibration samples.
+
+    ``expected`` is the share of answers that noise of its power changes, ``changed`` the share that did change,
+    ``sqnr_db`` is of the logits, without what all classes share; ``weighted`` says how many ``nodes`` have weights.
+    """
+
+    layer: str
+    nodes: Tuple[str, ...]
+    weighted: int
+    expected: float
+    changed: float
+    sqnr_db: Optional[float]
+
+
+class Rung(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One net that was made within the accuracy budget, and how it was judged.
+
+    ``rung`` is ``fast``, ``full`` (with reconstruction) or ``give back``; ``level`` is recovery's, 1 or 2; ``layers``
+    are all that it gave back to float. ``bought_pp`` is by how much less it loses than the rung before.
+    """
+
+    rung: str
+    level: int
+    layers: Tuple[str, ...]
+    drop_pp: Optional[float]
+    agreement: float
+    sqnr_db: Optional[float]
+    verdict: str
+    seconds: float
+    bought_pp: Optional[float] = None
+
+
+class Climb(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was done for the accuracy budget: every rung, in order, and which of them the bundle holds (``taken``).
+
+    ``given_back`` are the layers of all rungs, with what each costs alone; ``ended`` is why it went no further, empty
+    where a verdict was not ``fail`` any more.
+    """
+
+    rungs: Tuple[Rung, ...]
+    taken: int
+    given_back: Tuple[LayerCost, ...] = ()
+    ended: str = ""
+
+    @property
+    def taken_layers(self) -> Tuple[LayerCost, ...]:
+        """What the rung that was taken gave back."""
+        return tuple(cost for cost in self.given_back if cost.layer in self.rungs[self.taken].layers)
+
+
 class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One finished stage: ``key`` hashes everything that its result depends on; ``facts`` is its noun, as JSON data."""
 
@@ -387,6 +438,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     report: Optional[Report] = None
     warnings: Tuple[str, ...] = ()
     format: int = 1
+
+    @property
+    def climb(self) -> Optional[Climb]:
+        """What was done for the accuracy budget; None where the first net kept it, or nothing was to be done."""
+        record = self.stages.get("budget")
+        return None if record is None else from_data(record.facts, Climb, "stage budget")
 
 
 class Bundle(msgspec.Struct, frozen=True):

@@ -125,6 +125,12 @@ BUILD_OPTIONS = (
         help="How much is done for the accuracy: full takes two minutes more. Default: auto, which is fast.",
     ),
     click.option(
+        "--budget-minutes",
+        type=float,
+        metavar="MINUTES",
+        help="How long to look for layers to give back to float where --max-drop is not kept. Default: 10; 0: not.",
+    ),
+    click.option(
         "--validation", metavar="PATH", help="A folder with one subfolder per class, or an .npz with images and labels."
     ),
     click.option(
@@ -303,14 +309,20 @@ def inspect(path: Path, as_json: bool) -> int:
     """What is inside: layers and the reason for each, ranges, engines, provenance."""
     from edgeres.bundle import read_manifest
     from edgeres.inspection import inspect_bundle, inspect_file
-    from edgeres.terminal import show_manifest, show_rows
+    from edgeres.terminal import show_ladder, show_manifest, show_rows
 
     facts = inspect_file(path) if path.is_file() or path.suffix.lower() == ".onnx" else inspect_bundle(path)
     if as_json:
         _print_json(facts)
         return OK
     if "bundle" in facts:
-        show_manifest(str(path), read_manifest(path))
+        manifest = read_manifest(path)
+        show_manifest(str(path), manifest)
+        if manifest.climb is not None:
+            show_ladder(manifest.climb)
+        if facts["sensitivity"] is not None:
+            columns = ["quantized alone", "costs, % of answers", "changed", "SQNR"]
+            show_rows(columns, _cost_rows(facts["sensitivity"]["layers"]), "layers and blocks, on calibration samples")
         rows = [[x["module"] or x["name"], x["type"], x["precision"], x["reason"]] for x in facts["plan"]]
         show_rows(["module", "type", "precision", "why"], rows, "layers, as planned")
         if facts["layers"] != facts["plan"]:
@@ -346,6 +358,14 @@ def _range_rows(ranges: Dict[str, Any]) -> List[List[str]]:
     from edgeres.inspection import range_words
 
     return [[name, range_words(from_data(value, TensorRange, name))] for name, value in ranges.items()]
+
+
+def _cost_rows(costs: List[Dict[str, Any]]) -> List[List[str]]:
+    from edgeres.validation import decibels
+
+    return [
+        [x["layer"], f"{100 * x['expected']:.2g}", f"{100 * x['changed']:.2g} %", decibels(x["sqnr_db"])] for x in costs
+    ]
 
 
 def _comparison_rows(hygiene: Dict[str, Any]) -> List[List[str]]:
@@ -496,7 +516,7 @@ def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
 def _build_json(bundle: Bundle, lines: List[Tuple[str, str, str]]) -> Dict[str, Any]:
     from edgeres.artifacts import to_data
 
-    manifest = bundle.manifest
+    manifest, climb = bundle.manifest, bundle.manifest.climb
     reused = {name for name, _, time in lines if time == "reused"}
     return {
         "bundle": str(bundle.path),
@@ -508,6 +528,8 @@ def _build_json(bundle: Bundle, lines: List[Tuple[str, str, str]]) -> Dict[str, 
         },
         "files": {ref.path: ref.sha256 for ref in manifest.files},
         "warnings": list(manifest.warnings),
+        "ladder": [to_data(rung) for rung in climb.rungs] if climb is not None else [],
+        "given_back": [to_data(cost) for cost in climb.taken_layers] if climb is not None else [],
         "validation": to_data(manifest.report) if manifest.report is not None else None,
     }
 

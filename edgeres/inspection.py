@@ -33,6 +33,7 @@ def inspect_bundle(folder: Path) -> Dict[str, Any]:
     if files.ERRORS in contents:
         errors = from_json(contents[files.ERRORS], QuantizationErrors, str(folder / files.ERRORS))
     exported = quantized = None
+    climb = manifest.climb
     if "export" in manifest.stages:
         exported = from_data(manifest.stages["export"].facts, ExportedModel, "stage export")
     if "quantize" in manifest.stages:
@@ -50,6 +51,10 @@ def inspect_bundle(folder: Path) -> Dict[str, Any]:
         "errors": to_data(errors) if errors else None,
         "calibration": _calibration(table),
         "hygiene": manifest.stages["hygiene"].facts if "hygiene" in manifest.stages else None,
+        "ladder": [to_data(rung) for rung in climb.rungs] if climb else [],
+        "given_back": [to_data(cost) for cost in climb.taken_layers] if climb else [],
+        "budget_ended": climb.ended if climb else "",
+        "sensitivity": manifest.stages["sensitivity"].facts if "sensitivity" in manifest.stages else None,
         "engines": [to_data(engine) for engine in manifest.engines],
         "summaries": [to_data(summary) for summary in summaries(manifest.engines)],
         "validation": to_data(manifest.report) if manifest.report else None,

@@ -8,6 +8,7 @@ none of the tools that build.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import time
@@ -46,7 +47,10 @@ if TYPE_CHECKING:
     from edgeres.samples import Samples
 
 # Where a build may stop. Hygiene is looked at first of all, but an export alone does not need it.
-STAGES = ("export", "hygiene", "observe", "equalize", "calibrate", "quantize", "compile", "reference", "validate")
+STAGES = (
+    "export", "hygiene", "observe", "equalize", "calibrate", "quantize", "compile", "reference", "sensitivity",
+    "validate",
+)  # fmt: skip
 MODEL_STAGES = ("export", "calibrate", "quantize")  # what an engine is compiled from
 FORMAT = 5  # part of every key: raise it when a stage's result changes with the same inputs
 KEEP_EVERY = 30.0  # seconds of calibration that an interruption may cost; writing it takes a few tenths of one
@@ -70,16 +74,28 @@ class Build:
         self.engines: Tuple[Engine, ...] = ()
         self.report: Optional[Report] = None
         self.warnings: List[str] = []
+        self.level: Optional[int] = None  # of recovery, where the accuracy budget asks for another than the recipe
+        self.time_left = math.inf  # seconds, for what has no end of its own
+        self.given_back: Dict[str, str] = {}  # node → why the accuracy budget keeps it in float
         self.calibration: Optional[Samples] = None
         self.validation: Optional[Samples] = None
 
+    @property
+    def judges(self) -> bool:
+        """Whether this build was to go as far as a verdict."""
+        return STAGES[self.last] == "validate"
+
     def warn(self, text: str) -> None:
-        self.warnings.append(text)
-        self.progress.warn(text)
+        if text not in self.warnings:  # each net that is tried for the accuracy budget has the same to say
+            self.warnings.append(text)
+            self.progress.warn(text)
 
     def stage(self, name: str, inputs: Dict[str, Any], text: str, work: Callable[[], Made]) -> StageRecord:
         """Run a stage, or take its earlier result over where ``inputs`` say that it would come out the same."""
         key = _key(name, inputs)
+        known = self.workspace.records.get(name)
+        if known is not None and known.key == key:
+            return known
         earlier = self.workspace.reuse(name, key)
         if earlier is not None:
             self.progress.reused(name, text)
@@ -242,7 +258,12 @@ class Build:
         return statistics if statistics.tensors.keys() == set(tensors) and statistics.samples <= samples else None
 
     def calibrate(
-        self, exported: ExportedModel, statistics: FileRef, shifted: FrozenSet[str], scalings: Dict[str, Scaling]
+        self,
+        exported: ExportedModel,
+        tensors: Tuple[str, ...],
+        statistics: FileRef,
+        shifted: FrozenSet[str],
+        scalings: Dict[str, Scaling],
     ) -> CalibrationTable:
         """Choose each tensor's range, once scaled, from the statistics; ``shifted`` may use the full int8 range."""
         plan = self.recipe.calibration
@@ -252,6 +273,7 @@ class Build:
         # the table binds these too.
         inputs = {
             "statistics": statistics.sha256,
+            "tensors": tensors,
             "method": plan.method,
             "percentile": plan.percentile,
             "model": exported.file.sha256,
@@ -274,10 +296,10 @@ class Build:
                 samples=chosen,
                 method=plan.method,
                 percentile=plan.percentile,
-                tensors=ranges,
+                tensors={name: ranges[name] for name in tensors},
             )
             self.workspace.write(files.TABLE, to_json(table))
-            return {"method": plan.method}, (files.TABLE,), f"{len(ranges)} ranges by {plan.method}"
+            return {"method": plan.method}, (files.TABLE,), f"{len(tensors)} ranges by {plan.method}"
 
         self.stage("calibrate", inputs, f"method {plan.method}", work)
         return self.table(exported)
@@ -319,12 +341,13 @@ class Build:
             from edgeres.quantize import int8_content, plan_file, shiftable_file, twin_file
 
             fp32 = self.workspace.folder / files.FP32_MODEL
-            placement = plan_file(fp32, exported.modules, keep)
+            placement = plan_file(fp32, exported.modules, keep, self.given_back)
+            every = {*plan_file(fp32, exported.modules, keep).tensors, *placement.tensors}
             shifted = activation_range(self.recipe) == "shifted"
-            statistics = self.observe(exported, placement.tensors)
+            statistics = self.observe(exported, tuple(sorted(every)))
             allowed = shiftable_file(fp32, placement) if shifted else frozenset()
             scalings = recovery.equalize(self, exported, placement, statistics, allowed)
-            table = self.calibrate(exported, statistics, allowed, scalings)
+            table = self.calibrate(exported, placement.tensors, statistics, allowed, scalings)
             inputs.update(ranges=to_data(table.tensors), **recovery.depends_on(self, scalings))
             inputs["errors"] = explanation.depends_on(self)
 
@@ -369,6 +392,12 @@ class Build:
         )
         made = f"{name}, {count} layers in int8" + (f", {shifted} tensors over the full range" if shifted else "")
         return noun, tuple(paths), made
+
+    def make(self, exported: ExportedModel) -> None:
+        """Quantize, compile and validate at the present level of recovery, with what is given back to float."""
+        model = self.quantize(exported)
+        engine = self.compile(exported, model)
+        self.validate(exported, model, self.judged_engine(model, engine))
 
     def compile(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
         """Make the backend's engine; engines of the earlier bundle that were compiled from the same models stay."""
@@ -521,6 +550,8 @@ def build(
     Raises:
         EdgeresError: with what is wrong and what to do; the earlier bundle, if any, is whole.
     """
+    from edgeres.budget import build_within
+
     if until not in STAGES:
         raise BundleError(f"there is no stage {until!r}. The stages are {', '.join(STAGES)}")
     place = out or default_out(recipe)
@@ -530,9 +561,7 @@ def build(
         with contextlib.suppress(_Reached):
             job.hygiene()
             exported = job.export()
-            model = job.quantize(exported)
-            engine = job.compile(exported, model)
-            job.validate(exported, model, job.judged_engine(model, engine))
+            build_within(job, exported)
         manifest = _manifest(job)
         lost = workspace.left_out(manifest)
         if lost:

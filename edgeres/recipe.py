@@ -35,6 +35,7 @@ LARGEST_BATCH = (1 << 31) - 1
 LARGEST_WORKSPACE = (1 << 43) - 1  # in MiB; in bytes it has 63 bits
 TARGETS = ("cpu", "gpu", "dla0", "dla1", "rtx")
 DOSSIER_PREFIX = "edgeres:"
+MOST_MINUTES = 7 * 24 * 60
 LARGEST_RECIPE = 1 << 20  # bytes: a recipe is a page of text
 DEFAULT_RECIPE = DOSSIER_PREFIX + "recipes/digits-int8.toml"
 IMAGENET_SIZE, IMAGENET_RESIZE = 224, 256
@@ -78,12 +79,14 @@ class QuantizationSection(msgspec.Struct, frozen=True):
 
     ``activation_range`` is ``symmetric``; ``shifted``, which gives what is never negative the full int8 range; or
     ``auto``, which takes what suits the engine's target. ``recovery`` is how much is done for the accuracy: ``none``,
-    ``fast``, ``full``, or ``auto``, which is ``fast``.
+    ``fast``, ``full``, or ``auto``, which is ``fast``, and more where the verdict is ``fail``. Then ``auto`` and
+    ``full`` also give layers back to float until the accuracy budget is kept, for up to ``budget_minutes``; 0: neither.
     """
 
     keep_float: Tuple[str, ...] = ()
     activation_range: str = "auto"
     recovery: str = "auto"
+    budget_minutes: float = 10.0
 
 
 class ValidationSection(msgspec.Struct, frozen=True):
@@ -350,6 +353,9 @@ def _mistakes(recipe: Recipe) -> List[str]:
     recovery = recipe.quantization.recovery
     if recovery not in RECOVERIES:
         problems.append(f"quantization.recovery: {recovery!r} is not one of {', '.join(RECOVERIES)}")
+    if not 0 <= recipe.quantization.budget_minutes <= MOST_MINUTES:
+        minutes = recipe.quantization.budget_minutes
+        problems.append(f"quantization.budget_minutes: {minutes} is not between 0 and {MOST_MINUTES} minutes")
     wanted = recipe.quantization.activation_range
     if wanted not in ACTIVATION_RANGES:
         ranges = ", ".join(ACTIVATION_RANGES)

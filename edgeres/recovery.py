@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, FrozenSet, Mapping, Optional, Tuple
+import functools
+from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, Mapping, Optional, Tuple
+
+import numpy as np
 
 from edgeres import files
-from edgeres.artifacts import ExportedModel, FileRef, LayerPlan, TensorRange, to_data
+from edgeres.artifacts import (
+    CalibrationTable,
+    ExportedModel,
+    FileRef,
+    LayerCost,
+    LayerPlan,
+    TensorRange,
+    from_data,
+    from_json,
+    to_data,
+)
 from edgeres.errors import QuantizationError
 from edgeres.noise import Scaling, scalings_from_bytes, scalings_to_bytes
 from edgeres.provenance import versions
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from edgeres.pipeline import Build, Made
-    from edgeres.quantize import Placement
+    from edgeres.quantize import Placement, Solo
+    from edgeres.quantize.recover import Recovery
     from edgeres.quantize.simulate import Twin
 
 LEVELS = {"none": 0, "fast": 1, "auto": 1, "full": 2}
@@ -29,13 +41,11 @@ def level(job: Build) -> int:
     """
     if (job.recipe.engine.target or "").startswith("dla"):
         return 0
-    return LEVELS[job.recipe.quantization.recovery]
+    return LEVELS[job.recipe.quantization.recovery] if job.level is None else job.level
 
 
 def images_of(job: Build) -> Tuple[np.ndarray, int]:
     """Return the calibration images that the rungs read, float32 ``(N, 3, H, W)``, and how many to take at a time."""
-    import numpy as np
-
     from edgeres.quantize.recover import images_for
 
     assert job.calibration is not None  # observe() has refused that
@@ -99,18 +109,25 @@ def content(
     """Return the recovered Q/DQ model, its plan and its twin; None where recovery is off."""
     if not scalings:
         return None
-    from edgeres.quantize.recover import Recovery, recovered_content
+    from edgeres.quantize.recover import recovered_content
 
-    images, batch = images_of(job)
-    recovery = Recovery(
-        scalings=scalings,
-        exact_input=job.recipe.preprocessing,
-        images=[images[start : start + batch] for start in range(0, len(images), batch)],
-        seconds=RECONSTRUCTION if level(job) > 1 else 0.0,
-    )
+    recovery = _recovery(job, scalings)
     keep = job.recipe.quantization.keep_float
     fp32 = job.workspace.folder / files.FP32_MODEL
     return recovered_content(fp32, exported.modules, keep, ranges, recovery, job.progress.advance)
+
+
+def _recovery(job: Build, scalings: Mapping[str, Scaling]) -> Recovery:
+    from edgeres.quantize.recover import Recovery
+
+    images, batch = images_of(job)
+    return Recovery(
+        scalings=scalings,
+        exact_input=job.recipe.preprocessing,
+        images=[images[start : start + batch] for start in range(0, len(images), batch)],
+        seconds=max(0.0, min(RECONSTRUCTION, job.time_left)) if level(job) > 1 else 0.0,
+        given_back=job.given_back,
+    )
 
 
 def depends_on(job: Build, scalings: Mapping[str, Scaling]) -> Dict[str, Any]:
@@ -119,9 +136,62 @@ def depends_on(job: Build, scalings: Mapping[str, Scaling]) -> Dict[str, Any]:
         return {"recovery": 0}
     return {
         "recovery": level(job),
+        "given_back": job.given_back,
         "scalings": files.sha256_file(job.workspace.folder / files.SCALINGS),
         **_samples(job),
     }
+
+
+def follows(job: Build) -> bool:
+    """Whether there is recovery, and it could follow the model."""
+    path = job.workspace.folder / files.SCALINGS
+    return "equalize" in job.workspace.records and bool(scalings_from_bytes(path.read_bytes(), str(path)))
+
+
+def calibration_sqnr(job: Build) -> Optional[float]:
+    """Return the SQNR of the int8 model's logits on calibration images, in dB; None where there is no noise."""
+    from edgeres.judge import open_file
+    from edgeres.validation import compare
+
+    images, batch = images_of(job)
+    logits = []
+    for name, precision in ((files.FP32_MODEL, "fp32"), (files.model_file("int8"), "int8")):
+        run = open_file(job.workspace.folder / name, precision)
+        logits.append(np.concatenate([run(images[i : i + batch]) for i in range(0, len(images), batch)]))
+    return compare(logits[0], logits[1], None, max_drop_pp=0.0, backend="cpu", precision="int8").sqnr_db
+
+
+def costs(
+    job: Build, exported: ExportedModel, watch: Callable[[int, int], None]
+) -> Tuple[Callable[[], Solo], Tuple[LayerCost, ...]]:
+    """Return what each layer of the present int8 model costs alone, and what measures any choice of layers."""
+    table = from_json((job.workspace.folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
+    path = job.workspace.folder / files.SCALINGS
+    keep = job.recipe.quantization.keep_float
+
+    @functools.lru_cache(maxsize=None)
+    def solo() -> Solo:
+        from edgeres.quantize import Solo
+
+        recovery = _recovery(job, scalings_from_bytes(path.read_bytes(), str(path)))
+        fp32 = job.workspace.folder / files.FP32_MODEL
+        return Solo(fp32, exported.modules, keep, table.tensors, recovery, watch)
+
+    def work() -> Made:
+        found, images = solo().costs(watch)
+        worst = found[0].layer if found else "nothing"
+        return {"images": images, "layers": to_data(found)}, (), f"{len(found)} layers and blocks alone; worst: {worst}"
+
+    inputs: Dict[str, Any] = {
+        "model": exported.file.sha256,
+        "ranges": to_data(table.tensors),
+        "scalings": files.sha256_file(path),
+        "keep_float": keep,
+        "given_back": sorted(job.given_back),
+        **_samples(job),
+    }
+    record = job.stage("sensitivity", inputs, "each layer alone, on calibration samples", work)
+    return solo, tuple(from_data(cost, LayerCost, "stage sensitivity") for cost in record.facts["layers"])
 
 
 def _samples(job: Build) -> Dict[str, Any]:

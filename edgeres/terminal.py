@@ -9,10 +9,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from edgeres.artifacts import Bundle, Change, Engine, LayerSummary, Manifest, Report, summaries
+from edgeres.artifacts import Bundle, Change, Climb, Engine, LayerSummary, Manifest, Report, summaries
 from edgeres.errors import printable
 from edgeres.progress import Progress
-from edgeres.validation import advice, headline
+from edgeres.validation import advice, decibels, headline
 
 WIDTH_OF_A_LOG = 140  # columns; where nobody's window can be asked
 VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow", "unlabelled": "bold"}
@@ -90,9 +90,31 @@ def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
     for name, text, time in lines:
         table.add_row(*map(printable, (name, text, time)))
     out.print(table)
+    if bundle.manifest.climb is not None:
+        show_ladder(bundle.manifest.climb)
     if bundle.report is not None:
         show_report(bundle.report)
     out.print(printable(f"bundle: {bundle.path}"))
+
+
+def show_ladder(climb: Climb) -> None:
+    """Print what each rung of the accuracy budget's ladder did and bought, and which one the bundle holds."""
+    columns = ("rung", "given back to float", "drop, pp", "bought, pp", "same answer", "SQNR", "verdict", "s", "")
+    rows = [
+        [
+            f"{number}: {rung.rung}",
+            ", ".join(rung.layers) or "nothing",
+            "" if rung.drop_pp is None else f"{rung.drop_pp:+.2f}",
+            "" if rung.bought_pp is None else f"{rung.bought_pp:+.2f}",
+            f"{100 * rung.agreement:.2f} %",
+            decibels(rung.sqnr_db),
+            rung.verdict,
+            f"{rung.seconds:.1f}",
+            "taken" if number == climb.taken else "",
+        ]
+        for number, rung in enumerate(climb.rungs)
+    ]
+    show_rows(columns, rows, "what was done for the accuracy budget")
 
 
 def show_engine(place: str, engine: Engine, words: str) -> None:

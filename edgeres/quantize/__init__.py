@@ -7,16 +7,20 @@
 from __future__ import annotations
 
 from edgeres.quantize.documents import fp16_content, int8_content, mixed_content, plan_file, shiftable_file, twin_file
+from edgeres.quantize.fewest import fewest
 from edgeres.quantize.half import write_fp16
 from edgeres.quantize.insert import write_int8
 from edgeres.quantize.lint import lint
 from edgeres.quantize.mixed import write_mixed
 from edgeres.quantize.placement import Placement, Point, plan
 from edgeres.quantize.shiftable import shiftable
+from edgeres.quantize.solo import Solo
 
 __all__ = [
     "Placement",
     "Point",
+    "Solo",
+    "fewest",
     "fp16_content",
     "int8_content",
     "lint",

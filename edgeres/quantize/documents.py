@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 
@@ -18,9 +19,14 @@ from edgeres.quantize.shiftable import shiftable
 from edgeres.quantize.simulate import Twin
 
 
-def plan_file(fp32: Path, modules: Mapping[str, str], keep_float: Sequence[str]) -> Placement:
+def plan_file(
+    fp32: Path,
+    modules: Mapping[str, str],
+    keep_float: Sequence[str],
+    given_back: Mapping[str, str] = MappingProxyType({}),
+) -> Placement:
     """Return the plan for an FP32 file; see :func:`edgeres.quantize.placement.plan`."""
-    return plan(onnx.load(fp32), modules, keep_float)
+    return plan(onnx.load(fp32), modules, keep_float, given_back)
 
 
 def shiftable_file(fp32: Path, placement: Placement) -> frozenset[str]:

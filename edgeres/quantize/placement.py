@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import onnx
 
@@ -53,7 +54,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Placement:
-    """The whole plan. ``tensors`` are what calibration must observe, ``kept`` the nodes that the recipe wants float."""
+    """The whole plan. ``tensors`` are what calibration must observe, ``kept`` the nodes that were to stay float."""
 
     points: tuple[Point, ...]
     weights: tuple[Weight, ...]
@@ -81,7 +82,12 @@ class _Draft:
         self.ranges.setdefault(tensor, range_of or tensor)
 
 
-def plan(model: onnx.ModelProto, modules: Mapping[str, str], keep_float: Sequence[str] = ()) -> Placement:
+def plan(
+    model: onnx.ModelProto,
+    modules: Mapping[str, str],
+    keep_float: Sequence[str] = (),
+    given_back: Mapping[str, str] = MappingProxyType({}),
+) -> Placement:
     """Return where int8 goes in ``model``, with a reason for every node.
 
     Args:
@@ -89,12 +95,14 @@ def plan(model: onnx.ModelProto, modules: Mapping[str, str], keep_float: Sequenc
         modules: node name → torch module, for reasons and for ``keep_float``.
         keep_float: shell patterns of torch modules, each with all that is inside it, or of node names, that stay in
             float.
+        given_back: more nodes that stay in float, by name, and why.
 
     Raises:
         QuantizationError: a pattern of ``keep_float`` names nothing.
     """
     graph, draft = Graph(model), _Draft()
-    kept = kept_nodes([node.name for node in graph.nodes], modules, keep_float)
+    asked = kept_nodes([node.name for node in graph.nodes], modules, keep_float)
+    kept = {**given_back, **{node: f"the recipe keeps {pattern!r} in float" for node, pattern in asked.items()}}
     for node in graph.nodes:
         if node.op_type in ("Conv", "Gemm", "MatMul", "ConvTranspose"):
             _weighted(graph, node, kept.get(node.name), draft)
@@ -141,7 +149,7 @@ def _weighted(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draf
     """Quantize both inputs of a weighted layer, or neither: one alone would silently run in float."""
     axis, obstacle = _weight_axis(graph, node)
     if kept is not None:
-        draft.said[node.name] = ("float", f"the recipe keeps {kept!r} in float")
+        draft.said[node.name] = ("float", kept)
     elif obstacle:
         draft.said[node.name] = ("float", obstacle)
     else:
@@ -174,7 +182,7 @@ def _residual(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draf
         draft.said[node.name] = ("float", "adds a constant")
         return
     if kept is not None:
-        draft.said[node.name] = ("float", f"the recipe keeps {kept!r} in float")
+        draft.said[node.name] = ("float", kept)
         return
     depth = graph.convolutions_above
     shallow = 1 if depth[node.input[0]] >= depth[node.input[1]] else 0
@@ -218,7 +226,7 @@ def _move_on_grid(graph: Graph, skip: str, draft: _Draft) -> None:
 def _pool(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draft) -> None:
     """Quantize an average pool's input where everything behind it is quantized: int8 on both sides, or on neither."""
     if kept is not None:
-        draft.said[node.name] = ("float", f"the recipe keeps {kept!r} in float")
+        draft.said[node.name] = ("float", kept)
         return
     if not graph.is_activation(node.input[0]):
         return

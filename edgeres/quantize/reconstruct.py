@@ -77,10 +77,10 @@ def reconstruct(
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(0)
     every = torch.from_numpy(images)
-    began, done, rounds = time.monotonic(), 0, ROUNDS
-    while done < rounds:
+    began, done, share = time.monotonic(), 0, 0.0
+    while share < 1:  # of the rounds or of the time, whichever ends first
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 + math.cos(math.pi * done / rounds)) / 2
+            group["lr"] = rate * (1 + math.cos(math.pi * share)) / 2
         x = _varied(every[torch.randint(len(every), (BATCH,), generator=generator)], generator)
         with torch.no_grad():
             wanted, _ = follower.run(x)
@@ -89,11 +89,13 @@ def reconstruct(
         ((got - wanted).square().sum() / wanted.square().sum()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         done += 1
-        if done == 3:  # the first rounds are slower: memory is found
-            rounds = min(ROUNDS, int(seconds / ((time.monotonic() - began) / done)))
-            if rounds < FEWEST:
-                return None
-        watch(done, rounds)
+        passed = time.monotonic() - began
+        if done == 3 and passed / done * FEWEST > seconds:  # the first rounds are slower: memory is found
+            return None
+        share = max(done / ROUNDS, passed / seconds)
+        watch(done, ROUNDS)
+    if done < FEWEST:
+        return None
     with torch.no_grad():
         values = {name: value.detach().numpy() for name, value in constants().items()}
     return Compensation(values, found.scales)

@@ -8,7 +8,7 @@ rung is a file of its own; every one leaves a graph that the next can read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,7 @@ def find_scalings(
         QuantizationError: the graph has an operator that recovery cannot follow.
     """
     model = onnx.load(fp32)
-    follower = _follower(model, placement)
+    follower = follower_of(model, placement)
     channels = follower.channels((images.shape[2], images.shape[3]))
     groups = channel_groups(model, channels)
     outputs = [node.output[0] for node in follower.nodes if node.op_type in ("Conv", "Gemm", "MatMul")]
@@ -88,7 +88,8 @@ class Recovery:
     ``scalings`` are :func:`find_scalings`'s. ``exact_input`` is how frames become input, where the first layer is to
     read exact pixels; None leaves it as it is. ``images`` are batches, float32 ``(n, 3, H, W)``, normalized.
     ``rounding``: whether weights are rounded by the layer's output, or each to its nearest. ``seconds`` is the time for
-    reconstruction by gradient; 0 leaves it out.
+    reconstruction by gradient; 0 leaves it out. ``given_back``: nodes that the accuracy budget gives back to float, and
+    why.
     """
 
     scalings: Mapping[str, Scaling]
@@ -96,6 +97,7 @@ class Recovery:
     images: Sequence[np.ndarray]
     rounding: bool = True
     seconds: float = 0.0
+    given_back: Mapping[str, str] = field(default_factory=dict)
 
 
 def recovered_content(
@@ -111,16 +113,8 @@ def recovered_content(
     Args:
         ranges: of the scaled tensors.
     """
-    factors = {name: part.factors for name, part in recovery.scalings.items()}
-    model = with_biases(apply_factors(onnx.load(fp32), factors))
-    ranges = dict(ranges)
-    if recovery.exact_input is not None:
-        model, pixels = exact_pixels(model, recovery.exact_input)
-        if pixels:
-            ranges[pixels] = pixel_range(recovery.exact_input, ranges[Graph(model).inputs[0]].elements)
-    placement = plan(model, modules, keep_float)
-    ranges = {name: ranges[name] for name in placement.tensors}
-    follower, quantizer = _follower(model, placement), quantizer_of(placement, ranges)
+    model, placement, ranges = scaled(fp32, modules, keep_float, ranges, recovery)
+    follower, quantizer = follower_of(model, placement), quantizer_of(placement, ranges)
     found = compensate(follower, placement, quantizer, recovery.images, recovery.rounding, watch)
     if recovery.seconds:
         images = np.concatenate(recovery.images)
@@ -135,7 +129,28 @@ def recovered_content(
     return int8.SerializeToString(deterministic=True), explained(placement.layers, int8), twin
 
 
-def _follower(model: onnx.ModelProto, placement: Placement) -> Follower:
+def scaled(
+    fp32: Path,
+    modules: Mapping[str, str],
+    keep_float: Sequence[str],
+    ranges: Mapping[str, TensorRange],
+    recovery: Recovery,
+) -> tuple[onnx.ModelProto, Placement, dict[str, TensorRange]]:
+    """Return the float graph that Q/DQ goes into, scaled and with a bias in every layer, its plan, and its ranges."""
+    factors = {name: part.factors for name, part in recovery.scalings.items()}
+    model = with_biases(apply_factors(onnx.load(fp32), factors))
+    placement, ranges = plan(model, modules, keep_float, recovery.given_back), dict(ranges)
+    source = Graph(model).inputs[0]
+    if recovery.exact_input is not None and source in placement.tensors:
+        model, pixels = exact_pixels(model, recovery.exact_input)
+        if pixels:
+            ranges[pixels] = pixel_range(recovery.exact_input, ranges[source].elements)
+            placement = plan(model, modules, keep_float, recovery.given_back)
+    return model, placement, {name: ranges[name] for name in placement.tensors}
+
+
+def follower_of(model: onnx.ModelProto, placement: Placement) -> Follower:
+    """Return a float graph in torch, with a hook at every quantized input of the plan."""
     return Follower(model, {reader: point.tensor for point in placement.points for reader in point.readers})
 
 

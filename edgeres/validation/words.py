@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List
+from typing import List, Optional
 
 from edgeres.artifacts import Report
 
@@ -23,6 +23,11 @@ def headline(report: Report) -> str:
     lower, upper = report.drop_ci95_pp
     change = f"{precision} {_change(report.drop_pp)} (95 % interval of the loss {lower:.2f} to {upper:.2f})"
     return f"{change} against a budget of {report.max_drop_pp:.2f}: {_verdict(report)}."
+
+
+def decibels(value: Optional[float]) -> str:
+    """Return an SQNR with its unit; where there is no noise there is none."""
+    return "no noise" if value is None else f"{value:.1f} dB"
 
 
 def advice(report: Report) -> List[str]:

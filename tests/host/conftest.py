@@ -17,7 +17,7 @@ from torch import nn
 
 from edgeres import models
 from edgeres.architectures import Architecture
-from edgeres.artifacts import TensorRange
+from edgeres.artifacts import Preprocessing, TensorRange
 from edgeres.calibrate import Statistics, choose, observe
 from edgeres.export import export_module
 from edgeres.export.exported import Exported
@@ -26,6 +26,8 @@ from edgeres.models.resnet import ResNet
 from edgeres.quantize import Placement, plan, shiftable, write_int8
 from edgeres.quantize.channels import ChannelGroups, channel_groups
 from edgeres.quantize.follow import Follower
+from edgeres.recipe import dossier
+from edgeres.samples import open_samples
 
 SIZE = 32
 
@@ -113,14 +115,25 @@ def build(name: str) -> nn.Module:
         return enliven(ResNet(tiny, 10), seed=4)
 
 
-def quantized(module: nn.Module, folder: Path, keep_float: Sequence[str] = (), shift: bool = False) -> Net:
-    """Return a module exported, calibrated on 16 random images, and quantized; ``shift``: over the full int8 range."""
+def quantized(
+    module: nn.Module,
+    folder: Path,
+    keep_float: Sequence[str] = (),
+    shift: bool = False,
+    images: Sequence[np.ndarray] | None = None,
+) -> Net:
+    """Return a module exported, calibrated and quantized; ``shift``: over the full int8 range.
+
+    ``images`` are batches, float32 (n, 3, H, W); by default two of 8 random images.
+    """
     exported = export_module(module, (SIZE, SIZE))
     path = folder / "model.fp32.onnx"
     path.write_bytes(exported.content)
     fp32 = onnx.load(path)
     placement = plan(fp32, exported.modules, keep_float)
-    batches = [np.random.default_rng(i).standard_normal((8, 3, SIZE, SIZE)).astype(np.float32) for i in range(2)]
+    batches = images or [
+        np.random.default_rng(i).standard_normal((8, 3, SIZE, SIZE)).astype(np.float32) for i in range(2)
+    ]
     allowed = shiftable(fp32, placement) if shift else ()
     statistics = observe(path, placement.tensors, batches)
     ranges = choose(statistics, "minmax", 99.99, allowed)
@@ -136,6 +149,18 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Net]:
         return quantized(build(name), tmp_path_factory.mktemp(name))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Net, np.ndarray]:
+    """The embedded net, which is trained, quantized; and 64 of its calibration images, float32 (64, 3, 32, 32)."""
+    folder = dossier() / "digits"
+    module = models.create("resnet8_cifar")
+    models.load_weights(module, folder / "weights.safetensors")
+    half = (0.5, 0.5, 0.5)
+    samples = open_samples(folder / "calibration", count=64)
+    (x,) = samples.batches(Preprocessing((SIZE, SIZE), SIZE, mean=half, std=half), 64)
+    return quantized(module.eval(), tmp_path_factory.mktemp("digits"), images=[x]), x
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from edgeres.artifacts import (
     Bundle,
     CalibrationTable,
     Change,
+    Climb,
     Comparison,
     Discordant,
     Engine,
@@ -25,6 +26,7 @@ from edgeres.artifacts import (
     FileRef,
     Finding,
     Hygiene,
+    LayerCost,
     LayerError,
     LayerPlan,
     LayerSummary,
@@ -33,6 +35,7 @@ from edgeres.artifacts import (
     QuantizationErrors,
     QuantizedModel,
     Report,
+    Rung,
     SampleSet,
     StageRecord,
     TensorRange,
@@ -116,6 +119,8 @@ reports = st.builds(
     layers=many(summary_nouns),
     attribution=st.none() | attributions,
 )
+layer_costs = st.builds(LayerCost, words, many(words), whole, numbers, numbers, ratios)
+rungs = st.builds(Rung, words, whole, many(words), ratios, numbers, ratios, words, numbers, bought_pp=ratios)
 records = st.builds(StageRecord, words, many(file_refs), numbers, st.dictionaries(words, facts, max_size=3))
 manifests = st.builds(
     Manifest,
@@ -162,6 +167,9 @@ NOUNS: Dict[type, Any] = {
     Discordant: discordants,
     Report: reports,
     StageRecord: records,
+    LayerCost: layer_costs,
+    Rung: rungs,
+    Climb: st.builds(Climb, many(rungs), whole, many(layer_costs), words),
     Manifest: manifests,
     Bundle: st.builds(Bundle, words, manifests),
 }

@@ -447,6 +447,7 @@ VALUES = {
     "calibration.method": (METHODS, ["", "MSE", "kl", 1]),
     "calibration.percentile": ([50.1, 99.99, 100], [50, 0, 100.1, -1, math.nan, math.inf, "99", 10**400]),
     "quantization.keep_float": ([[], ["fc", "layer*"]], ["fc", [1], {"fc": True}]),
+    "quantization.budget_minutes": ([0, 0.5, 10080], [-1, 10080.5, math.nan, math.inf, "10"]),
     "quantization.activation_range": (["auto", "symmetric", "shifted"], ["full", "", "Shifted", 1]),
     "quantization.recovery": (["auto", "none", "fast", "full"], ["some", "", "Fast", 1]),
     "validation.max_drop": ([0, 0.0, 0.5, 100], [-0.1, 100.1, math.nan, math.inf, -math.inf, "0.5", 10**400]),
