@@ -26,7 +26,8 @@ from edgeres.quantize.follow import Follower, Quantizer, padded
 from edgeres.quantize.graph import attribute
 from edgeres.quantize.placement import Placement
 
-RIDGE = 1e-2  # pulls the least squares to the original weights, in shares of each input's own variance
+RIDGE = 1.0  # pulls the least squares to the original weights, in shares of each input's own variance: with less they
+# learn the calibration images (CONTRIBUTING, decisions)
 DAMPING = 3e-3  # of the mean variance, added to every input's, so that rounding never divides by nearly nothing
 ENOUGH = 10  # positions per input of a layer; where there are fewer, ridge and damping grow by as much, for with few
 # positions least squares learns the noise of these very images

@@ -2,7 +2,7 @@
 
 Behind a ReLU symmetric int8 leaves its negative half unused. Shifted by 128 steps, the values from 0 to 255·scale fill
 all of it. A layer behind then reads x less a constant; what a linear layer makes of a constant is known, and is added
-to its bias, or, where zero padding makes it differ near the border, as a map (1, K, H, W) to its output. Nothing is
+to its bias, and, where zero padding makes it differ near the border, as a map (1, K, H, W) to its output. Nothing is
 approximated: but for float32's rounding the graph computes what uint8 with zero point 0 would.
 
 The shift costs no layer. Int8 ends at −128, which now stands for zero, so Q clips what is negative as the ReLU did:
@@ -199,21 +199,30 @@ class _Draft:
         self.nodes.append(helper.make_node("Add", inputs, [to], name=self.name(f"{stem}_Shift")))
 
     def completed(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        """Return a node, a weighted one with what it gives: in its bias, or by an addition of a map behind it."""
+        """Return a node, a weighted one with what it gives: in its bias, and what differs near the border in a map.
+
+        With the bias the output is right but for the border already, so that a builder may well store it in float16.
+        """
         offset = self.given.get(node.name, ZERO)
         if not offset.any():
             return [node]
-        if not is_flat(offset):
-            to, node.output[0] = node.output[0], self.name(f"{node.output[0]}_unshifted")
-            inputs = [node.output[0], self.constant(f"{to}_shift", offset)]
-            return [node, helper.make_node("Add", inputs, [to], name=self.name(f"{node.name}_Shift"))]
-        bias = self.graph.constant(node.input[2]) if len(node.input) > 2 else None
+        if is_flat(offset):
+            self.raise_bias(node, offset.reshape(-1))
+            return [node]
+        inside = offset[:, :, offset.shape[2] // 2, offset.shape[3] // 2]
+        self.raise_bias(node, inside.reshape(-1))
+        to, node.output[0] = node.output[0], self.name(f"{node.output[0]}_unshifted")
+        inputs = [node.output[0], self.constant(f"{to}_shift", offset - inside[:, :, np.newaxis, np.newaxis])]
+        return [node, helper.make_node("Add", inputs, [to], name=self.name(f"{node.name}_Shift"))]
+
+    def raise_bias(self, node: onnx.NodeProto, offset: np.ndarray) -> None:
+        """Let a weighted node add ``offset``, ``(1,)`` or ``(K,)``, to its output besides what it adds already."""
+        bias = self.graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
         stem = node.input[2] if bias is not None else f"{node.name}_bias"
-        values = effective_bias(node, bias) + offset.reshape(-1)
-        node.input[:] = [*node.input[:2], self.constant(f"{stem}_shifted", np.broadcast_to(values, self.outputs(node)))]
+        values = np.broadcast_to(effective_bias(node, bias) + offset, self.outputs(node))
+        node.input[:] = [*node.input[:2], self.constant(f"{stem}_shifted", values)]
         for found in [one for one in node.attribute if one.name == "beta"]:
             node.attribute.remove(found)
-        return [node]
 
     def outputs(self, node: onnx.NodeProto) -> tuple[int]:
         """Return how many output channels a weighted node in int8 has."""
@@ -279,4 +288,4 @@ def _return(graph: Graph, node: onnx.NodeProto) -> str:
         return "and a constant behind it gives that back"
     added = [name for reader in graph.readers(node.output[0]) if reader.op_type == "Add" for name in reader.input]
     maps = [name for name in added if name in graph.initializers and len(graph.initializers[name].dims) == 4]
-    return "and a map added to its output gives that back" if maps else "and its bias gives that back"
+    return "and its bias gives that back" + (", with a map of what differs near the border" if maps else "")

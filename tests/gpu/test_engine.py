@@ -19,12 +19,13 @@ from edgeres.targets import gpu_is_usable
 pytestmark = pytest.mark.skipif(not gpu_is_usable(), reason="needs a GPU with tensorrt, and cuda-python or pycuda")
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["symmetric", "shifted"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded default, compiled by TensorRT for the GPU here, with a CPU engine beside it.
 
     It is built here where the packages for that are; a board compiles one that was built elsewhere, with
-    ``edgeres build --backend cpu``: ``EDGERES_BUNDLE`` names its folder, which is copied.
+    ``edgeres build --backend cpu``: ``EDGERES_BUNDLE`` names its folder, which is copied (its activation range is what it
+    is: the tests run once).
     """
     from edgeres.compilation import compile_bundle
     from edgeres.recipe import engine_section
@@ -32,11 +33,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gpu") / "digits-int8"
     made = os.environ.get("EDGERES_BUNDLE")
     if made is not None:
+        if request.param == "shifted":
+            pytest.skip("the bundle named by EDGERES_BUNDLE is tested already")
         shutil.copytree(made, out)
     else:
         for package in ("torch", "onnx", "onnxruntime", "safetensors", "tomli_w"):
             pytest.importorskip(package, reason="to build a bundle here; or set EDGERES_BUNDLE to one")
-        edgeres.build(precision="int8", backend="cpu", out=out)
+        edgeres.build(precision="int8", backend="cpu", out=out, activation_range=request.param)
     compile_bundle(out, engine_section({}, {"backend": "tensorrt"}), lambda *_: None)
     return out
 

@@ -148,7 +148,8 @@ def test_scaling_the_samples_scales_the_error_by_its_square(factor: float) -> No
 
 
 @given(
-    arrays.arrays(np.float32, (1, 12), elements=st.floats(-8, 8, width=32)).filter(np.any), st.integers(0, STEPS - 1)
+    arrays.arrays(np.float32, (1, 12), elements=st.floats(-8, 8, width=32)).filter(lambda x: np.abs(x).max() > 1e-20),
+    st.integers(0, STEPS - 1),
 )
 def test_the_error_of_few_samples_lies_between_the_ends_of_their_bins(x: np.ndarray, column: int) -> None:
     # Within a bin every value may sit anywhere, so only bounds are sure: the least and the most error in each bin.
