@@ -24,8 +24,8 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """The embedded default, compiled by TensorRT for the GPU here, with a CPU engine beside it.
 
     It is built here where the packages for that are; a board compiles one that was built elsewhere, with
-    ``edgeres build --backend cpu``: ``EDGERES_BUNDLE`` names its folder, which is copied (its activation range is what it
-    is: the tests run once).
+    ``edgeres build --backend cpu``: ``EDGERES_BUNDLE`` names its folder, which is copied (then
+    the tests run once).
     """
     from edgeres.compilation import compile_bundle
     from edgeres.recipe import engine_section
