@@ -68,25 +68,28 @@ def equalize(
         "model": exported.file.sha256,
         "statistics": statistics.sha256,
         "tensors": placement.tensors,
+        "points": [(point.tensor, point.range_of, point.readers) for point in placement.points],
+        "weights": [(weight.tensor, weight.axis, weight.readers) for weight in placement.weights],
         "shifted": sorted(shifted),
         **_samples(job),
     }
 
     def work() -> Made:
-        from edgeres.calibrate import Statistics, noise_table
+        from edgeres.calibrate import Statistics, expected_noise
         from edgeres.quantize.recover import find_scalings, grid_of
 
         path = job.workspace.folder / files.STATISTICS
-        found = Statistics.from_bytes(path.read_bytes(), str(path)).tensors
+        counted = Statistics.from_bytes(path.read_bytes(), str(path))
+        found = counted.tensors
         tables = {
-            name: noise_table(found[name], grid_of(name in shifted and found[name].minimum >= 0))
+            name: expected_noise(found[name], grid_of(name in shifted and found[name].minimum >= 0))
             for name in placement.tensors
             if name != exported.input_name  # its pixels will be exact
         }
         fp32 = job.workspace.folder / files.FP32_MODEL
         images, batch = images_of(job)
         try:
-            scalings = find_scalings(fp32, placement, tables, images, batch, job.progress.advance)
+            scalings = find_scalings(fp32, placement, tables, counted.samples, images, batch, job.progress.advance)
         except QuantizationError as problem:
             job.warn(f"accuracy recovery is off: {problem}")
             scalings = {}

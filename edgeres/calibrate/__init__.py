@@ -6,10 +6,10 @@ pass is the expensive half: trying another method reads the same statistics agai
 
 from __future__ import annotations
 
-from edgeres.calibrate.noise import noise_table
+from edgeres.calibrate.noise import expected_noise
 from edgeres.calibrate.observe import observe
 from edgeres.calibrate.ranges import METHODS
 from edgeres.calibrate.statistics import Statistics, TensorStatistics
 from edgeres.calibrate.table import AUTO, choose
 
-__all__ = ["AUTO", "METHODS", "Statistics", "TensorStatistics", "choose", "noise_table", "observe"]
+__all__ = ["AUTO", "METHODS", "Statistics", "TensorStatistics", "choose", "expected_noise", "observe"]

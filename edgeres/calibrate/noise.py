@@ -3,12 +3,15 @@ range method read, without another pass over the data."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from edgeres.affine import SYMMETRIC
 from edgeres.calibrate.tensor import TensorStatistics
 from edgeres.noise import OCTAVES, PER_OCTAVE, SMALLEST, STEPS, NoiseTable, integral, point_error
 
+HEADROOM = 1.0  # of :func:`headroom`
 SIGN, MAGNITUDE = 0x800, 0x7FF  # of an upper-12-bit pattern
 CLIPPING = 1.0
 """How much more a squared clipping error counts than a rounding error. Clipping errors all have one sign and might add
@@ -37,6 +40,25 @@ def noise_table(statistics: TensorStatistics, grid: tuple[int, int] = SYMMETRIC)
         alive=amax > SMALLEST,
         grid=grid,
     )
+
+
+def expected_noise(statistics: TensorStatistics, grid: tuple[int, int] = SYMMETRIC) -> NoiseTable:
+    """Return :func:`noise_table` as expected of other images, whose values are larger by :func:`headroom`."""
+    table, larger = noise_table(statistics, grid), headroom(statistics)
+    return replace(table, log_step=table.log_step + np.log2(larger), error=table.error * (larger**2)[:, None])
+
+
+def headroom(statistics: TensorStatistics) -> np.ndarray:
+    """Return how much larger than what was counted to take each channel's values, float64 ``(C,)``, 1 or more.
+
+    The largest of few values says little of how large others will be. How few: only those in the octave below the
+    largest speak of where it lies. A channel with n of them is taken to be larger by 1 / √n: our own rule, whose gain
+    is in CONTRIBUTING, decisions.
+    """
+    amax = statistics.channel_amax.astype(np.float64)[:, None]
+    _, high = channel_edges(statistics)
+    counted = (statistics.channel_counts * (high > amax / 2)).sum(axis=1)
+    return np.asarray(1.0 + HEADROOM / np.sqrt(np.maximum(counted, 1)))
 
 
 def is_negative(statistics: TensorStatistics) -> np.ndarray:

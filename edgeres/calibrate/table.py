@@ -11,7 +11,7 @@ import numpy as np
 from edgeres.affine import SHIFTED, SYMMETRIC, scale_from_amax, shift_from_scale
 from edgeres.artifacts import TensorRange
 from edgeres.calibrate.auto import best_step
-from edgeres.calibrate.noise import noise_table
+from edgeres.calibrate.noise import expected_noise
 from edgeres.calibrate.ranges import METHODS, Histogram, squared_error
 from edgeres.calibrate.statistics import Statistics, TensorStatistics
 from edgeres.errors import CalibrationError
@@ -59,7 +59,7 @@ def _range(
     histogram = Histogram.of(statistics, grid) if plain else Histogram.scaled(statistics, factors, grid)
     if method == AUTO:
         weights = ones if scaling is None or not scaling.weights.size else scaling.weights
-        amax = min(best_step(noise_table(statistics, grid), factors, weights) * grid[1], histogram.amax)
+        amax = min(best_step(expected_noise(statistics, grid), factors, weights) * grid[1], histogram.amax)
     else:
         amax = METHODS[method](histogram, percentile)
     if amax <= 0.0:  # a percentile may fall into the zeros of a sparse tensor: a range of zero would erase the rest

@@ -12,7 +12,7 @@ Same But Different", 2019 (arXiv:1902.01917), for factors chosen by the resultin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ from edgeres.quantize.placement import Placement
 
 ROUNDS = 300
 RATE = 0.05  # octaves per round, at first
+DOUBT = 64.0  # images; with n of them the noise must fall to less than 1 / (1 + DOUBT / n)
 ROUNDING_GAIN = 0.5  # adaptive rounding and bias correction leave about this much of the weights' noise power
 
 
@@ -86,8 +87,13 @@ def equalize(
     groups: ChannelGroups,
     tables: Mapping[str, NoiseTable],
     sensitivity: Mapping[str, np.ndarray],
+    images: int,
 ) -> np.ndarray:
-    """Return the factor of every group, float64 ``(groups,)``; 1 where a group is not free.
+    """Return the factor of every group, float64 ``(groups,)``; 1 where a group is not free, and for all of them where
+    it is doubtful that they gain anything.
+
+    Factors stretch each channel to what these images showed of it, and of few images they learn just these. So they
+    must promise more the fewer there are: see ``DOUBT``.
 
     The result depends on what the network computes, not on how its channels happen to be scaled: the search starts from
     factors that make the groups' ranges equal.
@@ -96,6 +102,7 @@ def equalize(
         model: the float graph.
         tables: for every quantized tensor that is to be considered.
         sensitivity: of these and of every quantized layer's output, float64 ``(C,)`` each.
+        images: that ``tables`` were counted on.
     """
     names = [name for name in placement.tensors if name in tables and name in groups.index]
     if not names:
@@ -111,6 +118,8 @@ def equalize(
     ]
     weights = _weights(model, placement, groups, tables, sensitivity)
     free = torch.from_numpy(groups.free)
+    plain = torch.zeros(len(groups), dtype=torch.float64)
+    before = _noise(activations, weights, plain, [_best_step(tensor, plain) for tensor in activations])
     log_factor = torch.from_numpy(_even(groups, names, tables, weights))
     log_steps = torch.stack([_best_step(tensor, log_factor) for tensor in activations])
     log_factor.requires_grad_(True)
@@ -118,14 +127,25 @@ def equalize(
     optimizer = torch.optim.Adam([log_factor, log_steps], lr=RATE)
     for i in range(ROUNDS):
         optimizer.param_groups[0]["lr"] = RATE * (1 - i / ROUNDS)
-        noise = sum((tensor.noise(log_factor, step) for tensor, step in zip(activations, log_steps, strict=True)),
-                    sum((layer.noise(log_factor) for layer in weights), torch.zeros(())))  # fmt: skip
+        noise = _noise(activations, weights, log_factor, log_steps)
         optimizer.zero_grad()
         torch.log(noise + 1e-300).backward()  # type: ignore[no-untyped-call]
         assert log_factor.grad is not None
         log_factor.grad[~free] = 0
         optimizer.step()
+    with torch.no_grad():
+        after = _noise(activations, weights, log_factor, log_steps)
+    if float(after) * (1 + DOUBT / images) > float(before):
+        return np.ones(len(groups))
     return np.asarray(2.0 ** log_factor.detach().numpy())
+
+
+def _noise(
+    activations: Sequence[_Activation], weights: Sequence[_Weights], log_factor: Tensor, log_steps: Iterable[Tensor]
+) -> Tensor:
+    """Return the power of the logits' noise."""
+    return sum((tensor.noise(log_factor, step) for tensor, step in zip(activations, log_steps, strict=True)),
+               sum((layer.noise(log_factor) for layer in weights), torch.zeros(())))  # fmt: skip
 
 
 def _weights(

@@ -55,6 +55,7 @@ def find_scalings(
     fp32: Path,
     placement: Placement,
     tables: Mapping[str, NoiseTable],
+    counted: int,
     images: np.ndarray,
     batch: int,
     watch: Watch = lambda done, total: None,
@@ -64,7 +65,8 @@ def find_scalings(
     Args:
         placement: the plan for the FP32 model.
         tables: of every quantized tensor that equalization is to consider (not of an input that will be exact).
-        images: float32 ``(N, 3, H, W)``, normalized.
+        counted: how many images they were counted on.
+        images: some of these, float32 ``(N, 3, H, W)``, normalized.
         batch: images per step.
 
     Raises:
@@ -77,7 +79,7 @@ def find_scalings(
     outputs = [node.output[0] for node in follower.nodes if node.op_type in ("Conv", "Gemm", "MatMul")]
     wanted = [name for name in (*placement.tensors, *outputs) if name in channels]
     sensitivity = sensitivities(follower, images, wanted, batch, watch)
-    factors = groups.factors(equalize(model, placement, groups, tables, sensitivity))
+    factors = groups.factors(equalize(model, placement, groups, tables, sensitivity, counted))
     return {name: Scaling(values, sensitivity.get(name, np.empty(0))) for name, values in factors.items()}
 
 

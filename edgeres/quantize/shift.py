@@ -173,7 +173,8 @@ class _Draft:
             return name
         if owed.giver and (is_flat(offset) or not owed.pooled):
             self.given[owed.giver] = self.given.get(owed.giver, ZERO) + offset
-            self.owed[tensor] = Owed(owed.offset - offset, owed.giver, owed.pooled)
+            rest = owed.offset - offset
+            self.owed[tensor] = Owed(rest if rest.any() else ZERO, owed.giver, owed.pooled)  # zeros have no size
             return name
         key = (tensor, offset.tobytes())
         if key not in self.added:

@@ -19,13 +19,14 @@ from edgeres.noise import NoiseTable
 from edgeres.quantize import equalize as equalization
 from edgeres.quantize import write_int8
 from edgeres.quantize.channels import apply_factors
-from edgeres.quantize.equalize import ROUNDING_GAIN, equalize
+from edgeres.quantize.equalize import DOUBT, ROUNDING_GAIN, equalize
 from edgeres.quantize.graph import attribute
 from edgeres.quantize.sensitivity import sensitivities
 
 SIZE = 32
 IMAGES = np.random.default_rng(0).standard_normal((32, 3, SIZE, SIZE)).astype(np.float32)
 NETS = ("cifar", "basic", "bottleneck")
+MANY = 10**6  # images: what equalization is told, for its laws to be seen whatever it gains
 FEW = 25  # rounds of search: laws hold at any number, and few are quick
 
 
@@ -43,8 +44,8 @@ class Known:
         free: np.ndarray = self.net.groups.free
         return free
 
-    def factors(self) -> np.ndarray:
-        return equalize(self.net.model, self.net.placement, self.net.groups, self.tables, self.sensitivity)
+    def factors(self, images: int = MANY) -> np.ndarray:
+        return equalize(self.net.model, self.net.placement, self.net.groups, self.tables, self.sensitivity, images)
 
     def scaled(self, factors: np.ndarray) -> onnx.ModelProto:
         return apply_factors(self.net.model, self.net.groups.factors(factors))
@@ -222,8 +223,9 @@ def test_two_layers_in_a_row_meet_in_the_middle(
     monkeypatch.setattr(equalization, "ROUNDS", FEW)
     rng = np.random.default_rng(0)
     skew = np.array([1, 8, 1 / 8, 4], np.float32)
+    uneven = np.array([1, 1 / 4, 4, 1], np.float32).reshape(4, 1, 1, 1)
     weights = {
-        "w1": rng.standard_normal((4, 3, 1, 1)).astype(np.float32),
+        "w1": rng.standard_normal((4, 3, 1, 1)).astype(np.float32) * uneven,
         "w2": rng.uniform(0.9, 1.1, (4, 4 // groups, 1, 1)).astype(np.float32),
         "k": rng.standard_normal((5, 4)).astype(np.float32),
     }
@@ -280,5 +282,15 @@ def test_silent_channels_do_not_spoil_the_rows_that_read_them(
 
 def test_nothing_quantized_leaves_all_as_it_is(known: Callable[[str], Known]) -> None:
     found = known("basic")
-    factors = equalize(found.net.model, found.net.placement, found.net.groups, {}, {})
+    factors = equalize(found.net.model, found.net.placement, found.net.groups, {}, {}, MANY)
     np.testing.assert_array_equal(factors, np.ones(len(found.free)))
+
+
+def test_what_few_images_promise_is_doubted(known: Callable[[str], Known]) -> None:
+    """The factors are all or none, and the fewer images the more they must promise."""
+    found = known("basic")
+    gain = predicted(found, np.ones(len(found.free))) / predicted(found, found.factors())
+    assert gain > 1.01
+    enough = int(DOUBT / (gain - 1))
+    np.testing.assert_array_equal(found.factors(enough // 2), np.ones(len(found.free)))
+    np.testing.assert_array_equal(found.factors(2 * enough), found.factors())

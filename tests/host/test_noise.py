@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from edgeres.affine import QMAX, QMIN, SHIFTED, SYMMETRIC, dequantize, quantize, shift_from_scale
 from edgeres.calibrate import TensorStatistics
 from edgeres.calibrate.auto import best_step
-from edgeres.calibrate.noise import CLIPPING, noise_table
+from edgeres.calibrate.noise import CLIPPING, expected_noise, noise_table
 from edgeres.noise import OCTAVES, PER_OCTAVE, STEPS, NoiseTable
 
 COUNT = 16_384
@@ -247,3 +247,18 @@ def test_the_shifted_grid_is_int8_of_the_shifted_tensor() -> None:
     outside = (steps > QMAX - QMIN + 0.5) | (steps < -0.5)
     wanted = np.mean((x - back) ** 2 * np.where(outside, CLIPPING, 1.0))
     assert table.at(table.log_step - 1)[0] == pytest.approx(wanted, rel=0.05)
+
+
+def test_other_images_are_expected_to_reach_further() -> None:
+    """The more values lie near the largest, the surer it is; a larger channel is no surer than a small one."""
+    rng = np.random.default_rng(3)
+    many, few = counted(rng.uniform(0, 1, (1, 2, 4096))), counted(rng.uniform(0, 1, (1, 2, 8)))
+    for statistics, share in ((many, 2048), (few, 4)):
+        table, exact = expected_noise(statistics), noise_table(statistics)
+        reach = 2.0 ** (table.log_step - exact.log_step)
+        np.testing.assert_allclose(reach, 1 + 1 / np.sqrt(share), rtol=0.2)
+        at = exact.log_step + 1.0  # a step that clips nothing: the noise of rounding does not grow with the values
+        np.testing.assert_allclose(table.at(at), exact.at(at), rtol=0.3)
+    x = rng.uniform(0, 1, (1, 3, 64))
+    alone, scaled = expected_noise(counted(x)), expected_noise(counted(x * 2.0**7))
+    np.testing.assert_allclose(scaled.log_step, alone.log_step + 7, rtol=1e-12)
