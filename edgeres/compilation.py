@@ -264,8 +264,9 @@ def with_engine(manifest: Manifest, engine: Engine, warnings: Tuple[str, ...]) -
         report = with_layers(report, engines)
         refs[files.REPORT] = content_ref(files.REPORT, to_json(report))
         if "validate" in stages:
+            others_of = (ref for ref in stages["validate"].files if ref.path != files.REPORT)
             stages["validate"] = msgspec.structs.replace(
-                stages["validate"], files=(refs[files.REPORT],), facts=to_data(report)
+                stages["validate"], files=(refs[files.REPORT], *others_of), facts=to_data(report)
             )
     kept = {text for other in others for text in other.warnings}
     settled = {text for other in earlier for text in (*other.warnings, *other.not_as_planned)} - kept

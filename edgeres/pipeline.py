@@ -52,7 +52,7 @@ STAGES = (
     "validate",
 )  # fmt: skip
 MODEL_STAGES = ("export", "calibrate", "quantize")  # what an engine is compiled from
-FORMAT = 5  # part of every key: raise it when a stage's result changes with the same inputs
+FORMAT = 6  # part of every key: raise it when a stage's result changes with the same inputs
 KEEP_EVERY = 30.0  # seconds of calibration that an interruption may cost; writing it takes a few tenths of one
 
 Made = Tuple[Any, Tuple[str, ...], str]
@@ -74,6 +74,7 @@ class Build:
         self.engines: Tuple[Engine, ...] = ()
         self.report: Optional[Report] = None
         self.warnings: List[str] = []
+        self.said: List[str] = []  # of these, in the running stage
         self.level: Optional[int] = None  # of recovery, where the accuracy budget asks for another than the recipe
         self.time_left = math.inf  # seconds, for what has no end of its own
         self.given_back: Dict[str, str] = {}  # node → why the accuracy budget keeps it in float
@@ -86,6 +87,8 @@ class Build:
         return STAGES[self.last] == "validate"
 
     def warn(self, text: str) -> None:
+        if text not in self.said:
+            self.said.append(text)
         if text not in self.warnings:  # each net that is tried for the accuracy budget has the same to say
             self.warnings.append(text)
             self.progress.warn(text)
@@ -95,19 +98,26 @@ class Build:
         key = _key(name, inputs)
         known = self.workspace.records.get(name)
         if known is not None and known.key == key:
-            return known
+            return self._retold(known)
         earlier = self.workspace.reuse(name, key)
         if earlier is not None:
             self.progress.reused(name, text)
-            return earlier
+            return self._retold(earlier)
         if STAGES.index(name) > self.last:
             raise _Reached
         self.progress.stage(name, text)
+        self.said = []
         start = time.perf_counter()
         noun, paths, made = work()
         seconds = time.perf_counter() - start
-        record = self.workspace.finish(name, key, paths, seconds, to_data(noun))
+        record = self.workspace.finish(name, key, paths, seconds, to_data(noun), tuple(self.said))
         self.progress.finished(name, seconds, made)
+        return record
+
+    def _retold(self, record: StageRecord) -> StageRecord:
+        """Say again what was warned of while the stage ran: it is still true of its result."""
+        for text in record.warnings:
+            self.warn(text)
         return record
 
     def open_samples(self) -> None:
@@ -530,7 +540,8 @@ class Build:
         report = with_layers(found, self.engines)
         if report != found:
             self.workspace.write(files.REPORT, to_json(report))
-            self.workspace.finish("validate", record.key, (files.REPORT,), record.seconds, to_data(report))
+            paths = tuple(ref.path for ref in record.files)
+            self.workspace.finish("validate", record.key, paths, record.seconds, to_data(report), record.warnings)
         return report
 
 
