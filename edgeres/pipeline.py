@@ -427,7 +427,7 @@ class Build:
 
     def compiled(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
         """Make the engine that the recipe wants."""
-        from edgeres.compilation import compile_engine, engine_words
+        from edgeres.compilation import Source, compile_engine, engine_words
         from edgeres.targets import resolve
 
         section = self.recipe.engine
@@ -445,12 +445,9 @@ class Build:
             inputs["once"] = os.urandom(16).hex()  # a GPU, its driver and its library may change unseen by any hash
 
         def work() -> Made:
+            source = Source(self.workspace.folder, exported, model, "equalize" in self.workspace.records)
             engine, warnings = compile_engine(
-                self.workspace.folder,
-                section,
-                exported,
-                model,
-                lambda _, done, total: self.progress.advance(done, total),
+                source, section, lambda _, done, total: self.progress.advance(done, total)
             )
             for text in warnings:
                 self.warn(text)

@@ -105,7 +105,7 @@ class Workspace:
         return record_there
 
     def take_over(self, name: str, voucher: str) -> Optional[StageRecord]:
-        """Return the earlier bundle's record of a stage whose key is not known, its files in place; None: there is none.
+        """Return the earlier bundle's record of a stage whose key nobody knows, files in place; None: there is none.
 
         It holds where the stage ``voucher``, made in the same build, is the same there as here. What lies in the work
         folder may be of another recipe, whose build was interrupted, and is not asked.

@@ -35,7 +35,7 @@ from edgeres.backends.tensorrt.builder import build_plan
 from edgeres.backends.tensorrt.compat import this_machine
 from edgeres.backends.tensorrt.dla import read_cache
 from edgeres.bundle import verify
-from edgeres.compilation import compile_bundle, with_engine
+from edgeres.compilation import _ranges, compile_bundle, with_engine
 from edgeres.errors import BackendError, BundleError, IntegrityError, MissingPackageError
 from edgeres.files import content_ref
 from edgeres.judge import run_samples
@@ -233,6 +233,12 @@ def test_ranges_of_an_equalized_model_never_go_beside_the_plain_one(
     assert double.called("Builder.build_serialized_network") == []
     engine, _ = bench.compile(target="gpu")  # which reads the graph that the ranges are of
     assert engine.options["source"] == "model.int8.onnx"
+
+
+def test_a_file_that_an_interrupted_build_has_left_makes_no_model_equalized(recovered: Path) -> None:
+    assert (recovered / "scalings.npz").is_file()
+    assert _ranges(recovered, equalized=True) == {}
+    assert _ranges(recovered, equalized=False)
 
 
 @pytest.mark.parametrize("version", DOUBLE.VERSIONS)
