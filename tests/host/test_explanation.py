@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -19,9 +20,20 @@ from edgeres import files, judge
 from edgeres.artifacts import Engine, QuantizationErrors, QuantizedModel, Report, from_data, from_json
 from edgeres.bundle import verify
 from edgeres.cli import cli
+from edgeres.errors import BundleError
 from edgeres.inspection import inspect_bundle
 from edgeres.recipe import dossier
 from edgeres.runtime.engine import LoadedEngine
+
+
+def test_a_reference_of_objects_is_refused_in_our_own_words() -> None:
+    stream = io.BytesIO()
+    np.savez(stream, logits=np.array([{}], object), names=np.array(["a"]), sha256=np.array(["b"]))
+    for content in (stream.getvalue(), b"neither an archive nor an array"):
+        with pytest.raises(BundleError, match="no archive of plain arrays") as caught:
+            judge.read_reference(content, files.REFERENCE)
+        assert "allow_pickle" not in str(caught.value)
+
 
 RUNGS = {"plain": ("none", "symmetric"), "recovered": ("auto", "shifted")}
 
