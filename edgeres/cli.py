@@ -283,6 +283,8 @@ def validate(
     Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples. The bundle is not changed.
     """
     from edgeres.artifacts import to_data
+    from edgeres.bundle import read_manifest
+    from edgeres.inspection import repairs
     from edgeres.judge import validate_bundle
     from edgeres.terminal import TerminalProgress, show_report
 
@@ -298,7 +300,7 @@ def validate(
         if as_json:
             _print_json(to_data(report))
         else:
-            show_report(report)
+            show_report(report, *repairs(Path(bundle), read_manifest(Path(bundle))))
     return VERDICT_CODES[report.verdict]
 
 
@@ -515,6 +517,7 @@ def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
 
 def _build_json(bundle: Bundle, lines: List[Tuple[str, str, str]]) -> Dict[str, Any]:
     from edgeres.artifacts import to_data
+    from edgeres.inspection import layer_errors, worst_errors
 
     manifest, climb = bundle.manifest, bundle.manifest.climb
     reused = {name for name, _, time in lines if time == "reused"}
@@ -528,6 +531,7 @@ def _build_json(bundle: Bundle, lines: List[Tuple[str, str, str]]) -> Dict[str, 
         },
         "files": {ref.path: ref.sha256 for ref in manifest.files},
         "warnings": list(manifest.warnings),
+        "errors": worst_errors(layer_errors(Path(bundle.path), manifest)),
         "ladder": [to_data(rung) for rung in climb.rungs] if climb is not None else [],
         "given_back": [to_data(cost) for cost in climb.taken_layers] if climb is not None else [],
         "validation": to_data(manifest.report) if manifest.report is not None else None,

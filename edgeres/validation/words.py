@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
+import shlex
+from typing import List, Optional, Sequence
 
 from edgeres.artifacts import Report
 
@@ -30,8 +31,13 @@ def decibels(value: Optional[float]) -> str:
     return "no noise" if value is None else f"{value:.1f} dB"
 
 
-def advice(report: Report) -> List[str]:
-    """Return what to do next, one sentence each; an empty list where there is nothing to be done."""
+def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List[str]:
+    """Return what to do next, one sentence each; an empty list where there is nothing to be done.
+
+    Args:
+        worst: layers to keep in float, where it is known which.
+        untried: the flag for which the build did not look for such layers itself.
+    """
     steps = []
     if report.verdict == "unlabelled":
         steps.append(
@@ -50,7 +56,7 @@ def advice(report: Report) -> List[str]:
             "(sorted folder names) are in the model's order, and mean, std and size."
         )
     if report.verdict == "fail":
-        steps.extend(_repairs(report))
+        steps.extend(_repairs(report, worst, untried))
     if report.activation_range == "shifted" and report.backend == "tensorrt":
         steps.append(
             "What the full int8 range of activations costs in time on TensorRT is not measured yet: compare with a "
@@ -87,7 +93,7 @@ def _more_samples(report: Report) -> str:
     )
 
 
-def _repairs(report: Report) -> List[str]:
+def _repairs(report: Report, worst: Sequence[str], untried: str) -> List[str]:
     parts = report.attribution
     if parts is not None and (parts.engine.drop_pp or 0) > max(0, parts.quantization.drop_pp or 0):
         return [
@@ -106,8 +112,15 @@ def _repairs(report: Report) -> List[str]:
             f"The logits' signal stands only {report.sqnr_db:.1f} dB above the quantization noise: check that the "
             "calibration images look like the validation images and go through the same preprocessing."
         )
+    if untried:
+        steps.append(
+            f"With {untried} nothing more was tried: without it the build recovers what it can, and gives the layers "
+            "that hurt most back to float."
+        )
     steps.append("Calibrate with more images, or choose ranges by another --method (entropy, mse, percentile).")
-    steps.append("Keep the most sensitive layers in float, or build with --precision fp16.")
+    flags = " ".join(f"--keep-float {shlex.quote(name)}" for name in worst)
+    which = f"the layers in float that cause most of it: {flags}" if flags else "the most sensitive layers in float"
+    steps.append(f"Keep {which}; or build with --precision fp16.")
     return steps
 
 

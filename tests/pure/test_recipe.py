@@ -402,7 +402,7 @@ def test_mistakes_of_flags_are_reported_with_those_of_the_file(place: Path) -> N
 
 def test_a_flag_is_blamed_by_its_own_name(place: Path) -> None:
     path = written(place, '[model]\nsource = "resnet18"\n')
-    with pytest.raises(RecipeError, match=r"^options: --max-drop: -1 is not between") as caught:
+    with pytest.raises(RecipeError, match=r"^options: --max-drop: -1\.0 is not between") as caught:
         load_recipe(path, {"validation.max_drop": -1})
     assert caught.value.where == "options"
     with pytest.raises(RecipeError, match=r"--workspace-mib: 0 is not a number of MiB") as caught:
