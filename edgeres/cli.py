@@ -348,10 +348,12 @@ def _error_rows(errors: Dict[str, Any]) -> Tuple[List[str], List[List[str]], str
     """Return columns, rows and title of the layers that cause most of the error."""
     from edgeres.artifacts import QuantizationErrors, from_data
     from edgeres.inspection import ERROR_COLUMNS, error_row
+    from edgeres.progress import counted
 
     found = from_data(errors, QuantizationErrors, "errors")
     worst = found.layers[:WORST]
-    title = f"where the error comes from: the worst {len(worst)} of {len(found.layers)}, on {found.samples} samples"
+    samples = counted(found.samples, "sample")
+    title = f"where the error comes from: the worst {len(worst)} of {len(found.layers)}, on {samples}"
     return list(ERROR_COLUMNS), [error_row(layer) for layer in worst], title
 
 

@@ -35,7 +35,7 @@ from edgeres.artifacts import (
     to_json,
 )
 from edgeres.errors import BundleError, CalibrationError, ExportError, QuantizationError, RecipeError
-from edgeres.progress import Progress
+from edgeres.progress import Progress, counted
 from edgeres.provenance import provenance, versions
 from edgeres.recipe import Recipe, locate, recipe_data
 from edgeres.workspace import Workspace, stage_key
@@ -134,7 +134,8 @@ class Build:
         )
         wanted = self.recipe.calibration.count
         if self.calibration is not None and self.recipe.precision == "int8" and len(self.calibration) < wanted:
-            self.warn(f"{len(self.calibration)} calibration samples were found; {wanted} were asked for")
+            found = counted(len(self.calibration), "calibration sample")
+            self.warn(f"there {'is' if len(self.calibration) == 1 else 'are'} {found}; {wanted} were asked for")
 
     def hygiene(self) -> None:
         """Say what is wrong with the calibration samples, before any time is spent on them.
@@ -156,12 +157,11 @@ class Build:
             from edgeres.samples import examine
 
             found = examine(samples, others, size=frame.size, resize=frame.resize, watch=self.progress.advance)
-            said = len(found.warnings)
-            made = f"{found.calibration + found.validation} samples looked at, {said or 'no'} warning{'s'[: said != 1]}"
-            return found, (), made
+            said = counted(len(found.warnings), "warning") if found.warnings else "no warnings"
+            return found, (), f"{counted(found.calibration + found.validation, 'sample')} looked at, {said}"
 
         with contextlib.suppress(_Reached):
-            record = self.stage("hygiene", inputs, f"{len(samples)} calibration samples", work)
+            record = self.stage("hygiene", inputs, counted(len(samples), "calibration sample"), work)
             for text in from_data(record.facts, Hygiene, "stage hygiene").warnings:
                 self.warn(text)
 
@@ -250,9 +250,13 @@ class Build:
                 keep,
             )
             self.workspace.write(files.STATISTICS, statistics.to_bytes())
-            return {"tensors": len(tensors), "samples": len(samples)}, (files.STATISTICS,), f"{len(tensors)} tensors"
+            return (
+                {"tensors": len(tensors), "samples": len(samples)},
+                (files.STATISTICS,),
+                counted(len(tensors), "tensor"),
+            )
 
-        return self.stage("observe", inputs, f"{len(samples)} samples", work).files[0]
+        return self.stage("observe", inputs, counted(len(samples), "sample"), work).files[0]
 
     def counted(self, key: str, tensors: Tuple[str, ...], samples: int) -> Optional[Statistics]:
         """Return what an interrupted observe stage with this key had counted; None: it begins from the start."""
@@ -309,7 +313,7 @@ class Build:
                 tensors={name: ranges[name] for name in tensors},
             )
             self.workspace.write(files.TABLE, to_json(table))
-            return {"method": plan.method}, (files.TABLE,), f"{len(tensors)} ranges by {plan.method}"
+            return {"method": plan.method}, (files.TABLE,), f"{counted(len(tensors), 'range')} by {plan.method}"
 
         self.stage("calibrate", inputs, f"method {plan.method}", work)
         return self.table(exported)
@@ -400,7 +404,8 @@ class Build:
             mixed=files.file_ref(self.workspace.folder, second) if second else None,
             activation_range="shifted" if shifted else "symmetric",
         )
-        made = f"{name}, {count} layers in int8" + (f", {shifted} tensors over the full range" if shifted else "")
+        made = f"{name}, {counted(count, 'layer')} in int8"
+        made += f", {counted(shifted, 'tensor')} over the full range" if shifted else ""
         return noun, tuple(paths), made
 
     def make(self, exported: ExportedModel) -> None:
@@ -491,10 +496,13 @@ class Build:
             fp32 = open_file(self.workspace.folder / files.FP32_MODEL, "fp32")
             logits = run_samples(fp32, samples, preprocessing, watch)
             self.workspace.write(files.REFERENCE, reference_content(logits, samples))
-            return {"samples": len(samples)}, (files.REFERENCE,), f"FP32 logits of {len(samples)} samples"
+            return {"samples": len(samples)}, (files.REFERENCE,), f"FP32 logits of {counted(len(samples), 'sample')}"
 
         reference = self.stage(
-            "reference", {"model": exported.file.sha256, **data}, f"FP32 on {len(samples)} {source} samples", refer
+            "reference",
+            {"model": exported.file.sha256, **data},
+            f"FP32 on {counted(len(samples), f'{source} sample')}",
+            refer,
         )
         judged = self.recipe.validation
         inputs = {

@@ -13,7 +13,7 @@ from rich.table import Table
 from edgeres.artifacts import Bundle, Change, Climb, Engine, LayerSummary, Manifest, Report, summaries
 from edgeres.errors import printable
 from edgeres.inspection import layer_errors, repairs, worst_errors
-from edgeres.progress import Progress
+from edgeres.progress import Progress, counted
 from edgeres.validation import advice, decibels, headline
 
 WIDTH_OF_A_LOG = 140  # columns; where nobody's window can be asked
@@ -137,7 +137,9 @@ def show_report(report: Report, worst: Sequence[str] = (), untried: str = "") ->
     """Print FP32 and the engine side by side, the verdict in words, and what to do next: see ``advice``."""
     out = console()
     engine = f"{report.precision.upper()} ({report.backend})"
-    table = Table("", "FP32", engine, title=f"{report.samples} {report.samples_source} samples", title_justify="left")
+    table = Table(
+        "", "FP32", engine, title=counted(report.samples, f"{report.samples_source} sample"), title_justify="left"
+    )
     if report.top1_reference is not None and report.top1_engine is not None:
         table.add_row("top-1", f"{100 * report.top1_reference:.2f} %", f"{100 * report.top1_engine:.2f} %")
     if report.drop_ci95_pp is not None and report.drop_pp is not None:

@@ -6,6 +6,7 @@ import shlex
 from typing import List, Optional, Sequence
 
 from edgeres.artifacts import Report
+from edgeres.progress import counted
 
 # Right on fewer than this, the reference is hardly the model that its user means.
 DOUBTFUL_TOP1 = 0.1
@@ -18,8 +19,8 @@ def headline(report: Report) -> str:
     precision = report.precision.upper()
     if report.drop_pp is None or report.drop_ci95_pp is None:
         return (
-            f"{precision} gives the answer of FP32 on {100 * report.agreement:.2f} % of {_samples(report.samples)}; "
-            "without labels its accuracy cannot be judged."
+            f"{precision} gives the answer of FP32 on {100 * report.agreement:.2f} % of "
+            f"{counted(report.samples, 'sample')}; without labels its accuracy cannot be judged."
         )
     lower, upper = report.drop_ci95_pp
     change = f"{precision} {_change(report.drop_pp)} (95 % interval of the loss {lower:.2f} to {upper:.2f})"
@@ -74,8 +75,8 @@ def _change(drop_pp: float) -> str:
 def _verdict(report: Report) -> str:
     if report.verdict != "inconclusive":
         basis = " by the point estimate alone" if report.policy == "point" else ""
-        return f"{'passes' if report.verdict == 'pass' else 'fails'} with {_samples(report.samples)}{basis}"
-    undecided = f"cannot be decided with {_samples(report.samples)}"
+        return f"{'passes' if report.verdict == 'pass' else 'fails'} with {counted(report.samples, 'sample')}{basis}"
+    undecided = f"cannot be decided with {counted(report.samples, 'sample')}"
     if report.samples_to_decide is None:
         return f"{undecided}; at the observed rates no practical number would decide it"
     return f"{undecided}; about {_about(report.samples_to_decide):,} would"
@@ -122,10 +123,6 @@ def _repairs(report: Report, worst: Sequence[str], untried: str) -> List[str]:
     which = f"the layers in float that cause most of it: {flags}" if flags else "the most sensitive layers in float"
     steps.append(f"Keep {which}; or build with --precision fp16.")
     return steps
-
-
-def _samples(count: int) -> str:
-    return f"{count:,} sample{'' if count == 1 else 's'}"
 
 
 def _about(count: int) -> int:
