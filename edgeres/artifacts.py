@@ -416,12 +416,16 @@ class Climb(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One finished stage: ``key`` hashes everything that its result depends on; ``facts`` is its noun, as JSON data."""
+    """One finished stage: ``key`` hashes everything that its result depends on; ``facts`` is its noun, as JSON data.
+
+    ``warnings`` are what was said while it ran, to be said again where its result is taken over.
+    """
 
     key: str
     files: Tuple[FileRef, ...]
     seconds: float
     facts: Dict[str, Any]
+    warnings: Tuple[str, ...] = ()
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

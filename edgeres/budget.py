@@ -53,7 +53,7 @@ def build_within(job: Build, exported: ExportedModel) -> None:
         job.make(exported)
         if job.report is None or job.report.verdict == climb.rungs[climb.taken].verdict:
             job.progress.reused("budget", budget_words(climb))
-            job.workspace.take_over("sensitivity")
+            job.workspace.take_over("sensitivity", "budget")
             _warn(job, climb)
             return
         job.workspace.records.pop("budget")  # a GPU's engine is made anew each time, and this one is judged differently

@@ -283,6 +283,8 @@ def validate(
     Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples. The bundle is not changed.
     """
     from edgeres.artifacts import to_data
+    from edgeres.bundle import read_manifest
+    from edgeres.inspection import repairs
     from edgeres.judge import validate_bundle
     from edgeres.terminal import TerminalProgress, show_report
 
@@ -298,7 +300,7 @@ def validate(
         if as_json:
             _print_json(to_data(report))
         else:
-            show_report(report)
+            show_report(report, *repairs(Path(bundle), read_manifest(Path(bundle))))
     return VERDICT_CODES[report.verdict]
 
 
@@ -346,10 +348,12 @@ def _error_rows(errors: Dict[str, Any]) -> Tuple[List[str], List[List[str]], str
     """Return columns, rows and title of the layers that cause most of the error."""
     from edgeres.artifacts import QuantizationErrors, from_data
     from edgeres.inspection import ERROR_COLUMNS, error_row
+    from edgeres.progress import counted
 
     found = from_data(errors, QuantizationErrors, "errors")
     worst = found.layers[:WORST]
-    title = f"where the error comes from: the worst {len(worst)} of {len(found.layers)}, on {found.samples} samples"
+    samples = counted(found.samples, "sample")
+    title = f"where the error comes from: the worst {len(worst)} of {len(found.layers)}, on {samples}"
     return list(ERROR_COLUMNS), [error_row(layer) for layer in worst], title
 
 
@@ -515,6 +519,7 @@ def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
 
 def _build_json(bundle: Bundle, lines: List[Tuple[str, str, str]]) -> Dict[str, Any]:
     from edgeres.artifacts import to_data
+    from edgeres.inspection import layer_errors, worst_errors
 
     manifest, climb = bundle.manifest, bundle.manifest.climb
     reused = {name for name, _, time in lines if time == "reused"}
@@ -528,6 +533,7 @@ def _build_json(bundle: Bundle, lines: List[Tuple[str, str, str]]) -> Dict[str, 
         },
         "files": {ref.path: ref.sha256 for ref in manifest.files},
         "warnings": list(manifest.warnings),
+        "errors": worst_errors(layer_errors(Path(bundle.path), manifest)),
         "ladder": [to_data(rung) for rung in climb.rungs] if climb is not None else [],
         "given_back": [to_data(cost) for cost in climb.taken_layers] if climb is not None else [],
         "validation": to_data(manifest.report) if manifest.report is not None else None,

@@ -6,7 +6,7 @@ Nothing here needs torch or onnx: a bundle that was built on a host is compiled 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Dict, List, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Tuple
 
 import msgspec
 
@@ -43,6 +43,8 @@ SHIFTED_TARGETS = ("cpu", "rtx")
 """Where the full int8 range is known to cost nothing; see CONTRIBUTING, Decisions."""
 
 SYMMETRIC_INSTEAD = "edgeres quantize BUNDLE --activation-range symmetric"
+FOR_A_DLA = f"{SYMMETRIC_INSTEAD} --recovery none"
+"""Recovery makes another float model, and up to TensorRT 10.7 a DLA gets scales for the plain one."""
 
 
 def activation_range(recipe: Recipe) -> str:
@@ -57,28 +59,38 @@ def activation_range(recipe: Recipe) -> str:
     return "shifted" if resolve(recipe.engine)[1] in SHIFTED_TARGETS else "symmetric"
 
 
-def compile_engine(
-    folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel, watch: Watch
-) -> Tuple[Engine, Tuple[str, ...]]:
-    """Return the engine of a model whose files lie in ``folder``, and warnings; its own file is written there too.
+class Source(NamedTuple):
+    """What an engine is compiled from: the files in ``folder`` and their records. ``equalized`` says whether there was
+    a stage of that name, whose ``scalings.npz`` the ranges then belong to; a file of that name proves nothing, for an
+    interrupted build may have left it."""
+
+    folder: Path
+    exported: ExportedModel
+    model: QuantizedModel
+    equalized: bool
+
+
+def compile_engine(source: Source, section: EngineSection, watch: Watch) -> Tuple[Engine, Tuple[str, ...]]:
+    """Return the engine of a model, and warnings; its own file is written to the model's folder too.
 
     Raises:
         BackendError: the backend refuses the model, or cannot serve the target.
         MissingPackageError: the backend's package is not installed.
     """
     backend, target = resolve(section)
+    model = source.model
     warnings = _range_warnings(model, target)
     if backend == "cpu":
         instead = cpu_instead(section)
         require_onnxruntime(section)
         from edgeres.backends import cpu
 
-        cpu.open_model(folder / model.file.path, model.precision).close()
+        cpu.open_model(source.folder / model.file.path, model.precision).close()
         engine = cpu.compile_engine(model.file, model.precision, model.activation_range)
         warnings = (instead, *warnings) if instead else warnings
     else:
         decided = msgspec.structs.replace(section, backend=backend, target=target)
-        engine, told = _tensorrt_engine(folder, decided, exported, model, watch)
+        engine, told = _tensorrt_engine(source, decided, watch)
         warnings = (*told, *warnings)
     return msgspec.structs.replace(engine, warnings=warnings), warnings
 
@@ -95,7 +107,7 @@ def _range_warnings(model: QuantizedModel, target: str) -> Tuple[str, ...]:
         raise BackendError(
             f"{model.file.path} has activations shifted to the full int8 range, and a DLA quantizes symmetrically: up "
             "to TensorRT 10.7 it gets scales alone, without the graph that holds the shifts. Where the bundle was "
-            f"built: {SYMMETRIC_INSTEAD}. Then compile it here."
+            f"built: {FOR_A_DLA}. Then compile it here."
         )
     return (
         "activations are shifted to the full int8 range, and what that costs in time on TensorRT is not measured yet. "
@@ -103,16 +115,15 @@ def _range_warnings(model: QuantizedModel, target: str) -> Tuple[str, ...]:
     )
 
 
-def _tensorrt_engine(
-    folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel, watch: Watch
-) -> Tuple[Engine, Tuple[str, ...]]:
+def _tensorrt_engine(source: Source, section: EngineSection, watch: Watch) -> Tuple[Engine, Tuple[str, ...]]:
     from edgeres.backends.tensorrt import attribute, build_in_child, untold
 
     backend, target = resolve(section)
-    sources = _sources(exported, model)
-    request = _request(folder, section, exported, model)
+    folder, model = source.folder, source.model
+    request = _request(source, section)
     result = build_in_child(request, watch)
-    source = next(ref for ref in sources.values() if str(folder / ref.path) == result.source)
+    sources = _sources(source.exported, model).values()
+    read = next(ref for ref in sources if str(folder / ref.path) == result.source)
     layers, complaints = attribute(result.layers, model.layers, target)
     if complaints and section.strict:
         raise BackendError("with --strict, every layer must run as planned: " + "; ".join(complaints))
@@ -125,8 +136,8 @@ def _tensorrt_engine(
         precision=model.precision,
         file=ref,
         built_for=result.built_for,
-        options={"source": source.path, **_options(section, request)},
-        model_sha256=source.sha256,
+        options={"source": read.path, **_options(section, request)},
+        model_sha256=read.sha256,
         layers=layers,
         activation_range=model.activation_range,
         not_as_planned=complaints,
@@ -145,15 +156,16 @@ def _options(section: EngineSection, request: BuildRequest) -> Dict[str, str]:
     return {"batch": ",".join(map(str, request.batch)), **said}
 
 
-def _request(folder: Path, section: EngineSection, exported: ExportedModel, model: QuantizedModel) -> BuildRequest:
+def _request(source: Source, section: EngineSection) -> BuildRequest:
     """Return what to ask of TensorRT's builder, which chooses the form of the model that its version reads."""
     from edgeres.backends.tensorrt import BuildRequest, kept_in_half
 
     backend, target = resolve(section)
+    folder, exported, model = source.folder, source.exported, source.model
     ranges: Dict[str, float] = {}
     half: Tuple[str, ...] = ()
     if target.startswith("dla") and model.precision == "int8":  # it may take its ranges beside the graph
-        ranges = _ranges(folder)
+        ranges = _ranges(folder, source.equalized)
         half = kept_in_half(model.layers)
     return BuildRequest(
         onnx=str(folder / model.file.path),
@@ -177,11 +189,10 @@ def _request(folder: Path, section: EngineSection, exported: ExportedModel, mode
     )
 
 
-def _ranges(folder: Path) -> Dict[str, float]:
+def _ranges(folder: Path, equalized: bool) -> Dict[str, float]:
     """Return the ``amax`` of each tensor of the FP32 model; none where the ranges are those of an equalized model."""
-    scalings = folder / files.SCALINGS
-    if scalings.is_file():
-        found = scalings_from_bytes(scalings.read_bytes(), files.SCALINGS)
+    if equalized:
+        found = scalings_from_bytes((folder / files.SCALINGS).read_bytes(), files.SCALINGS)
         if not all(scaling.is_plain for scaling in found.values()):
             return {}
     table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
@@ -213,7 +224,8 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
         exported, model = _models(bundle, manifest)
         for ref in manifest.files:
             workspace.write(ref.path, read_verified(bundle, ref))
-        engine, warnings = compile_engine(workspace.folder, section, exported, model, watch)
+        source = Source(workspace.folder, exported, model, "equalize" in manifest.stages)
+        engine, warnings = compile_engine(source, section, watch)
         changed = with_engine(manifest, engine, warnings)
         if changed.report is not None:
             workspace.write(files.REPORT, to_json(changed.report))
@@ -264,8 +276,9 @@ def with_engine(manifest: Manifest, engine: Engine, warnings: Tuple[str, ...]) -
         report = with_layers(report, engines)
         refs[files.REPORT] = content_ref(files.REPORT, to_json(report))
         if "validate" in stages:
+            others_of = (ref for ref in stages["validate"].files if ref.path != files.REPORT)
             stages["validate"] = msgspec.structs.replace(
-                stages["validate"], files=(refs[files.REPORT],), facts=to_data(report)
+                stages["validate"], files=(refs[files.REPORT], *others_of), facts=to_data(report)
             )
     kept = {text for other in others for text in other.warnings}
     settled = {text for other in earlier for text in (*other.warnings, *other.not_as_planned)} - kept

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from edgeres import files
 from edgeres.artifacts import (
     CalibrationTable,
     ExportedModel,
+    LayerCost,
     LayerError,
     Manifest,
     QuantizationErrors,
@@ -19,8 +20,11 @@ from edgeres.artifacts import (
     summaries,
     to_data,
 )
-from edgeres.bundle import unlisted, verify_and_read
+from edgeres.bundle import read_verified, unlisted, verify_and_read
 from edgeres.errors import BundleError, MissingPackageError
+
+WORST = 3  # layers that are named in short
+WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
 def inspect_bundle(folder: Path) -> Dict[str, Any]:
@@ -63,6 +67,59 @@ def inspect_bundle(folder: Path) -> Dict[str, Any]:
         "unlisted": unlisted(folder, manifest),
         "warnings": list(manifest.warnings),
     }
+
+
+def layer_errors(folder: Path, manifest: Manifest) -> Optional[QuantizationErrors]:
+    """Return where a bundle's error comes from, layer by layer; None where that was not found out.
+
+    Raises:
+        BundleError: the file is not what the manifest says.
+    """
+    for ref in manifest.files:
+        if ref.path == files.ERRORS:
+            return from_json(read_verified(folder, ref), QuantizationErrors, str(folder / files.ERRORS))
+    return None
+
+
+def worst_errors(errors: Optional[QuantizationErrors]) -> List[Dict[str, Any]]:
+    """Return the layers that cause most of the noise: ``module``, its ``share``, the SQNR of its own quantization."""
+    return [
+        {"module": layer.module or layer.node, "share": layer.share, "own_sqnr_db": layer.own_sqnr_db}
+        for layer in (errors.layers[:WORST] if errors else ())
+    ]
+
+
+def repairs(folder: Path, manifest: Manifest) -> Tuple[Tuple[str, ...], str]:
+    """Return what ``edgeres.validation.advice`` has to know of a bundle: the layers to keep in float besides those that
+    its recipe keeps, and the flag that kept its build from looking for them, or an empty text."""
+    wanted = manifest.recipe.get("quantization", {})
+    untried = ""
+    if wanted.get("recovery", "auto") in ("none", "fast"):
+        untried = f"--recovery {wanted['recovery']}"
+    elif wanted.get("budget_minutes") == 0:
+        untried = "--budget-minutes 0"
+    if (manifest.recipe.get("engine", {}).get("target") or "").startswith("dla"):
+        untried = ""  # a DLA gets no recovery, whatever was asked for
+    worst = _costliest(manifest) or [
+        layer.module or layer.node
+        for layer in getattr(layer_errors(folder, manifest), "layers", ())
+        if layer.op in WEIGHTED
+    ]
+    return (*wanted.get("keep_float", ()), *dict.fromkeys(worst[:WORST])) if worst else (), untried
+
+
+def _costliest(manifest: Manifest) -> List[str]:
+    """Return the layers with weights that cost most where each alone is quantized, as far as the build measured it."""
+    if "sensitivity" not in manifest.stages:
+        return []
+    found = manifest.stages["sensitivity"].facts.get("layers", ())
+    costs = [from_data(cost, LayerCost, "stage sensitivity") for cost in found]
+    given = {node for cost in (manifest.climb.taken_layers if manifest.climb else ()) for node in cost.nodes}
+    return [
+        cost.layer
+        for cost in costs
+        if cost.weighted == len(cost.nodes) == 1 and cost.expected and given.isdisjoint(cost.nodes)
+    ]
 
 
 def inspect_file(path: Path) -> Dict[str, Any]:
@@ -145,7 +202,7 @@ def error_row(error: LayerError) -> List[str]:
         _ratio(error.own_sqnr_db),
         _ratio(error.accumulated_sqnr_db),
         _ratio(error.input_sqnr_db),
-        _ratio(error.weight_sqnr_db) if error.op in ("Conv", "Gemm", "MatMul") else "",
+        _ratio(error.weight_sqnr_db) if error.op in WEIGHTED else "",
         f"{error.lowest:.3g} to {error.highest:.3g}",
         f"{100 * error.clipped:.2g} %",
         f"{100 * error.saturated:.2g} %",

@@ -67,7 +67,10 @@ def read_reference(content: bytes, where: str) -> Dict[str, np.ndarray]:
         with np.load(io.BytesIO(content), allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as problem:
-        raise BundleError(f"{where} is not a reference file ({problem}). Build the bundle again.") from None
+        reason = str(problem)
+        if "pickle" in reason:  # NumPy advises to load it all the same
+            reason = "it is no archive of plain arrays, and anything else is never loaded: that may run code"
+        raise BundleError(f"{where} is not a reference file ({reason}). Build the bundle again.") from None
     if not {"logits", "names", "sha256"} <= arrays.keys():
         raise BundleError(f"{where} lacks logits, names or sha256. Build the bundle again.")
     return arrays

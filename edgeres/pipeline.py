@@ -35,7 +35,7 @@ from edgeres.artifacts import (
     to_json,
 )
 from edgeres.errors import BundleError, CalibrationError, ExportError, QuantizationError, RecipeError
-from edgeres.progress import Progress
+from edgeres.progress import Progress, counted
 from edgeres.provenance import provenance, versions
 from edgeres.recipe import Recipe, locate, recipe_data
 from edgeres.workspace import Workspace, stage_key
@@ -52,7 +52,7 @@ STAGES = (
     "validate",
 )  # fmt: skip
 MODEL_STAGES = ("export", "calibrate", "quantize")  # what an engine is compiled from
-FORMAT = 5  # part of every key: raise it when a stage's result changes with the same inputs
+FORMAT = 6  # part of every key: raise it when a stage's result changes with the same inputs
 KEEP_EVERY = 30.0  # seconds of calibration that an interruption may cost; writing it takes a few tenths of one
 
 Made = Tuple[Any, Tuple[str, ...], str]
@@ -74,6 +74,7 @@ class Build:
         self.engines: Tuple[Engine, ...] = ()
         self.report: Optional[Report] = None
         self.warnings: List[str] = []
+        self.said: List[str] = []  # of these, in the running stage
         self.level: Optional[int] = None  # of recovery, where the accuracy budget asks for another than the recipe
         self.time_left = math.inf  # seconds, for what has no end of its own
         self.given_back: Dict[str, str] = {}  # node → why the accuracy budget keeps it in float
@@ -86,6 +87,8 @@ class Build:
         return STAGES[self.last] == "validate"
 
     def warn(self, text: str) -> None:
+        if text not in self.said:
+            self.said.append(text)
         if text not in self.warnings:  # each net that is tried for the accuracy budget has the same to say
             self.warnings.append(text)
             self.progress.warn(text)
@@ -95,19 +98,26 @@ class Build:
         key = _key(name, inputs)
         known = self.workspace.records.get(name)
         if known is not None and known.key == key:
-            return known
+            return self._retold(known)
         earlier = self.workspace.reuse(name, key)
         if earlier is not None:
             self.progress.reused(name, text)
-            return earlier
+            return self._retold(earlier)
         if STAGES.index(name) > self.last:
             raise _Reached
         self.progress.stage(name, text)
+        self.said = []
         start = time.perf_counter()
         noun, paths, made = work()
         seconds = time.perf_counter() - start
-        record = self.workspace.finish(name, key, paths, seconds, to_data(noun))
+        record = self.workspace.finish(name, key, paths, seconds, to_data(noun), tuple(self.said))
         self.progress.finished(name, seconds, made)
+        return record
+
+    def _retold(self, record: StageRecord) -> StageRecord:
+        """Say again what was warned of while the stage ran: it is still true of its result."""
+        for text in record.warnings:
+            self.warn(text)
         return record
 
     def open_samples(self) -> None:
@@ -124,7 +134,8 @@ class Build:
         )
         wanted = self.recipe.calibration.count
         if self.calibration is not None and self.recipe.precision == "int8" and len(self.calibration) < wanted:
-            self.warn(f"{len(self.calibration)} calibration samples were found; {wanted} were asked for")
+            found = counted(len(self.calibration), "calibration sample")
+            self.warn(f"there {'is' if len(self.calibration) == 1 else 'are'} {found}; {wanted} were asked for")
 
     def hygiene(self) -> None:
         """Say what is wrong with the calibration samples, before any time is spent on them.
@@ -146,12 +157,11 @@ class Build:
             from edgeres.samples import examine
 
             found = examine(samples, others, size=frame.size, resize=frame.resize, watch=self.progress.advance)
-            said = len(found.warnings)
-            made = f"{found.calibration + found.validation} samples looked at, {said or 'no'} warning{'s'[: said != 1]}"
-            return found, (), made
+            said = counted(len(found.warnings), "warning") if found.warnings else "no warnings"
+            return found, (), f"{counted(found.calibration + found.validation, 'sample')} looked at, {said}"
 
         with contextlib.suppress(_Reached):
-            record = self.stage("hygiene", inputs, f"{len(samples)} calibration samples", work)
+            record = self.stage("hygiene", inputs, counted(len(samples), "calibration sample"), work)
             for text in from_data(record.facts, Hygiene, "stage hygiene").warnings:
                 self.warn(text)
 
@@ -240,9 +250,13 @@ class Build:
                 keep,
             )
             self.workspace.write(files.STATISTICS, statistics.to_bytes())
-            return {"tensors": len(tensors), "samples": len(samples)}, (files.STATISTICS,), f"{len(tensors)} tensors"
+            return (
+                {"tensors": len(tensors), "samples": len(samples)},
+                (files.STATISTICS,),
+                counted(len(tensors), "tensor"),
+            )
 
-        return self.stage("observe", inputs, f"{len(samples)} samples", work).files[0]
+        return self.stage("observe", inputs, counted(len(samples), "sample"), work).files[0]
 
     def counted(self, key: str, tensors: Tuple[str, ...], samples: int) -> Optional[Statistics]:
         """Return what an interrupted observe stage with this key had counted; None: it begins from the start."""
@@ -299,7 +313,7 @@ class Build:
                 tensors={name: ranges[name] for name in tensors},
             )
             self.workspace.write(files.TABLE, to_json(table))
-            return {"method": plan.method}, (files.TABLE,), f"{len(tensors)} ranges by {plan.method}"
+            return {"method": plan.method}, (files.TABLE,), f"{counted(len(tensors), 'range')} by {plan.method}"
 
         self.stage("calibrate", inputs, f"method {plan.method}", work)
         return self.table(exported)
@@ -390,7 +404,8 @@ class Build:
             mixed=files.file_ref(self.workspace.folder, second) if second else None,
             activation_range="shifted" if shifted else "symmetric",
         )
-        made = f"{name}, {count} layers in int8" + (f", {shifted} tensors over the full range" if shifted else "")
+        made = f"{name}, {counted(count, 'layer')} in int8"
+        made += f", {counted(shifted, 'tensor')} over the full range" if shifted else ""
         return noun, tuple(paths), made
 
     def make(self, exported: ExportedModel) -> None:
@@ -417,7 +432,7 @@ class Build:
 
     def compiled(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
         """Make the engine that the recipe wants."""
-        from edgeres.compilation import compile_engine, engine_words
+        from edgeres.compilation import Source, compile_engine, engine_words
         from edgeres.targets import resolve
 
         section = self.recipe.engine
@@ -435,12 +450,9 @@ class Build:
             inputs["once"] = os.urandom(16).hex()  # a GPU, its driver and its library may change unseen by any hash
 
         def work() -> Made:
+            source = Source(self.workspace.folder, exported, model, "equalize" in self.workspace.records)
             engine, warnings = compile_engine(
-                self.workspace.folder,
-                section,
-                exported,
-                model,
-                lambda _, done, total: self.progress.advance(done, total),
+                source, section, lambda _, done, total: self.progress.advance(done, total)
             )
             for text in warnings:
                 self.warn(text)
@@ -484,10 +496,13 @@ class Build:
             fp32 = open_file(self.workspace.folder / files.FP32_MODEL, "fp32")
             logits = run_samples(fp32, samples, preprocessing, watch)
             self.workspace.write(files.REFERENCE, reference_content(logits, samples))
-            return {"samples": len(samples)}, (files.REFERENCE,), f"FP32 logits of {len(samples)} samples"
+            return {"samples": len(samples)}, (files.REFERENCE,), f"FP32 logits of {counted(len(samples), 'sample')}"
 
         reference = self.stage(
-            "reference", {"model": exported.file.sha256, **data}, f"FP32 on {len(samples)} {source} samples", refer
+            "reference",
+            {"model": exported.file.sha256, **data},
+            f"FP32 on {counted(len(samples), f'{source} sample')}",
+            refer,
         )
         judged = self.recipe.validation
         inputs = {
@@ -530,7 +545,8 @@ class Build:
         report = with_layers(found, self.engines)
         if report != found:
             self.workspace.write(files.REPORT, to_json(report))
-            self.workspace.finish("validate", record.key, (files.REPORT,), record.seconds, to_data(report))
+            paths = tuple(ref.path for ref in record.files)
+            self.workspace.finish("validate", record.key, paths, record.seconds, to_data(report), record.warnings)
         return report
 
 

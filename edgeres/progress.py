@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words: ``1 sample``, ``1,000 samples``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Progress:
     """A silent watcher. The command line overrides it with bars and lines; a library user may do the same."""
 

@@ -8,13 +8,15 @@ folder); ``edgeres:`` in front of a path means the dossier that comes with edger
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Collection, Dict, List, Mapping, Optional, Tuple, Union
 
 import msgspec
 
+from edgeres import OPTIONS
 from edgeres.architectures import ARCHITECTURES, Architecture
 from edgeres.artifacts import Preprocessing, to_data
 from edgeres.errors import RecipeError
@@ -210,8 +212,20 @@ def load_recipe(source: Union[str, Path, None] = None, overrides: Optional[Mappi
             data[section].update(values)
     recipe = _decode(data, problems)
     if problems or recipe is None:
-        raise RecipeError(where, problems)
+        blamed = [_blamed(problem, overrides) for problem in problems]
+        of_flags = all(new != old for new, old in zip(blamed, problems))
+        raise RecipeError("options" if of_flags else where, blamed)
     return recipe
+
+
+FLAGS = {key: f"--{name.replace('_', '-')}" for name, key in OPTIONS.items() if key != "name"}
+"""The recipe's keys, and the flags that override them."""
+
+
+def _blamed(problem: str, overrides: Collection[str]) -> str:
+    """Return a problem that names the flag which a value came from, in the place of the recipe's key."""
+    key, colon, what = problem.partition(":")
+    return f"{FLAGS[key]}{colon}{what}" if key in overrides and key in FLAGS else problem
 
 
 def engine_section(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> EngineSection:
@@ -234,7 +248,8 @@ def engine_section(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> E
     if isinstance(section, EngineSection):
         problems.extend(_engine_mistakes(section))
     if problems or not isinstance(section, EngineSection):
-        raise RecipeError("options", problems)
+        flags = {f"engine.{name}" for name in given}
+        raise RecipeError("options", [_blamed(problem, flags) for problem in problems])
     return section
 
 
@@ -316,7 +331,10 @@ def _section(name: str, kind: type, values: Any, problems: List[str]) -> Any:
             try:
                 good[key] = msgspec.convert(values[key], type=field.type)
             except msgspec.ValidationError as problem:
-                problems.append(f"{name}.{key}: {problem}")
+                what = str(problem)
+                if isinstance(values[key], str) and what.startswith("Expected `array`, got `str`"):
+                    what = f"is a list: {key} = [{json.dumps(values[key], ensure_ascii=False)}]"
+                problems.append(f"{name}.{key}: {what}")
     return kind(**good)
 
 

@@ -63,7 +63,7 @@ class Rungs:
             for ref in record.files:
                 self._workspace.write(ref.path, (self._folder / str(number) / ref.path).read_bytes())
             paths = tuple(ref.path for ref in record.files)
-            self._workspace.finish(name, record.key, paths, record.seconds, record.facts)
+            self._workspace.finish(name, record.key, paths, record.seconds, record.facts, record.warnings)
 
     def clear(self) -> None:
         """Forget it all: the climb is over, or starts anew."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from rich.console import Console
@@ -11,7 +12,8 @@ from rich.table import Table
 
 from edgeres.artifacts import Bundle, Change, Climb, Engine, LayerSummary, Manifest, Report, summaries
 from edgeres.errors import printable
-from edgeres.progress import Progress
+from edgeres.inspection import layer_errors, repairs, worst_errors
+from edgeres.progress import Progress, counted
 from edgeres.validation import advice, decibels, headline
 
 WIDTH_OF_A_LOG = 140  # columns; where nobody's window can be asked
@@ -92,8 +94,13 @@ def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
     out.print(table)
     if bundle.manifest.climb is not None:
         show_ladder(bundle.manifest.climb)
+    place = Path(bundle.path)
+    worst = worst_errors(layer_errors(place, bundle.manifest))
+    if worst:
+        said = (f"{x['module']} {100 * x['share']:.0f} % (own {decibels(x['own_sqnr_db'])})" for x in worst)
+        out.print(printable(f"most of the noise: {', '.join(said)}"))
     if bundle.report is not None:
-        show_report(bundle.report)
+        show_report(bundle.report, *repairs(place, bundle.manifest))
     out.print(printable(f"bundle: {bundle.path}"))
 
 
@@ -126,11 +133,13 @@ def show_engine(place: str, engine: Engine, words: str) -> None:
             out.print(printable(f"  {name}: {value}"))
 
 
-def show_report(report: Report) -> None:
-    """Print FP32 and the engine side by side, the verdict in words, and what to do next."""
+def show_report(report: Report, worst: Sequence[str] = (), untried: str = "") -> None:
+    """Print FP32 and the engine side by side, the verdict in words, and what to do next: see ``advice``."""
     out = console()
     engine = f"{report.precision.upper()} ({report.backend})"
-    table = Table("", "FP32", engine, title=f"{report.samples} {report.samples_source} samples", title_justify="left")
+    table = Table(
+        "", "FP32", engine, title=counted(report.samples, f"{report.samples_source} sample"), title_justify="left"
+    )
     if report.top1_reference is not None and report.top1_engine is not None:
         table.add_row("top-1", f"{100 * report.top1_reference:.2f} %", f"{100 * report.top1_engine:.2f} %")
     if report.drop_ci95_pp is not None and report.drop_pp is not None:
@@ -150,8 +159,8 @@ def show_report(report: Report) -> None:
     out.print(table)
     show_layers(report.layers)
     out.print(f"{report.verdict.upper()}: {headline(report)}", style=VERDICT_STYLE.get(report.verdict, ""))
-    for line in advice(report):
-        out.print(f"  {line}")
+    for line in advice(report, worst, untried):
+        out.print(printable(f"  {line}"))
 
 
 def _change_words(change: Change) -> str:

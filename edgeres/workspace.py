@@ -104,13 +104,19 @@ class Workspace:
         self._record(name, record_there)
         return record_there
 
-    def take_over(self, name: str) -> Optional[StageRecord]:
-        """Return a stage's earlier record whatever its key, its files in place: another that holds vouches for it."""
-        with contextlib.suppress(BundleError, OSError):
-            path = self.folder / RECORDS / f"{name}.json"
-            return self.reuse(name, from_json(path.read_bytes(), StageRecord, str(path)).key)
-        earlier = self._earlier.stages.get(name) if self._earlier is not None else None
-        return None if earlier is None else self.reuse(name, earlier.key)
+    def take_over(self, name: str, voucher: str) -> Optional[StageRecord]:
+        """Return the earlier bundle's record of a stage whose key nobody knows, files in place; None: there is none.
+
+        It holds where the stage ``voucher``, made in the same build, is the same there as here. What lies in the work
+        folder may be of another recipe, whose build was interrupted, and is not asked.
+        """
+        stages = self._earlier.stages if self._earlier is not None else {}
+        there, here = stages.get(voucher), self.records.get(voucher)
+        if name not in stages or there is None or here is None:
+            return None
+        if (there.key, _result(there)) != (here.key, _result(here)):
+            return None
+        return self.reuse(name, stages[name].key)
 
     def take_engines(self, stages: Tuple[str, ...], made: Optional[str]) -> Tuple[Engine, ...]:
         """Take over the engines of the earlier bundle, where these stages made the same there as here.
@@ -150,10 +156,18 @@ class Workspace:
         head, rest = content[: len(_head(key, b""))], content[len(_head(key, b"")) :]
         return rest if head == _head(key, rest) else None
 
-    def finish(self, name: str, key: str, paths: Tuple[str, ...], seconds: float, facts: Dict[str, Any]) -> StageRecord:
+    def finish(
+        self,
+        name: str,
+        key: str,
+        paths: Tuple[str, ...],
+        seconds: float,
+        facts: Dict[str, Any],
+        warnings: Tuple[str, ...] = (),
+    ) -> StageRecord:
         """Record that a stage is done; ``paths`` are its files, relative to the bundle."""
         refs = tuple(file_ref(self.folder, path) for path in paths)
-        record = StageRecord(key=key, files=refs, seconds=round(seconds, 3), facts=facts)
+        record = StageRecord(key=key, files=refs, seconds=round(seconds, 3), facts=facts, warnings=warnings)
         self._record(name, record)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.folder / RECORDS / f"{name}.partial")

@@ -85,7 +85,7 @@ def from_callable(spec: str, num_classes: int | None = None, seed: int | None = 
                 "make it callable so, for instance with defaults for its parameters."
             ) from problem
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{spec} returned a {type(model).__name__}; let it return a torch.nn.Module.")
+        raise ModelError(f"{spec} returned an object of type {type(model).__name__}; let it return a torch.nn.Module.")
     return model.eval()
 
 

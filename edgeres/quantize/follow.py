@@ -39,11 +39,18 @@ class Follower:
             if node.op_type == "Constant":
                 self.constants[node.output[0]] = torch.from_numpy(_constant(_attributes(node)))
         self.nodes = [node for node in self.nodes if node.op_type != "Constant"]
-        self.input = next(value.name for value in model.graph.input if value.name not in self.constants)
+        inputs = [value.name for value in model.graph.input if value.name not in self.constants]
+        if len(inputs) != 1:
+            raise _refusal(f"a graph with {len(inputs)} inputs")
+        self.input = inputs[0]
         self.output = model.graph.output[0].name
         unknown = sorted({node.op_type for node in self.nodes} - set(OPERATORS))
         if unknown:
             raise _refusal(f"the operator {', '.join(unknown)}")
+        others = {name: node.op_type for node in self.nodes for name in node.output[1:] if name}
+        for name in (self.output, *(name for node in self.nodes for name in node.input)):
+            if name in others:
+                raise _refusal(f"the second output of a {others[name]}")
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
             for name in node.input:
@@ -117,6 +124,8 @@ class Follower:
         rest, order = list(self.nodes), []
         while rest:
             ready = [node for node in rest if have.issuperset(node.input)]
+            if not ready:
+                raise _refusal(f"{rest[0].op_type} {rest[0].name}, whose inputs nothing makes")
             light = [node for node in ready if node.op_type not in ("Conv", "Gemm", "MatMul")]
             for node in light or ready[:1]:
                 order.append(node)
@@ -141,7 +150,10 @@ def _constant(attributes: Mapping[str, Any]) -> np.ndarray:
 
 
 def _refusal(what: str) -> QuantizationError:
-    return QuantizationError(f"accuracy recovery cannot follow {what}. Turn it off: --recovery none")
+    return QuantizationError(
+        f"accuracy recovery cannot follow {what}. Nothing has to be done where accuracy suffices without it; else keep "
+        "the layers that lose most in float: --keep-float NAME"
+    )
 
 
 Inputs = Sequence[Any]
@@ -243,6 +255,12 @@ def _clip(inputs: Inputs, _attributes: Attributes) -> Tensor:
     return y
 
 
+def _dropout(inputs: Inputs, _attributes: Attributes) -> Tensor:
+    if len(inputs) > 2 and inputs[2] is not None and bool(inputs[2]):
+        raise _refusal("a Dropout in training mode")
+    return inputs[0]  # type: ignore[no-any-return]
+
+
 def _axes(inputs: Inputs, attributes: Attributes) -> list[int]:
     """Return the axes, which opset 13 (for ReduceMean opset 18) made an input; none where they are left out."""
     return list(inputs[1].tolist() if len(inputs) > 1 and inputs[1] is not None else attributes.get("axes", ()))
@@ -269,6 +287,7 @@ OPERATORS: dict[str, Callable[[Inputs, Attributes], Tensor]] = {
     "Concat": lambda i, a: torch.cat(list(i), a["axis"]),
     "Conv": _conv,
     "Div": lambda i, a: i[0] / i[1],
+    "Dropout": _dropout,
     "Flatten": lambda i, a: i[0].flatten(a.get("axis", 1)) if a.get("axis", 1) == 1 else i[0].reshape(
         int(np.prod(i[0].shape[: a["axis"]])), -1),
     "Gemm": _gemm,

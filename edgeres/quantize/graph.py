@@ -67,6 +67,18 @@ class Graph:
         return depth
 
 
+def free_name(model: onnx.ModelProto, stem: str) -> str:
+    """Return ``stem``, with a number behind it where a tensor or a node of the model has that name already."""
+    graph = model.graph
+    taken = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
+    taken.update(name for node in graph.node for name in (node.name, *node.input, *node.output))
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}"
+    return name
+
+
 def attribute(node: onnx.NodeProto, name: str, default: object) -> object:
     """Return an attribute's value, or ``default`` where the node does not set it."""
     for found in node.attribute:

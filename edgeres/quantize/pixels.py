@@ -13,7 +13,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgeres.artifacts import Preprocessing, TensorRange
-from edgeres.quantize.graph import Graph, attribute
+from edgeres.quantize.graph import Graph, attribute, free_name
 from edgeres.quantize.offset import carried, shapes_of
 
 SUFFIX = "_pixels"
@@ -46,12 +46,14 @@ def exact_pixels(model: onnx.ModelProto, preprocessing: Preprocessing) -> tuple[
     result.CopyFrom(model)
     changed = Graph(result)
     changed.set_values(weights, changed.values(weights).astype(np.float64) / steps[None, :, None, None])
-    name = f"{source}{SUFFIX}"
+    name = free_name(result, f"{source}{SUFFIX}")
     node = next(node for node in result.graph.node if source in node.input)
     node.input[0] = name
-    scale = numpy_helper.from_array(steps.astype(np.float32).reshape(1, 3, 1, 1), f"{name}_per_unit")
+    unit = free_name(result, f"{name}_per_unit")
+    scale = numpy_helper.from_array(steps.astype(np.float32).reshape(1, 3, 1, 1), unit)
     result.graph.initializer.append(scale)
-    result.graph.node.insert(0, helper.make_node("Mul", [source, scale.name], [name], name=f"{name}_Mul"))
+    mul = helper.make_node("Mul", [source, scale.name], [name], name=free_name(result, f"{name}_Mul"))
+    result.graph.node.insert(0, mul)
     del result.graph.value_info[:]
     return result, name
 

@@ -22,7 +22,7 @@ from edgeres.quantize.channels import apply_factors, channel_groups
 from edgeres.quantize.compensate import compensate
 from edgeres.quantize.equalize import equalize
 from edgeres.quantize.follow import Follower
-from edgeres.quantize.graph import Graph
+from edgeres.quantize.graph import Graph, free_name
 from edgeres.quantize.insert import write_int8
 from edgeres.quantize.offset import shapes_of
 from edgeres.quantize.pixels import exact_pixels, pixel_range
@@ -169,7 +169,7 @@ def with_biases(model: onnx.ModelProto) -> onnx.ModelProto:
         weights = graph.values(node.input[1])
         transposed = any(found.name == "transB" and found.i for found in node.attribute)
         outputs = weights.shape[0] if node.op_type == "Conv" or transposed else weights.shape[1]
-        name = f"{node.name}_bias"
+        name = free_name(result, f"{node.name}_bias")
         result.graph.initializer.append(numpy_helper.from_array(np.zeros(outputs, np.float32), name))
         inputs = [*node.input[:2], name]
         del node.input[:]

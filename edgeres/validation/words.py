@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
+import shlex
+from typing import List, Optional, Sequence
 
 from edgeres.artifacts import Report
+from edgeres.progress import counted
 
 # Right on fewer than this, the reference is hardly the model that its user means.
 DOUBTFUL_TOP1 = 0.1
@@ -17,8 +19,8 @@ def headline(report: Report) -> str:
     precision = report.precision.upper()
     if report.drop_pp is None or report.drop_ci95_pp is None:
         return (
-            f"{precision} gives the answer of FP32 on {100 * report.agreement:.2f} % of {_samples(report.samples)}; "
-            "without labels its accuracy cannot be judged."
+            f"{precision} gives the answer of FP32 on {100 * report.agreement:.2f} % of "
+            f"{counted(report.samples, 'sample')}; without labels its accuracy cannot be judged."
         )
     lower, upper = report.drop_ci95_pp
     change = f"{precision} {_change(report.drop_pp)} (95 % interval of the loss {lower:.2f} to {upper:.2f})"
@@ -30,8 +32,13 @@ def decibels(value: Optional[float]) -> str:
     return "no noise" if value is None else f"{value:.1f} dB"
 
 
-def advice(report: Report) -> List[str]:
-    """Return what to do next, one sentence each; an empty list where there is nothing to be done."""
+def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List[str]:
+    """Return what to do next, one sentence each; an empty list where there is nothing to be done.
+
+    Args:
+        worst: layers to keep in float, where it is known which.
+        untried: the flag for which the build did not look for such layers itself.
+    """
     steps = []
     if report.verdict == "unlabelled":
         steps.append(
@@ -50,7 +57,7 @@ def advice(report: Report) -> List[str]:
             "(sorted folder names) are in the model's order, and mean, std and size."
         )
     if report.verdict == "fail":
-        steps.extend(_repairs(report))
+        steps.extend(_repairs(report, worst, untried))
     if report.activation_range == "shifted" and report.backend == "tensorrt":
         steps.append(
             "What the full int8 range of activations costs in time on TensorRT is not measured yet: compare with a "
@@ -68,8 +75,8 @@ def _change(drop_pp: float) -> str:
 def _verdict(report: Report) -> str:
     if report.verdict != "inconclusive":
         basis = " by the point estimate alone" if report.policy == "point" else ""
-        return f"{'passes' if report.verdict == 'pass' else 'fails'} with {_samples(report.samples)}{basis}"
-    undecided = f"cannot be decided with {_samples(report.samples)}"
+        return f"{'passes' if report.verdict == 'pass' else 'fails'} with {counted(report.samples, 'sample')}{basis}"
+    undecided = f"cannot be decided with {counted(report.samples, 'sample')}"
     if report.samples_to_decide is None:
         return f"{undecided}; at the observed rates no practical number would decide it"
     return f"{undecided}; about {_about(report.samples_to_decide):,} would"
@@ -87,7 +94,7 @@ def _more_samples(report: Report) -> str:
     )
 
 
-def _repairs(report: Report) -> List[str]:
+def _repairs(report: Report, worst: Sequence[str], untried: str) -> List[str]:
     parts = report.attribution
     if parts is not None and (parts.engine.drop_pp or 0) > max(0, parts.quantization.drop_pp or 0):
         return [
@@ -106,13 +113,16 @@ def _repairs(report: Report) -> List[str]:
             f"The logits' signal stands only {report.sqnr_db:.1f} dB above the quantization noise: check that the "
             "calibration images look like the validation images and go through the same preprocessing."
         )
+    if untried:
+        steps.append(
+            f"With {untried} nothing more was tried: without it the build recovers what it can, and gives the layers "
+            "that hurt most back to float."
+        )
     steps.append("Calibrate with more images, or choose ranges by another --method (entropy, mse, percentile).")
-    steps.append("Keep the most sensitive layers in float, or build with --precision fp16.")
+    flags = " ".join(f"--keep-float {shlex.quote(name)}" for name in worst)
+    which = f"the layers in float that cause most of it: {flags}" if flags else "the most sensitive layers in float"
+    steps.append(f"Keep {which}; or build with --precision fp16.")
     return steps
-
-
-def _samples(count: int) -> str:
-    return f"{count:,} sample{'' if count == 1 else 's'}"
 
 
 def _about(count: int) -> int:

@@ -19,14 +19,13 @@ from edgeres.artifacts import (
     Bundle,
     CalibrationTable,
     Engine,
-    ExportedModel,
     QuantizedModel,
     from_data,
     from_json,
     to_json,
 )
 from edgeres.bundle import verify
-from edgeres.compilation import SYMMETRIC_INSTEAD, activation_range, compile_bundle
+from edgeres.compilation import FOR_A_DLA, SYMMETRIC_INSTEAD, Source, activation_range, compile_bundle
 from edgeres.errors import BackendError, EdgeresError
 from edgeres.files import file_ref
 from edgeres.progress import Progress
@@ -164,12 +163,13 @@ def test_a_dla_refuses_a_shifted_model_and_says_what_to_type(target: str, bundle
     before = (bundle / "manifest.json").read_bytes()
     done = run("compile", bundle, "--target", target, code=1)
     assert "shifted to the full int8 range" in done.stderr
-    assert SYMMETRIC_INSTEAD in done.stderr
+    assert FOR_A_DLA in done.stderr
     assert (bundle / "manifest.json").read_bytes() == before
-    run("quantize", bundle, "--activation-range", "symmetric")
+    run("quantize", bundle, *FOR_A_DLA.split()[3:])
     with pytest.raises(EdgeresError) as caught:  # whatever is missing here for a DLA, it is not the range any more
         compile_bundle(bundle, engine_section({}, {"target": target}), lambda *_: None)
     assert "shifted" not in str(caught.value)
+    assert "equalized" not in str(caught.value)
 
 
 def test_inspect_tells_the_range_and_what_became_of_each_layer(bundle: Path) -> None:
@@ -186,14 +186,13 @@ def test_inspect_tells_the_range_and_what_became_of_each_layer(bundle: Path) -> 
     assert file_facts["lint"] == []
 
 
-def compiled_for_gpu(
-    folder: Path, section: Any, exported: ExportedModel, model: QuantizedModel, watch: Any
-) -> tuple[Engine, tuple[str, ...]]:
+def compiled_for_gpu(source: Source, section: Any, watch: Any) -> tuple[Engine, tuple[str, ...]]:
     """What the builder would return, on a machine that has none."""
+    folder = source.folder
     (folder / "engines").mkdir(exist_ok=True)
     (folder / "engines/gpu.engine").write_bytes(b"plan")
     ref = file_ref(folder, "engines/gpu.engine")
-    engine = Engine("gpu", "tensorrt", "int8", ref, {}, {}, activation_range=model.activation_range)
+    engine = Engine("gpu", "tensorrt", "int8", ref, {}, {}, activation_range=source.model.activation_range)
     return engine, ("the builder's own",)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -15,13 +16,39 @@ import pytest
 from click.testing import CliRunner
 
 import edgeres
+from edgeres import cli as cli_module
 from edgeres import files, judge
-from edgeres.artifacts import Engine, QuantizationErrors, QuantizedModel, Report, from_data, from_json
+from edgeres.artifacts import (
+    Bundle,
+    Climb,
+    Engine,
+    LayerCost,
+    QuantizationErrors,
+    QuantizedModel,
+    Report,
+    Rung,
+    StageRecord,
+    from_data,
+    from_json,
+    to_data,
+)
 from edgeres.bundle import verify
 from edgeres.cli import cli
-from edgeres.inspection import inspect_bundle
+from edgeres.errors import BundleError
+from edgeres.inspection import inspect_bundle, repairs
 from edgeres.recipe import dossier
 from edgeres.runtime.engine import LoadedEngine
+from edgeres.terminal import show_build
+
+
+def test_a_reference_of_objects_is_refused_in_our_own_words() -> None:
+    stream = io.BytesIO()
+    np.savez(stream, logits=np.array([{}], object), names=np.array(["a"]), sha256=np.array(["b"]))
+    for content in (stream.getvalue(), b"neither an archive nor an array"):
+        with pytest.raises(BundleError, match="no archive of plain arrays") as caught:
+            judge.read_reference(content, files.REFERENCE)
+        assert "allow_pickle" not in str(caught.value)
+
 
 RUNGS = {"plain": ("none", "symmetric"), "recovered": ("auto", "shifted")}
 
@@ -73,6 +100,49 @@ def test_the_error_accumulated_at_the_logits_is_the_reports(bundle: Path) -> Non
     assert errors.logits_sqnr_db == pytest.approx(report.sqnr_db, abs=0.75)
     last = next(layer for layer in errors.layers if layer.module == "fc")
     assert last.accumulated_sqnr_db == errors.logits_sqnr_db
+
+
+def test_the_worst_layers_are_named_in_short_and_with_the_flag_that_keeps_them(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The flags that are advised name what a build takes."""
+    manifest, errors = verify(bundle), errors_of(bundle)
+    short = cli_module._build_json(Bundle(str(bundle), manifest), [])["errors"]
+    assert [entry["module"] for entry in short] == [layer.module or layer.node for layer in errors.layers[:3]]
+    assert [(x["share"], x["own_sqnr_db"]) for x in short] == [(x.share, x.own_sqnr_db) for x in errors.layers[:3]]
+    worst, untried = repairs(bundle, manifest)
+    assert len(worst) == 3
+    assert untried == ("--recovery none" if manifest.recipe["quantization"]["recovery"] == "none" else "")
+    report = msgspec.structs.replace(report_of(bundle), verdict="fail", drop_pp=9.0, drop_ci95_pp=(8.0, 10.0),
+                                     attribution=None)  # fmt: skip
+    show_build(Bundle(str(bundle), msgspec.structs.replace(manifest, report=report)), [])
+    text = capsys.readouterr().out
+    assert "most of the noise: " + short[0]["module"] in text
+    assert " ".join(f"--keep-float {name}" for name in worst) in text
+    assert ("nothing more was tried" in text) == bool(untried)
+    edgeres.build(**options(tmp_path), out=tmp_path / "bundle", recovery="none", keep_float=list(worst))
+    plan = from_data(verify(tmp_path / "bundle").stages["quantize"].facts, QuantizedModel, "stage quantize").layers
+    assert set(worst) <= {layer.module for layer in plan if layer.precision == "float"}
+    again, _ = repairs(tmp_path / "bundle", verify(tmp_path / "bundle"))
+    assert again[:3] == worst
+    assert len(set(again)) == 6
+
+
+def test_what_each_layer_costs_alone_says_more_than_its_noise(bundle: Path) -> None:
+    costs = [
+        LayerCost("block", ("/a", "/b", "/add"), 2, 0.9, 0.9, 3.0),
+        LayerCost("given", ("/a",), 1, 0.8, 0.8, 4.0),
+        LayerCost("b", ("/b",), 1, 0.5, 0.5, 5.0),
+        LayerCost("free", ("/c",), 1, 0.0, 0.0, None),
+    ]
+    climb = Climb((Rung("give back", 2, ("given",), 1.0, 0.9, 9.0, "fail", 1.0),), 0, (costs[1],))
+    manifest = verify(bundle)
+    stages = {
+        **manifest.stages,
+        "sensitivity": StageRecord("k", (), 1.0, {"images": 1, "layers": to_data(costs)}),
+        "budget": StageRecord("k", (), 1.0, to_data(climb)),
+    }
+    assert repairs(bundle, msgspec.structs.replace(manifest, stages=stages))[0] == ("b",)
 
 
 def test_every_layer_in_int8_is_there_the_worst_first(bundle: Path) -> None:

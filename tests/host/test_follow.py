@@ -58,6 +58,8 @@ CASES: dict[str, Case] = {
     "mul": case("Mul (x, w)", w=weights(1)),
     "div": case("Div (x, w)", w=weights(3, 1, 1)),
     "relu": case("Relu (x)"),
+    "dropout": case("Dropout (x)"),
+    "dropout, said to be off": case("Dropout (x, w, t)", w=np.float32(0.5), t=np.array(False)),
     "leaky relu": case("LeakyRelu <alpha = 0.3> (x)"),
     "leaky relu, default": case("LeakyRelu (x)"),
     "sigmoid": case("Sigmoid (x)"),
@@ -173,6 +175,7 @@ REFUSED = {
     "a MaxPool with auto_pad": (case('MaxPool <kernel_shape = [2, 2], auto_pad = "SAME_UPPER"> (x)'), ""),
     "a 1-D MaxPool": (case("MaxPool <kernel_shape = [2]> (x)", (2, 3, 9)), ""),
     "a Conv with auto_pad": (case('Conv <auto_pad = "SAME_LOWER"> (x, w)', w=W["w"]), ""),
+    "a Dropout in training mode": (case("Dropout (x, w, t)", w=np.float32(0.5), t=np.array(True)), ""),
     "a 1-D Conv": (case("Conv (x, w)", (2, 3, 9), w=weights(4, 3, 2)), ""),
 }
 
@@ -181,14 +184,31 @@ REFUSED = {
 def test_what_cannot_be_followed_is_refused_by_name(what: str, graph: Graph) -> None:
     found, before = REFUSED[what]
     model = model_of(graph, found, before)
-    with pytest.raises(QuantizationError, match=f"cannot follow {what}.*--recovery none"):
+    with pytest.raises(QuantizationError, match=f"cannot follow {what}.*--keep-float"):
         ran(Follower(model, {}), np.zeros(found[1], np.float32))
 
 
 def test_an_unknown_operator_is_refused_before_anything_runs(graph: Graph) -> None:
     model = any_shape(graph, "net (float[N,3,4,4] x) => (float y) { r = Relu (x) y = Softplus (r) }", {})
-    with pytest.raises(QuantizationError, match=r"cannot follow the operator Softplus\. Turn it off: --recovery none"):
+    with pytest.raises(QuantizationError, match=r"cannot follow the operator Softplus\. Nothing has to be done"):
         Follower(model, {})
+
+
+UNKNOWN = {
+    "a graph with 2 inputs": "net (float[2,3,7,6] x, float[2,3,7,6] z) => (float[2,3,7,6] y) { y = Add (x, z) }",
+    "Add /add, whose inputs nothing makes": "net (float[2,3,7,6] x) => (float[2,3,7,6] y) { y = Add (x, ghost) }",
+    "the second output of a Dropout": "net (float[2,3,7,6] x) => (bool[2,3,7,6] m) { y, m = Dropout (x) }",
+    "the second output of a MaxPool": "net (float[2,3,7,6] x) => (int64 y) "
+    "{ a, b = MaxPool <kernel_shape = [1, 1]> (x) y = Identity (b) }",
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_a_tensor_that_nothing_makes_is_refused_and_not_waited_for(what: str, graph: Graph) -> None:
+    model = graph(UNKNOWN[what], valid=False)
+    model.graph.node[0].name = "/add"
+    with pytest.raises(QuantizationError, match=f"cannot follow {what}"):
+        Follower(model, {}).schedule()
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def test_a_callable_gives_a_model(builders: str, attribute: str, num_classes: in
         ("our_nets.builders:failing", r"raised OSError: no weights here when called as failing\(\)"),
         ("our_nets.builders:leaving", "raised SystemExit"),
         ("our_nets.builders:net", "raised TypeError.*defaults for its parameters"),
-        ("our_nets.builders:text", "returned a str; let it return a torch.nn.Module"),
+        ("our_nets.builders:text", "returned an object of type str; let it return a torch.nn.Module"),
     ],
 )
 def test_a_callable_that_gives_no_model_is_explained(builders: str, spec: str, words: str) -> None:

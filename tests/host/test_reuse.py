@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import edgeres
-from edgeres.artifacts import CalibrationTable, from_json
+from edgeres.artifacts import CalibrationTable, Engine, EngineLayer, FileRef, from_json
 from edgeres.bundle import verify
 from edgeres.errors import EdgeresError
+from edgeres.pipeline import Build
 from edgeres.progress import Progress
-from edgeres.recipe import dossier
+from edgeres.recipe import dossier, load_recipe
+from edgeres.workspace import Workspace
 
 Make = Callable[..., tuple[list[str], list[str]]]
 
@@ -198,6 +200,45 @@ def test_a_bundle_in_another_precision_can_be_loaded(make: Make, tmp_path: Path)
         assert engine(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 10)
 
 
+def test_what_was_warned_of_is_said_again_where_the_result_is_reused(make: Make, tmp_path: Path) -> None:
+    """Also of a stage that an interrupted build has finished."""
+    first = make(keep_float=["*"])[1]
+    assert any("NOT ONE layer" in text for text in first)
+    told = verify(tmp_path / "bundle").warnings
+    for _ in range(2):
+        ran, again = make(keep_float=["*"])
+        assert ran == []
+        assert sorted(again) == sorted(first) == sorted(told)
+        assert verify(tmp_path / "bundle").warnings == told
+
+    class Stop(Watcher):
+        def stage(self, name: str, text: str) -> None:
+            if name == "compile":
+                raise KeyboardInterrupt
+
+    shutil.rmtree(tmp_path / "bundle")
+    with pytest.raises(KeyboardInterrupt):
+        make(keep_float=["*"], progress=Stop())
+    watcher = Watcher()
+    make(keep_float=["*"], progress=watcher)
+    assert "quantize" not in watcher.ran
+    assert any("NOT ONE layer" in text for text in watcher.warnings)
+
+
+def test_a_report_that_tells_of_other_engines_too_keeps_the_quantized_models_logits(make: Make, tmp_path: Path) -> None:
+    make()
+    layers = (EngineLayer("conv1", "Convolution", "int8", (), (), (), (), ""),)
+    with Workspace(tmp_path / "bundle") as workspace:
+        job = Build(load_recipe(tmp_path / "bundle"), workspace, "validate", Progress())
+        stages = verify(tmp_path / "bundle").stages
+        record = workspace.reuse("validate", stages["validate"].key)
+        assert record is not None
+        job.engines = (Engine("gpu", "tensorrt", "int8", FileRef("engines/gpu.engine", "0", 1), {}, {}, layers=layers),)
+        report = job.told(record)
+        assert report.layers
+        assert [ref.path for ref in workspace.records["validate"].files] == ["report.json", "quantized.npz"]
+
+
 def test_a_missing_class_folder_would_shift_every_label(make: Make, tmp_path: Path) -> None:
     make()
     shutil.rmtree(tmp_path / "validation/0")
@@ -229,7 +270,6 @@ def test_a_callables_random_weights_follow_the_seed(
 
 def test_no_samples_are_asked_for_by_stages_that_use_none(tmp_path: Path) -> None:
     from edgeres.pipeline import build
-    from edgeres.recipe import load_recipe
 
     recipe = load_recipe(None, {"model.source": "resnet8_cifar"})
     build(recipe, tmp_path / "bundle", until="export")

@@ -121,7 +121,9 @@ reports = st.builds(
 )
 layer_costs = st.builds(LayerCost, words, many(words), whole, numbers, numbers, ratios)
 rungs = st.builds(Rung, words, whole, many(words), ratios, numbers, ratios, words, numbers, bought_pp=ratios)
-records = st.builds(StageRecord, words, many(file_refs), numbers, st.dictionaries(words, facts, max_size=3))
+records = st.builds(
+    StageRecord, words, many(file_refs), numbers, st.dictionaries(words, facts, max_size=3), warnings=many(words)
+)
 manifests = st.builds(
     Manifest,
     words,

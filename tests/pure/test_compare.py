@@ -236,7 +236,11 @@ def test_advice_says_what_to_do() -> None:
     (same,) = advice(judge(5, 0, 1000))
     assert "--policy point" in same
     assert any("--method" in step for step in advice(judge(40, 10, 1000)))
-    (other,) = advice(judge(40, 10, 1000, precision="fp16"))
+    named = " ".join(advice(judge(40, 10, 1000), ["fc", "a b"], "--budget-minutes 0"))
+    assert "--keep-float fc --keep-float 'a b';" in named
+    assert "With --budget-minutes 0 nothing more was tried" in named
+    (other,) = advice(judge(40, 10, 1000, precision="fp16"), ["fc"], "--recovery fast")
+    assert "--keep-float" not in other
     assert "preprocessing" in other
     unlabelled = compare(GOOD, GOOD, None, max_drop_pp=0.5, backend="cpu", precision="fp16")
     assert "--validation" in advice(unlabelled)[0]

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from edgeres.progress import Progress
+from edgeres.progress import Progress, counted
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "0 samples"), (1, "1 sample"), (1000, "1,000 samples")])
+def test_one_thing_is_no_plural(number: int, words: str) -> None:
+    assert counted(number, "sample") == words
 
 
 def test_progress_is_silent_unless_overridden(capfd: pytest.CaptureFixture) -> None:

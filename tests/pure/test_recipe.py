@@ -18,10 +18,12 @@ from edgeres.artifacts import Preprocessing
 from edgeres.errors import RecipeError
 from edgeres.recipe import (
     DEFAULT_RECIPE,
+    FLAGS,
     METHODS,
     PRECISIONS,
     SECTIONS,
     dossier,
+    engine_section,
     load_recipe,
     locate,
     recipe_data,
@@ -395,7 +397,23 @@ def test_mistakes_of_flags_are_reported_with_those_of_the_file(place: Path) -> N
     keys = [
         problem.partition(":")[0] for problem in problems_of(path, {"validation.max_drop": -1.0, "model.wights": "w"})
     ]
-    assert sorted(keys) == ["calibration.count", "model.wights", "validation.max_drop"]
+    assert sorted(keys) == ["--max-drop", "calibration.count", "model.wights"]
+
+
+def test_a_flag_is_blamed_by_its_own_name(place: Path) -> None:
+    path = written(place, '[model]\nsource = "resnet18"\n')
+    with pytest.raises(RecipeError, match=r"^options: --max-drop: -1\.0 is not between") as caught:
+        load_recipe(path, {"validation.max_drop": -1})
+    assert caught.value.where == "options"
+    with pytest.raises(RecipeError, match=r"--workspace-mib: 0 is not a number of MiB") as caught:
+        engine_section({}, {"workspace_mib": 0})
+    with pytest.raises(RecipeError, match=r"engine\.batch: \[2, 1, 1\]"):
+        engine_section({"batch": [2, 1, 1]}, {"strict": True})
+
+
+def test_a_list_that_was_written_as_text_is_shown_as_one(place: Path) -> None:
+    path = written(place, '[model]\nsource = "resnet18"\n[quantization]\nkeep_float = "fc"\n')
+    assert problem_of(path) == 'quantization.keep_float: is a list: keep_float = ["fc"]'
 
 
 def test_without_a_file_the_options_are_to_blame() -> None:
@@ -433,7 +451,7 @@ def test_no_model_at_all_is_named(place: Path) -> None:
 
 
 def test_an_onnx_file_has_its_weights_inside() -> None:
-    assert problem_of(None, {"model.source": "a.onnx", "model.weights": "w.pth"}).startswith("model.weights: ")
+    assert problem_of(None, {"model.source": "a.onnx", "model.weights": "w.pth"}).startswith("--weights: ")
 
 
 VALUES = {
@@ -474,7 +492,7 @@ def test_good_values_are_taken_and_bad_ones_refused(place: Path, key: str) -> No
         found = getattr(getattr(recipe, section), field) if field else recipe.precision
         assert found == (tuple(value) if isinstance(value, list) else value)
     for value in bad:
-        assert problem_of(None, {key: value}).startswith(f"{key}: "), value
+        assert problem_of(None, {key: value}).startswith(f"{FLAGS.get(key, key)}: "), value
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, {key: bad[0], "name": "a/b"})
     assert len(caught.value.problems) == 2
@@ -483,7 +501,7 @@ def test_good_values_are_taken_and_bad_ones_refused(place: Path, key: str) -> No
 @pytest.mark.parametrize("target", ["dla0", "dla1"])
 def test_a_dla_takes_symmetric_ranges_only(place: Path, target: str) -> None:
     flags = {"engine.target": target, "quantization.activation_range": "shifted"}
-    assert problem_of(None, flags).startswith("quantization.activation_range: a DLA takes symmetric ranges only")
+    assert problem_of(None, flags).startswith("--activation-range: a DLA takes symmetric ranges only")
     for good in ("auto", "symmetric"):
         assert load_recipe(None, {**flags, "quantization.activation_range": good}).engine.target == target
 

@@ -74,6 +74,37 @@ def test_what_a_stage_has_reached_outlives_an_interruption(tmp_path: Path) -> No
             assert workspace.reuse("export", "a key") is None
 
 
+def test_what_is_taken_over_was_made_with_what_vouches_for_it(out: Path) -> None:
+    """A stage whose key is not known is never taken from an interrupted build, which may have been another recipe's."""
+
+    def finish(workspace: Workspace, word: str) -> None:
+        for name in ("budget", "sensitivity"):
+            if name not in workspace.records:
+                workspace.finish(name, f"{name} {word}", (), 0.0, {"word": word})
+
+    with Workspace(out) as workspace:
+        finish(workspace, "old")
+        write_stages(workspace, "old")
+        workspace.commit(manifest_of(workspace, "old"))
+    with Workspace(out) as workspace:
+        assert workspace.take_over("sensitivity", "budget") is None  # nobody vouches for it yet
+        assert workspace.reuse("budget", "budget old") is not None
+        found = workspace.take_over("sensitivity", "budget")
+        assert found is not None
+        assert found.facts == {"word": "old"}
+    with contextlib.suppress(KeyboardInterrupt), Workspace(out) as workspace:
+        finish(workspace, "interrupted")
+        write_stages(workspace, "interrupted", ("export",))
+        raise KeyboardInterrupt
+    with Workspace(out) as workspace:
+        assert workspace.reuse("budget", "budget interrupted") is not None
+        assert workspace.take_over("sensitivity", "budget") is None
+        assert workspace.reuse("budget", "budget old") is not None
+        found = workspace.take_over("sensitivity", "budget")
+        assert found is not None
+        assert found.facts == {"word": "old"}
+
+
 def test_a_damaged_rest_is_none(tmp_path: Path) -> None:
     with Workspace(tmp_path / "net-int8") as workspace:
         workspace.keep("export", "a key", b"content")

@@ -35,8 +35,9 @@ from edgeres.backends.tensorrt.builder import build_plan
 from edgeres.backends.tensorrt.compat import this_machine
 from edgeres.backends.tensorrt.dla import read_cache
 from edgeres.bundle import verify
-from edgeres.compilation import compile_bundle, with_engine
+from edgeres.compilation import _ranges, compile_bundle, with_engine
 from edgeres.errors import BackendError, BundleError, IntegrityError, MissingPackageError
+from edgeres.files import content_ref
 from edgeres.judge import run_samples
 from edgeres.preprocess import prepare_batch
 from edgeres.recipe import dossier, engine_section
@@ -93,6 +94,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recovered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose ranges are those of an equalized model."""
     return build(tmp_path_factory.mktemp("recovered") / "bundle", activation_range="symmetric", recovery="fast")
+
+
+JUDGED = ("report.json", "quantized.npz")
 
 
 class Bench:
@@ -229,6 +233,12 @@ def test_ranges_of_an_equalized_model_never_go_beside_the_plain_one(
     assert double.called("Builder.build_serialized_network") == []
     engine, _ = bench.compile(target="gpu")  # which reads the graph that the ranges are of
     assert engine.options["source"] == "model.int8.onnx"
+
+
+def test_a_file_that_an_interrupted_build_has_left_makes_no_model_equalized(recovered: Path) -> None:
+    assert (recovered / "scalings.npz").is_file()
+    assert _ranges(recovered, equalized=True) == {}
+    assert _ranges(recovered, equalized=False)
 
 
 @pytest.mark.parametrize("version", DOUBLE.VERSIONS)
@@ -421,11 +431,13 @@ def test_a_verdict_holds_until_its_engine_is_replaced(
     there = tuple(engine_of(target, "tensorrt") for target in ("gpu", "dla0"))
     stages = {
         "compile": StageRecord("k", (there[0].file,), 1.0, to_data(there[0])),
-        "validate": StageRecord("k", (), 1.0, to_data(report)),
+        "validate": StageRecord("k", tuple(content_ref(name, b"") for name in JUDGED), 1.0, to_data(report)),
     }
     manifest = replaced(verify(bench.bundle), engines=there, report=report, stages=stages)
     changed = with_engine(manifest, engine_of(compiled, "tensorrt", digest), ())
     assert (changed.report is not None, "validate" in changed.stages) == (holds, holds)
+    if holds:
+        assert tuple(ref.path for ref in changed.stages["validate"].files) == JUDGED
     assert ("compile" in changed.stages) == (compiled == "dla0" or digest == "0")
     assert sorted(engine.target for engine in changed.engines) == ["dla0", "gpu"]
 
