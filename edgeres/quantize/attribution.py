@@ -179,9 +179,9 @@ class _Account:
                 (logits * signs).sum(), nudges, retain_graph=draw + 1 < DRAWS, allow_unused=True
             )
             moved = torch.stack([torch.zeros(len(logits)) if slope is None else slope.flatten() for slope in slopes])
-            self.first_order += float(moved.sum(0).square().sum()) / DRAWS
+            self.first_order += _power(moved.sum(0)) / DRAWS
             for layer, row in zip(self.layers.values(), moved, strict=True):
-                layer.caused += float(row.square().sum()) / DRAWS
+                layer.caused += _power(row) / DRAWS
 
     def result(self, modules: Mapping[str, str]) -> QuantizationErrors:
         """Return the sums as ratios and shares, the layer that causes most first."""
@@ -224,8 +224,8 @@ class _Account:
 
 
 def _power(x: Tensor) -> float:
-    """Return the sum of squares; torch adds in a cascade, so that float32 loses next to nothing."""
-    return float(x.detach().square().sum())
+    """Return the sum of squares; in float64, where those of float32's largest values still fit."""
+    return float(x.detach().double().square().sum())
 
 
 def _decibels(signal: float, noise: float) -> float | None:

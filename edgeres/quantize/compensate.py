@@ -169,6 +169,8 @@ def _rounded(weights: Tensor, steps: Tensor, moments: _Moments, group: int) -> T
     A row that this does not bring nearer to its target than plain rounding would is rounded plainly.
     """
     square, cross = moments.square[group], moments.cross[group]
+    if not (torch.isfinite(square).all() and torch.isfinite(cross).all()):  # values near float32's largest
+        return nearest(weights, steps)
     scarcity = max(1.0, ENOUGH * weights.shape[1] / moments.positions)
     ridge = torch.diag(RIDGE * scarcity * torch.diagonal(square) + 1e-12)
     fitted = weights + torch.linalg.solve(square + ridge, cross - square @ weights.T).T

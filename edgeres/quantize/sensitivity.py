@@ -56,7 +56,7 @@ def sensitivities(
             )
             for name, gradient in zip(wanted, gradients, strict=True):
                 value = torch.zeros_like(kept[name]) if gradient is None else gradient
-                power = value.square().double().sum((0, *range(2, value.ndim)))
+                power = value.double().square().sum((0, *range(2, value.ndim)))
                 total[name] = total.get(name, torch.zeros_like(power)) + power
         progress(min(start + batch, len(images)), len(images))
     return {name: (power / (DRAWS * len(images))).numpy() for name, power in total.items()}

@@ -496,3 +496,13 @@ def test_blocks_are_a_matter_of_speed_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert (weights == before).all()
     gain = loss(whole, weights, square).sum() / loss(nearest(weights, steps), weights, square).sum()
     assert gain < 0.5
+
+
+def test_values_near_the_largest_float_are_rounded_plainly(net: Callable[[str], Any]) -> None:
+    """Their products are infinite; it ends, with finite weights."""
+    model = net("cifar").fp32
+    x = np.full((2, 3, 32, 32), 1e25, np.float32)
+    found = fit(model, as_it_is, [x])
+    on_grid(model, found)
+    weights = [values for name, values in found.constants.items() if name in found.scales]
+    assert all(np.isfinite(values).all() for values in weights)

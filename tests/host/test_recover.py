@@ -1,4 +1,4 @@
-"""The rungs in their order, on whole graphs: what is written is legal, and what it computes stays near the float net."""
+"""The rungs in their order, on whole graphs: what is written is legal, and stays near the float net."""
 
 from __future__ import annotations
 
