@@ -33,7 +33,7 @@ from torch import nn
 from edgeres import models
 from edgeres.affine import SHIFTED, SYMMETRIC
 from edgeres.artifacts import Preprocessing
-from edgeres.calibrate import AUTO, METHODS, choose, noise_table, observe
+from edgeres.calibrate import AUTO, METHODS, choose, expected_noise, observe
 from edgeres.export import export_module
 from edgeres.quantize import lint, plan, shiftable, write_int8
 from edgeres.quantize.recover import Recovery, find_scalings, images_for, recovered_content
@@ -160,13 +160,13 @@ def rows(depth: int, data: Path, count: int, hostile: bool) -> Iterator[str]:
                 start = time.perf_counter()
                 allowed = shiftable(fp32, placement) if activations == "shifted" else frozenset()
                 tables = {
-                    name: noise_table(statistics.tensors[name], SHIFTED if name in allowed else SYMMETRIC)
+                    name: expected_noise(statistics.tensors[name], SHIFTED if name in allowed else SYMMETRIC)
                     for name in placement.tensors
                     if name != "input"
                 }
                 images_wanted, batch = images_for(path)
                 few = calibration[:: max(1, len(calibration) // images_wanted)]
-                scalings = find_scalings(path, placement, tables, few, batch)
+                scalings = find_scalings(path, placement, tables, statistics.samples, few, batch)
                 ranges = choose(statistics, AUTO, 99.99, allowed, scalings)
                 parts = [few[i : i + batch] for i in range(0, len(few), batch)]
                 recovery = Recovery(scalings, PREPROCESSING, parts, seconds=seconds)

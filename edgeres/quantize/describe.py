@@ -25,7 +25,8 @@ TYPES = {
 def describe_file(path: Path) -> dict[str, Any]:
     """Return an ONNX file's opset, input, layers (name, type, precision), range of activations, and breaches of rules.
 
-    ``activation_range`` is ``shifted`` where some tensors are quantized over the full int8 range, else ``symmetric``.
+    ``activation_range`` is ``shifted`` where some tensors are quantized over the full int8 range, else ``symmetric``: the
+    input, whose channels each have a shift of their own where it is exact pixels, does not count.
 
     Raises:
         ExportError: the file cannot be read as ONNX.
@@ -47,7 +48,7 @@ def describe_file(path: Path) -> dict[str, Any]:
         "inputs": graph.inputs,
         "outputs": graph.outputs,
         "layers": layers,
-        "activation_range": "shifted" if shifts_of(model) else "symmetric",
+        "activation_range": "shifted" if any(not shift.ndim for shift in shifts_of(model).values()) else "symmetric",
         "lint": lint(model),
     }
 
