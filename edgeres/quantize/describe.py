@@ -25,8 +25,8 @@ TYPES = {
 def describe_file(path: Path) -> dict[str, Any]:
     """Return an ONNX file's opset, input, layers (name, type, precision), range of activations, and breaches of rules.
 
-    ``activation_range`` is ``shifted`` where some tensors are quantized over the full int8 range, else ``symmetric``. The
-    input, whose channels each have a shift of their own where it is exact pixels, does not count.
+    ``activation_range`` is ``shifted`` where some tensors are quantized over the full int8 range, else ``symmetric``.
+    The input, whose channels each have a shift of their own where it is exact pixels, does not count.
 
     Raises:
         ExportError: the file cannot be read as ONNX.
