@@ -382,8 +382,8 @@ class LayerCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Rung(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One net that was made within the accuracy budget, and how it was judged.
 
-    ``rung`` is ``fast``, ``full`` (with reconstruction) or ``give back``; ``level`` is recovery's, 1 or 2; ``layers``
-    are all that it gave back to float. ``bought_pp`` is by how much less it loses than the rung before.
+    ``rung`` is ``none``, ``fast``, ``full`` (with reconstruction) or ``give back``; ``level`` is recovery's, 0 to 2;
+    ``layers`` are all that it gave back to float. ``bought_pp`` is by how much less it loses than the rung before.
     """
 
     rung: str
@@ -401,13 +401,15 @@ class Climb(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was done for the accuracy budget: every rung, in order, and which of them the bundle holds (``taken``).
 
     ``given_back`` are the layers of all rungs, with what each costs alone; ``ended`` is why it went no further, empty
-    where a verdict was not ``fail`` any more.
+    where a verdict was not ``fail`` any more. ``without_full`` is why no rung tried reconstruction: the ``size`` of the
+    model, a ``loss`` beyond it, no ``time`` for it, or it ``failed``; empty where one did, or none was needed.
     """
 
     rungs: Tuple[Rung, ...]
     taken: int
     given_back: Tuple[LayerCost, ...] = ()
     ended: str = ""
+    without_full: str = ""
 
     @property
     def taken_layers(self) -> Tuple[LayerCost, ...]:

@@ -1,36 +1,41 @@
 """The accuracy budget (``--max-drop``): where a build fails it, more is done, and then layers go back to float.
 
-The rungs of the ladder, each made and validated whole: all of recovery, where a build began with less; then the layers
-that hurt most in float, the fewest first. It ends at the first verdict that is not ``fail``, or where nothing more can
-be done, or the time is up; the bundle then holds the best net of all. Which layers hurt is measured on the calibration
-samples. The validation samples say only how much is lost in all, so what they say of the result stays true.
+The rungs of the ladder, each made and validated whole: all of recovery, where that can be enough and a build began with
+less; then the layers that hurt most in float, the fewest first. It ends at the first verdict that is not ``fail``, or
+where nothing more can be done, or the time is up; the bundle then holds the best net of all. Which layers hurt is
+measured on the calibration samples. But every rung is judged on the same validation samples, how many layers go back
+follows from the drop there, and the first net that does not fail there is taken: its verdict is a little better than
+what other samples would say. So a build that climbed says how many nets were judged, and asks for others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from typing import TYPE_CHECKING, Collection, Dict, Iterable, Optional, Tuple
+from typing import TYPE_CHECKING, Collection, Optional, Tuple
 
 import msgspec
 
 from edgeres import __version__, recovery
 from edgeres.artifacts import Climb, ExportedModel, LayerCost, Report, Rung, from_data, to_data
-from edgeres.errors import EdgeresError
+from edgeres.errors import BundleError, EdgeresError
 from edgeres.provenance import versions
-from edgeres.rungs import STAGES, Rungs
+from edgeres.rungs import NAMES, RANKS, STAGES, Rungs, budget_words, reasons, rung_words, sound
 from edgeres.validation import decibels
 from edgeres.workspace import stage_key
 
 if TYPE_CHECKING:
     from edgeres.pipeline import Build
 
-RANKS = ("fail", "inconclusive", "pass")
-NAMES = {0: "none", 1: "fast", 2: "full"}
 LARGEST_SHARE = 0.5
 """Of the layers with weights may be given back: beyond, it is hardly an int8 net, and its user should know that."""
 UNSEEN_DB = 10.0
 """So much cleaner, the calibration samples' logits do not show what the validation samples suffer from."""
-FORMAT = 1
+LARGEST_LOSS = 4.0
+"""Times the budget: so much lost, reconstruction is not tried, for weights do not make up for it."""
+HELPS = 0.5
+"""Of the loss must have been bought by reconstruction, to be done again where layers are given back too."""
+FORMAT = 2
 
 
 class _TimeIsUp(Exception):
@@ -46,9 +51,8 @@ def build_within(job: Build, exported: ExportedModel) -> None:
         return
     key = _key(job, exported)
     whole = stage_key("budget", {"climb": key, "minutes": wanted.budget_minutes})
-    record = job.workspace.reuse("budget", whole)
-    if record is not None:
-        climb = from_data(record.facts, Climb, "stage budget")
+    climb = _earlier(job, whole)
+    if climb is not None:
         _stand_on(job, climb, climb.taken)
         job.make(exported)
         if job.report is None or job.report.verdict == climb.rungs[climb.taken].verdict:
@@ -67,6 +71,18 @@ def build_within(job: Build, exported: ExportedModel) -> None:
         _warn(job, climb)
 
 
+def _earlier(job: Build, key: str) -> Optional[Climb]:
+    """Return the climb of an earlier build; None where there is none, or one that nobody can have climbed."""
+    record = job.workspace.reuse("budget", key)
+    if record is not None:
+        with contextlib.suppress(BundleError):
+            climb = from_data(record.facts, Climb, "stage budget")
+            if sound(climb):
+                return climb
+        job.workspace.records.pop("budget")
+    return None
+
+
 class _Ladder:
     """One climb; as far as it came, it is in ``rungs``, which outlive an interruption."""
 
@@ -76,6 +92,8 @@ class _Ladder:
         self.rungs = Rungs(job.workspace, key)
         self.limit = 60 * job.recipe.quantization.budget_minutes
         self.standing = -1  # the rung whose files the workspace holds
+        self.without_full = self.rungs.climb.without_full
+        self.wasted = 0.0  # seconds, on a rung that could not be made
 
     def begin(self) -> bool:
         """Make the first rung, or go on with an earlier climb; return whether there is anything to climb for."""
@@ -88,7 +106,7 @@ class _Ladder:
         if not job.judges or job.report is None or job.report.verdict != "fail":
             return False
         level = recovery.level(job)
-        self._add(_rung(NAMES[level], level, (), job.report, self._made_in()), ())
+        self._add(_rung(NAMES[recovery.done(job)], level, (), job.report, self._made_in()), ())
         return True
 
     def climb(self) -> Climb:
@@ -105,7 +123,7 @@ class _Ladder:
         climb = self.rungs.climb
         if self.standing != climb.taken:
             self._stand_on(climb.taken)
-        return msgspec.structs.replace(climb, ended=ended)
+        return msgspec.structs.replace(climb, ended=ended, without_full=self.without_full)
 
     @property
     def _best(self) -> Rung:
@@ -113,37 +131,68 @@ class _Ladder:
 
     def _step(self) -> str:
         """Make one more rung; return what stands in the way of it, if anything does."""
-        job, climb, start = self.job, self.rungs.climb, time.monotonic()
-        first = len(climb.rungs) == 1
-        plain = [rung for rung in climb.rungs if not rung.layers]
-        name, level, given = "give back", min(plain, key=_order).level, climb.given_back
-        if first and level < max(NAMES):
-            name, level = NAMES[max(NAMES)], max(NAMES)
-        # A rung takes what one of its level took; of the first with reconstruction that is the least it takes.
-        least = next((rung.seconds for rung in plain if rung.level == level), plain[0].seconds)
-        left = self.limit - _spent(climb) - least
+        climb, start = self.rungs.climb, time.monotonic()
+        if len(climb.rungs) == 1 and not self.without_full:
+            obstacle = self._obstacle()
+            if obstacle:
+                return obstacle
+            if climb.rungs[0].level < max(NAMES):
+                self.without_full = self._without_full()
+                if not self.without_full:
+                    self._try_full(start)
+                    return ""
+        left = self.limit - _spent(climb) - self.wasted
+        ground = self._ground(left)
+        left -= ground.seconds
         if left <= 0:
-            return self._too_short(f"for another rung, of about {least:.0f} s")
-        obstacle = self._obstacle() if first else ""
-        if obstacle:
-            return obstacle
-        if name == "give back":
-            base = climb.rungs[-1] if given else min(plain, key=_order)
-            more = self._worst(base.drop_pp, start + left)
-            if not more:
-                return (
-                    f"more than {100 * LARGEST_SHARE:.0f} % of the layers in float would be hardly an int8 net. See "
-                    "`edgeres inspect`, calibrate with other images, or build with --precision fp16"
-                )
-            given = (*given, *more)
-        self.standing = -1
+            return self._too_short(f"for another rung, of about {ground.seconds:.0f} s")
+        given = climb.given_back
+        more = self._worst((climb.rungs[-1] if given else ground).drop_pp, start + left)
+        if not more:
+            return (
+                f"more than {100 * LARGEST_SHARE:.0f} % of the layers in float would be hardly an int8 net. See "
+                "`edgeres inspect`, calibrate with other images, or build with --precision fp16"
+            )
+        self._make("give back", ground.level, (*given, *more), start)
+        return ""
+
+    def _ground(self, left: float) -> Rung:
+        """Return the rung whose recovery goes with giving back: reconstruction, where it is worth its time."""
+        first, *others = [rung for rung in self.rungs.climb.rungs if not rung.layers]
+        for full in others:
+            if full.bought_pp is not None and first.drop_pp is not None and full.seconds < left:
+                return full if full.bought_pp >= HELPS * first.drop_pp else first
+        return first
+
+    def _without_full(self) -> str:
+        """Return in a word why reconstruction is not tried; empty where it is."""
+        rounds, seconds = recovery.reconstruction(self.job)
+        first, report = self.rungs.climb.rungs[0], self.job.report
+        assert report is not None
+        if not rounds:
+            return "size"
+        if first.drop_pp is not None and first.drop_pp > LARGEST_LOSS * _wanted(report):
+            return "loss"
+        least = (first.seconds + seconds) + 2 * first.seconds  # it, and then giving back, twice
+        return "time" if least > self.limit else ""
+
+    def _try_full(self, start: float) -> None:
+        """Make the rung with reconstruction; where that fails, layers can be given back all the same."""
+        try:
+            self._make(NAMES[max(NAMES)], max(NAMES), (), start)
+        except EdgeresError as problem:
+            self.job.warn(f"reconstruction failed, and is left out: {problem}")
+            self.without_full = "failed"
+            self._stand_on(0)
+            self.wasted = time.monotonic() - start
+
+    def _make(self, name: str, level: int, given: Tuple[LayerCost, ...], start: float) -> None:
+        job, self.standing = self.job, -1
         job.level, job.given_back = level, reasons(given)
-        job.time_left = (start + left - time.monotonic()) / 2  # the other half is for layers to be given back
         job.make(self.exported)
         assert job.report is not None
         layers = tuple(cost.layer for cost in given)
         self._add(_rung(name, level, layers, job.report, time.monotonic() - start), given)
-        return ""
 
     def _add(self, rung: Rung, given: Tuple[LayerCost, ...]) -> None:
         rungs = self.rungs.climb.rungs
@@ -151,7 +200,7 @@ class _Ladder:
             rung = msgspec.structs.replace(rung, bought_pp=round(rungs[-1].drop_pp - rung.drop_pp, 9))
         rungs = (*rungs, rung)
         taken = min(range(len(rungs)), key=lambda i: _order(rungs[i]))
-        self.rungs.add(Climb(rungs, taken, given))
+        self.rungs.add(Climb(rungs, taken, given, without_full=self.without_full))
         self.standing = len(rungs) - 1
         self.job.progress.finished(f"rung {self.standing}", rung.seconds, rung_words(rung))
 
@@ -204,8 +253,7 @@ class _Ladder:
         report = self.job.report
         assert report is not None
         assert drop
-        wanted = max(report.max_drop_pp, 50 / report.samples)  # half an answer, where the budget is nothing
-        return fewest(costs, expected, expected(()) * wanted / drop, most)
+        return fewest(costs, expected, expected(()) * _wanted(report) / drop, most)
 
     def _made_in(self) -> float:
         """Return how many seconds the net in the workspace took, whenever it was made."""
@@ -270,36 +318,21 @@ def _rung(name: str, level: int, layers: Tuple[str, ...], report: Report, second
     )
 
 
+def _wanted(report: Report) -> float:
+    """Return what may be lost, in percentage points: half an answer, where the budget is nothing."""
+    return max(report.max_drop_pp, 50 / report.samples)
+
+
 def _spent(climb: Climb) -> float:
     """Return how many seconds of the time box are used: the first rung is the build itself."""
     return sum(rung.seconds for rung in climb.rungs[1:])
 
 
 def _warn(job: Build, climb: Climb) -> None:
+    if not climb.ended and len(climb.rungs) > 1:
+        job.warn(
+            f"this is the best of {len(climb.rungs)} nets that were judged on the same samples, which flatters it; "
+            "confirm it on others: edgeres validate BUNDLE --validation OTHER"
+        )
     if climb.ended:
         job.warn(f"the accuracy budget is not kept, and the search for it has ended: {climb.ended}")
-
-
-def reasons(given_back: Iterable[LayerCost]) -> Dict[str, str]:
-    """Return, for each node that is given back, why: what ``edgeres inspect`` says of it."""
-    return {
-        node: f"given back by the accuracy budget: quantized alone, {cost.layer} costs "
-        f"{100 * cost.expected:.2g} % of the answers ({decibels(cost.sqnr_db)})"
-        for cost in given_back
-        for node in cost.nodes
-    }
-
-
-def rung_words(rung: Rung) -> str:
-    """Return a rung in a line: what was done, what it lost, and what that bought."""
-    what = f"{', '.join(rung.layers)} in float" if rung.layers else f"recovery {rung.rung}"
-    lost = "" if rung.drop_pp is None else f" loses {rung.drop_pp:.2f} pp,"
-    bought = "" if rung.bought_pp is None else f", bought {rung.bought_pp:.2f} pp"
-    return f"{what}:{lost} {decibels(rung.sqnr_db)}: {rung.verdict}{bought}"
-
-
-def budget_words(climb: Climb) -> str:
-    """Return a climb in a line."""
-    rung = climb.rungs[climb.taken]
-    layers = f"{', '.join(rung.layers)} given back" if rung.layers else "nothing given back"
-    return f"{len(climb.rungs)} rungs, {layers}: {rung.verdict}"

@@ -128,7 +128,8 @@ BUILD_OPTIONS = (
         "--budget-minutes",
         type=float,
         metavar="MINUTES",
-        help="How long to look for layers to give back to float where --max-drop is not kept. Default: 10; 0: not.",
+        help="How long to do more (reconstruct, give layers back to float) where the verdict is fail. Default: 10; not "
+        "at all: 0, or --recovery fast or none.",
     ),
     click.option(
         "--validation", metavar="PATH", help="A folder with one subfolder per class, or an .npz with images and labels."

@@ -8,7 +8,6 @@ none of the tools that build.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import platform
 import time
@@ -76,7 +75,6 @@ class Build:
         self.warnings: List[str] = []
         self.said: List[str] = []  # of these, in the running stage
         self.level: Optional[int] = None  # of recovery, where the accuracy budget asks for another than the recipe
-        self.time_left = math.inf  # seconds, for what has no end of its own
         self.given_back: Dict[str, str] = {}  # node → why the accuracy budget keeps it in float
         self.calibration: Optional[Samples] = None
         self.validation: Optional[Samples] = None

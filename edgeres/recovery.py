@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from edgeres.quantize.simulate import Twin
 
 LEVELS = {"none": 0, "fast": 1, "auto": 1, "full": 2}
-RECONSTRUCTION = 120.0  # seconds; it ends sooner where that suffices, and does not begin where it would not
 TOOLS = ("torch", "onnx", "numpy")
 
 
@@ -42,6 +41,13 @@ def level(job: Build) -> int:
     if (job.recipe.engine.target or "").startswith("dla"):
         return 0
     return LEVELS[job.recipe.quantization.recovery] if job.level is None else job.level
+
+
+def reconstruction(job: Build) -> Tuple[int, float]:
+    """Return how many rounds of reconstruction the model is small enough for, 0: none; and about how many seconds."""
+    from edgeres.quantize.reconstruct import rounds_for
+
+    return rounds_for(job.workspace.folder / files.FP32_MODEL)
 
 
 def images_of(job: Build) -> Tuple[np.ndarray, int]:
@@ -128,7 +134,7 @@ def _recovery(job: Build, scalings: Mapping[str, Scaling]) -> Recovery:
         scalings=scalings,
         exact_input=job.recipe.preprocessing,
         images=[images[start : start + batch] for start in range(0, len(images), batch)],
-        seconds=max(0.0, min(RECONSTRUCTION, job.time_left)) if level(job) > 1 else 0.0,
+        rounds=reconstruction(job)[0] if level(job) > 1 else 0,
         given_back=job.given_back,
     )
 
@@ -137,12 +143,23 @@ def depends_on(job: Build, scalings: Mapping[str, Scaling]) -> Dict[str, Any]:
     """Return what the recovered model depends on, besides ranges and model."""
     if not scalings:
         return {"recovery": 0}
+    rounds = reconstruction(job)[0] if level(job) > 1 else 0
+    if level(job) > 1 and not rounds:
+        job.warn("the model is too large for reconstruction, which is left out: all else of recovery is done")
     return {
-        "recovery": level(job),
+        "recovery": 1,
+        "rounds": rounds,
         "given_back": job.given_back,
         "scalings": files.sha256_file(job.workspace.folder / files.SCALINGS),
         **_samples(job),
     }
+
+
+def done(job: Build) -> int:
+    """Return how much recovery the present net has: less than :func:`level` where the model does not allow it."""
+    if not follows(job):
+        return 0
+    return level(job) if reconstruction(job)[0] else min(level(job), 1)
 
 
 def follows(job: Build) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import onnx
@@ -23,7 +23,7 @@ class Candidate:
 
 
 def candidates(model: onnx.ModelProto, modules: Mapping[str, str], placement: Placement) -> tuple[Candidate, ...]:
-    """Return everything in int8 that can be given back: layers by their torch modules, and then blocks.
+    """Return everything in int8 that can be given back: layers by their torch modules, then blocks; each name once.
 
     Args:
         model: the float graph that the plan is for.
@@ -41,7 +41,7 @@ def candidates(model: onnx.ModelProto, modules: Mapping[str, str], placement: Pl
             units.setdefault(f"{name} (pool)", []).append(node)
     singles = [Candidate(name, tuple(nodes), sum(int8[n] in WEIGHTED for n in nodes)) for name, nodes in units.items()]
     graph = Graph(model)
-    blocks = []
+    blocks: list[Candidate] = []
     for node in graph.nodes:
         if node.op_type == "Add":
             inside = _block(graph, node)
@@ -49,8 +49,15 @@ def candidates(model: onnx.ModelProto, modules: Mapping[str, str], placement: Pl
             weighted = sum(one.weighted for one in members)
             if weighted > 1:
                 nodes = tuple(name for one in members for name in one.nodes)
-                blocks.append(Candidate(modules.get(node.name) or f"block of {node.name}", nodes, weighted))
+                name = modules.get(node.name) or f"block of {node.name}"
+                blocks.append(Candidate(_unlike({one.name for one in (*singles, *blocks)}, name), nodes, weighted))
     return (*singles, *blocks)
+
+
+def _unlike(taken: Collection[str], name: str) -> str:
+    """Return a name that none has yet: what is given back is told by it."""
+    others = (f"{name} (block{number})" for number in ("", *range(2, len(taken) + 3)))
+    return next(other for other in (name, *others) if other not in taken)
 
 
 def _block(graph: Graph, addition: onnx.NodeProto) -> set[str]:

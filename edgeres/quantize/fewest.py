@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from edgeres.artifacts import LayerCost
 
+TOLERANCE = 0.1
 Expected = Callable[[Collection[str]], float]
 """From nodes that are given back to the share of answers that the rest of the quantization changes."""
 
@@ -15,13 +16,18 @@ def fewest(costs: Sequence[LayerCost], expected: Expected, enough: float, most: 
     """Return the fewest layers that have to be given back so that no more than ``enough`` of the answers change.
 
     Layers are taken worst first, a block by its mean over the layers in it; then each that turns out not to be needed,
-    least first, is left out again. Where nothing is enough, all that may be taken are returned.
+    least first, is left out again. Where nothing is enough, it is so for what comes within 10 % of the best there is.
 
     Args:
         costs: of everything that can be given back.
         most: so many layers with weights may be taken.
     """
     order = _order(costs, most)
+    if not order:
+        return ()
+    best = expected(_nodes(order))
+    if best > enough:
+        enough = (1 + TOLERANCE) * best
     low, high = 1, len(order)
     while low < high:  # the fewest in this order: noise that is taken away does not come back
         middle = (low + high) // 2

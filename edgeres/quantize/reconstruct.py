@@ -2,8 +2,9 @@
 
 What the closed-form rungs leave is how errors of different layers add up. Here the quantized network runs with all its
 roundings, and the biases and the weights (in units of their steps, which stay) follow the gradient of the logits'
-error, straight through the roundings. Images are moved by a few pixels and mixed in pairs, so
-that what is learned is not these very images; learning rates are small, for the network is nearly right.
+error, straight through the roundings. Images are moved by a few pixels and mixed in pairs, so that what is learned is
+not these very images; learning rates are small, for the network is nearly right. How many rounds there are follows from
+the network's size, never from a clock: the same build makes the same model on any day.
 
 Source: Li et al., "BRECQ", 2021 (arXiv:2102.05426), section 3.2, for reconstruction over more than one layer, here over
 all of them; Bengio et al. 2013 (arXiv:1308.3432) for straight-through rounding.
@@ -12,10 +13,11 @@ all of them; Bengio et al. 2013 (arXiv:1308.3432) for straight-through rounding.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,10 +26,15 @@ from edgeres.affine import QMAX, QMIN, SHIFTED, SYMMETRIC
 from edgeres.artifacts import TensorRange
 from edgeres.quantize.compensate import Compensation
 from edgeres.quantize.follow import Follower, Quantizer
+from edgeres.quantize.graph import Graph
 from edgeres.quantize.insert import shift_of
+from edgeres.quantize.offset import Shape, shapes_of
 from edgeres.quantize.placement import Placement
 
 ROUNDS, FEWEST = 400, 60
+WORK, SECONDS = 3.2e10, 120.0
+"""Rounds times what one image costs, at most: about so many seconds on two slow cores (ResNet-32: all rounds)."""
+ELEMENT = 10  # multiplications that take as long as an activation does to be read, rounded and written
 BATCH = 32
 RATES = {"weights": 0.02, "biases": 1e-3}
 """Per round at first: in steps of a weight, and in shares of a layer's mean |bias|."""
@@ -40,22 +47,49 @@ def straight_through(x: Tensor) -> Tensor:
     return x + (torch.round(x) - x).detach()
 
 
+def rounds_for(fp32: Path) -> tuple[int, float]:
+    """Return how many rounds a model gets, and about how many seconds they take; 0 where too few would be left."""
+    cost = _cost(onnx.load(fp32))
+    rounds = min(ROUNDS, int(WORK / max(cost, 1.0)))
+    return (rounds, rounds * cost * SECONDS / WORK) if rounds >= FEWEST else (0, 0.0)
+
+
+def _cost(model: onnx.ModelProto) -> float:
+    """Return what one image costs, in multiplications; infinite where the size of anything is open."""
+    graph, shapes, cost = Graph(model), shapes_of(model), 0.0
+    for node in graph.nodes:
+        elements = _elements(shapes.get(node.output[0]))
+        cost += ELEMENT * elements
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            weights = graph.constant(node.input[1])
+            outputs = shapes.get(node.output[0], (None, None))[1]
+            cost += elements * weights.size / outputs if weights is not None and outputs else math.inf
+    return cost
+
+
+def _elements(shape: Shape | None) -> float:
+    """Return how many elements a tensor has for each image."""
+    if shape is None or None in shape[1:]:
+        return math.inf
+    return float(np.prod([size or 1 for size in shape[1:]]))
+
+
 def reconstruct(
     follower: Follower,
     placement: Placement,
     ranges: Mapping[str, TensorRange],
     found: Compensation,
     images: np.ndarray,
-    seconds: float,
+    rounds: int,
     watch: Watch = lambda done, total: None,
 ) -> Compensation | None:
-    """Return weights and biases with less error of the logits; None where the time is too short for it.
+    """Return weights and biases with less error of the logits; None where there is no signal, or none is found.
 
     Args:
         follower: the float network.
         found: where to start: weights on their grids, and biases.
         images: float32 ``(N, 3, H, W)``, normalized.
-        seconds: the time there is.
+        rounds: steps of the gradient, see :func:`rounds_for`.
     """
     start, weight_scales = found.constants, found.scales
     axes = {weight.tensor: weight.axis for weight in placement.weights}
@@ -77,28 +111,24 @@ def reconstruct(
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(0)
     every = torch.from_numpy(images)
-    began, done, share = time.monotonic(), 0, 0.0
-    while share < 1:  # of the rounds or of the time, whichever ends first
+    for done in range(rounds):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 + math.cos(math.pi * share)) / 2
+            group["lr"] = rate * (1 + math.cos(math.pi * done / rounds)) / 2
         x = _varied(every[torch.randint(len(every), (BATCH,), generator=generator)], generator)
         with torch.no_grad():
             wanted, _ = follower.run(x)
+            signal = wanted.square().sum()
+        if not signal > 0:
+            return None
         got, _ = follower.run(x, (), quantizer, constants())
         optimizer.zero_grad()
-        ((got - wanted).square().sum() / wanted.square().sum()).backward()  # type: ignore[no-untyped-call]
+        ((got - wanted).square().sum() / signal).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        done += 1
-        passed = time.monotonic() - began
-        if done == 3 and passed / done * FEWEST > seconds:  # the first rounds are slower: memory is found
-            return None
-        share = max(done / ROUNDS, passed / seconds)
-        watch(done, ROUNDS)
-    if done < FEWEST:
-        return None
+        watch(done + 1, rounds)
     with torch.no_grad():
         values = {name: value.detach().numpy() for name, value in constants().items()}
-    return Compensation(values, found.scales)
+    finite = all(np.isfinite(value).all() for value in values.values())
+    return Compensation(values, found.scales) if finite else None
 
 
 def _quantizer(placement: Placement, ranges: Mapping[str, TensorRange]) -> Quantizer:

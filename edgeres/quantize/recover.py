@@ -89,16 +89,16 @@ class Recovery:
 
     ``scalings`` are :func:`find_scalings`'s. ``exact_input`` is how frames become input, where the first layer is to
     read exact pixels; None leaves it as it is. ``images`` are batches, float32 ``(n, 3, H, W)``, normalized.
-    ``rounding``: whether weights are rounded by the layer's output, or each to its nearest. ``seconds`` is the time for
-    reconstruction by gradient; 0 leaves it out. ``given_back``: nodes that the accuracy budget gives back to float, and
-    why.
+    ``rounding``: whether weights are rounded by the layer's output, or each to its nearest. ``rounds`` are
+    reconstruction's, by gradient; 0 leaves it out. ``given_back``: nodes that the accuracy budget gives back to float,
+    and why.
     """
 
     scalings: Mapping[str, Scaling]
     exact_input: Preprocessing | None
     images: Sequence[np.ndarray]
     rounding: bool = True
-    seconds: float = 0.0
+    rounds: int = 0
     given_back: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -118,9 +118,9 @@ def recovered_content(
     model, placement, ranges = scaled(fp32, modules, keep_float, ranges, recovery)
     follower, quantizer = follower_of(model, placement), quantizer_of(placement, ranges)
     found = compensate(follower, placement, quantizer, recovery.images, recovery.rounding, watch)
-    if recovery.seconds:
+    if recovery.rounds:
         images = np.concatenate(recovery.images)
-        found = reconstruct(follower, placement, ranges, found, images, recovery.seconds, watch) or found
+        found = reconstruct(follower, placement, ranges, found, images, recovery.rounds, watch) or found
     final = onnx.ModelProto()
     final.CopyFrom(model)
     graph = Graph(final)

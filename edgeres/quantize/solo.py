@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from edgeres.quantize.compensate import compensate
 from edgeres.quantize.follow import Follower, Quantizer
 from edgeres.quantize.placement import Placement, plan
 from edgeres.quantize.recover import Recovery, follower_of, scaled
-from edgeres.quantize.simulate import quantizer_of
+from edgeres.quantize.simulate import Twin, quantizer_of
 
 EVERY = 1e10
 """Activations that may be computed for all layers alone, together: so many images are taken, and at least one batch."""
@@ -101,7 +102,8 @@ class Solo:
         own = {reader: name for reader, name in self._follower.points.items() if reader[0] not in additions}
         alone = _Alone(self.model, own)  # no convolution is to make up for what a skip beside it lost
         found = compensate(alone, self.placement, self._quantizer, recovery.images, recovery.rounding, watch)
-        self.constants = {name: torch.from_numpy(values) for name, values in found.constants.items()}
+        final = Twin(self.model, self.placement, ranges, found.constants).final()
+        self.constants = {name: values for own in final.values() for name, values in own.items()}
         self._logits = [self._run(x, None, {self._follower.input: x})[0] for x in self._images]
 
     def whole(self, given_back: Collection[str] = ()) -> Noise:
@@ -214,6 +216,8 @@ def noise_of(logits: Tensor, power: float, changed: float) -> Noise:
         changed: how many answers it changed.
     """
     count, classes = logits.shape
+    if not power < sys.float_info.max:
+        power = sys.float_info.max  # beyond what can be counted, or not a number
     spread = math.sqrt(power / (count * max(1, classes - 1)))
     expected = 0.0
     if spread > 0 and classes > 1:
@@ -224,7 +228,7 @@ def noise_of(logits: Tensor, power: float, changed: float) -> Noise:
             overtaken = -torch.expm1(torch.special.log_ndtr(behind + error).sum(1))
             expected += float(weight * overtaken.mean())
     signal = float(_own(logits).square().sum())
-    sqnr = 10 * math.log10(signal / power) if power > 0 and signal > 0 else None
+    sqnr = 10 * (math.log10(signal) - math.log10(power)) if power > 0 and 0 < signal < math.inf else None
     return Noise(changed / count, expected, sqnr)
 
 
