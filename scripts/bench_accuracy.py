@@ -36,6 +36,7 @@ from edgeres.artifacts import Preprocessing
 from edgeres.calibrate import AUTO, METHODS, choose, expected_noise, observe
 from edgeres.export import export_module
 from edgeres.quantize import lint, plan, shiftable, write_int8
+from edgeres.quantize.reconstruct import rounds_for
 from edgeres.quantize.recover import Recovery, find_scalings, images_for, recovered_content
 from edgeres.samples import Samples, open_samples
 from edgeres.validation import compare
@@ -43,7 +44,7 @@ from edgeres.validation import compare
 REPOSITORY = Path(__file__).resolve().parent.parent
 PREPROCESSING = Preprocessing(size=(32, 32))
 SETS = ("validation-jpeg", "validation")
-RUNGS = {"recovery fast": 0.0, "recovery full": 120.0}
+RUNGS = ("recovery fast", "recovery full")
 PEER_METHODS = {
     "minmax": CalibrationMethod.MinMax,
     "percentile": CalibrationMethod.Percentile,
@@ -156,7 +157,7 @@ def rows(depth: int, data: Path, count: int, hostile: bool) -> Iterator[str]:
                 ranges = choose(statistics, method, 99.99, allowed)
                 int8 = write_int8(fp32, placement, ranges).SerializeToString()
                 yield row(f"edgeres, {activations}", method, int8, observing + time.perf_counter() - start)
-            for rungs, seconds in RUNGS.items():
+            for rungs in RUNGS:
                 start = time.perf_counter()
                 allowed = shiftable(fp32, placement) if activations == "shifted" else frozenset()
                 tables = {
@@ -169,7 +170,8 @@ def rows(depth: int, data: Path, count: int, hostile: bool) -> Iterator[str]:
                 scalings = find_scalings(path, placement, tables, statistics.samples, few, batch)
                 ranges = choose(statistics, AUTO, 99.99, allowed, scalings)
                 parts = [few[i : i + batch] for i in range(0, len(few), batch)]
-                recovery = Recovery(scalings, PREPROCESSING, parts, seconds=seconds)
+                rounds = rounds_for(path)[0] if rungs == RUNGS[1] else 0
+                recovery = Recovery(scalings, PREPROCESSING, parts, rounds=rounds)
                 int8 = recovered_content(path, exported.modules, (), ranges, recovery)[0]
                 yield row(f"edgeres, {activations}", f"auto, {rungs}", int8, observing + time.perf_counter() - start)
 
