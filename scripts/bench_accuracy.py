@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
-"""INT8 accuracy of trained CIFAR-10 nets: edgeres' range methods against ONNX Runtime's own, in one run.
+"""INT8 accuracy of trained CIFAR-10 nets: edgeres' range methods against other quantizers, in one run.
 
 Every quantizer gets the same FP32 ONNX and the same calibration images; every result is evaluated exactly, by ONNX
 Runtime with graph optimizations off, so that no kernel's saturation hides in the figures. edgeres' methods come twice:
-with symmetric activations, and with those shifted to the full int8 range. Prints a Markdown table:
+with symmetric activations, and with those shifted to the full int8 range. ONNX Runtime's quantizer always runs; NNCF
+(nncf 3.4.0) and NVIDIA's modelopt (nvidia-modelopt[onnx] 0.47.0) where installed, and a line on stderr says where not.
+They deserve an environment of their own: modelopt's extra asks for other versions of onnx and ONNX Runtime. Legal for
+TensorRT is what edgeres' linter has nothing against; it holds models to TensorRT 8.5, and modelopt writes opset 19,
+which is newer. Prints a Markdown table:
 
     python scripts/bench_accuracy.py [--shared FOLDER] [--count 512] [--nets 20 32]
 
@@ -15,13 +19,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import multiprocessing
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import onnx
@@ -50,6 +59,7 @@ PEER_METHODS = {
     "percentile": CalibrationMethod.Percentile,
     "entropy": CalibrationMethod.Entropy,
 }
+T = TypeVar("T")
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -94,6 +104,84 @@ def peer(fp32: Path, images: np.ndarray, method: str, folder: Path) -> bytes:
     return out.read_bytes()
 
 
+def nncf_peer(fp32: Path, images: np.ndarray, method: str, folder: Path) -> bytes:
+    """Return NNCF's quantization: its defaults, every image taken; activations behind a ReLU come out as uint8."""
+    import nncf
+
+    dataset = nncf.Dataset([{"input": images[i : i + 1]} for i in range(len(images))])
+    preset = nncf.QuantizationPreset(method)
+    quantized: onnx.ModelProto = nncf.quantize(onnx.load(fp32), dataset, preset=preset, subset_size=len(images))
+    return quantized.SerializeToString()
+
+
+def modelopt_peer(fp32: Path, images: np.ndarray, method: str, folder: Path) -> bytes:
+    """Return modelopt's quantization: its defaults, float32 where not int8, calibrated on the CPU."""
+    from modelopt.onnx.quantization import quantize
+
+    out = folder / "modelopt.onnx"
+    quantize(
+        str(fp32),
+        quantize_mode="int8",
+        calibration_data={"input": images},
+        calibration_method=method,
+        calibration_eps=["cpu"],
+        high_precision_dtype="fp32",
+        output_path=str(out),
+        log_level="WARNING",
+    )
+    return out.read_bytes()
+
+
+class Peer(NamedTuple):
+    """A quantizer that this script can do without, and what to try with it."""
+
+    tool: str
+    package: str
+    module: str
+    quantize: Callable[[Path, np.ndarray, str, Path], bytes]
+    methods: tuple[str, ...]
+
+
+PEERS = (
+    Peer("NNCF", "nncf", "nncf", nncf_peer, ("performance",)),
+    Peer("modelopt", "nvidia-modelopt[onnx]", "modelopt.onnx.quantization", modelopt_peer, ("entropy", "max")),
+)
+
+
+def apart(function: Callable[..., T], *arguments: object) -> T:
+    """Return what the function answers in a process of its own: modelopt changes ONNX Runtime's quantizer for good."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def why_missing(module: str) -> str:
+    """Return why a module cannot be imported, in one line; empty where it can."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(module)
+    except ImportError as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def installed_peers() -> Iterator[Peer]:
+    """Yield the peers that can be imported; of each other one says on stderr why not."""
+    for candidate in PEERS:
+        reason = apart(why_missing, candidate.module)
+        if reason:
+            print(f"{candidate.tool} is left out ({reason}): pip install '{candidate.package}'", file=sys.stderr)
+        else:
+            yield candidate
+
+
+def timed_peer(chosen: Peer, fp32: Path, images: np.ndarray, method: str, folder: Path) -> tuple[bytes, float]:
+    """Return a peer's int8 model, and the seconds that it took once imported."""
+    with contextlib.redirect_stdout(sys.stderr):  # both log to stdout, as it is when they are imported
+        importlib.import_module(chosen.module)
+        start = time.perf_counter()
+        return chosen.quantize(fp32, images, method, folder), time.perf_counter() - start
+
+
 def make_hostile(model: nn.Module) -> None:
     """Scale each block's inner channels by 2^u, u uniform in [−4, 4], and take it back in the next convolution.
 
@@ -109,7 +197,7 @@ def make_hostile(model: nn.Module) -> None:
                 block.conv2.weight /= factors[:, None, None]
 
 
-def rows(depth: int, data: Path, count: int, hostile: bool) -> Iterator[str]:
+def rows(depth: int, data: Path, count: int, hostile: bool, peers: Sequence[Peer]) -> Iterator[str]:
     """Yield a table row for each quantizer of one net."""
     model = models.create(f"resnet{depth}_cifar")
     models.load_weights(model, next(data.glob(f"checkpoints/resnet{depth}-*.th")))
@@ -145,6 +233,10 @@ def rows(depth: int, data: Path, count: int, hostile: bool) -> Iterator[str]:
             start = time.perf_counter()
             int8 = peer(path, calibration, method, Path(temporary))
             yield row("ONNX Runtime", method, int8, time.perf_counter() - start)
+        for other in peers:
+            for method in other.methods:
+                int8, seconds = apart(timed_peer, other, path, calibration, method, Path(temporary))
+                yield row(other.tool, method, int8, seconds)
         start = time.perf_counter()
         placement = plan(fp32, exported.modules)
         batches = (calibration[i : i + 64] for i in range(0, len(calibration), 64))
@@ -185,12 +277,15 @@ def main() -> None:
     parser.add_argument("--hostile", action="store_true", help="scale channels so that float answers the same")
     arguments = parser.parse_args()
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    print(f"onnxruntime {ort.__version__}, {machine}, {arguments.count} calibration images\n")
+    peers = list(installed_peers())
+    packages = [found.package.partition("[")[0] for found in peers]
+    versions = ", ".join([f"onnxruntime {ort.__version__}", *(f"{name} {version(name)}" for name in packages)])
+    print(f"{versions}, {machine}, {arguments.count} calibration images\n")
     heads = [f"{name}: SQNR dB | agreement | drop pp (95 %)" for name in ("JPEG", "lossless")]
     print("| net | tool | ranges | " + " | ".join(heads) + " | TensorRT-legal | s |")
     print("| --- | --- | --- |" + " --- |" * 8)
     for depth in arguments.nets:
-        for line in rows(depth, arguments.shared / "data/cifar10", arguments.count, arguments.hostile):
+        for line in rows(depth, arguments.shared / "data/cifar10", arguments.count, arguments.hostile, peers):
             print(line, flush=True)
 
 
