@@ -122,7 +122,8 @@ BUILD_OPTIONS = (
     click.option(
         "--recovery",
         type=click.Choice(["auto", "none", "fast", "full"]),
-        help="How much is done for the accuracy: full takes two minutes more. Default: auto, which is fast.",
+        help="How much is done for the accuracy: full takes up to two minutes more. Default: auto, "
+        "which is fast, and more where the verdict is fail (--budget-minutes).",
     ),
     click.option(
         "--budget-minutes",

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import onnx
 
-from edgeres.quantize.graph import POOLS, Graph
+from edgeres.quantize.graph import POOLS, WEIGHTED, Graph
 from edgeres.quantize.placement import Placement
-
-WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 
-from edgeres.quantize.graph import RESHAPES, Graph, attribute
+from edgeres.quantize.graph import RESHAPES, WEIGHTED, Graph, attribute
 
 PASSING = ("Relu", "MaxPool", "GlobalAveragePool", "AveragePool", "Identity", "LeakyRelu", "Dropout")
 
@@ -71,7 +71,7 @@ def channel_groups(model: onnx.ModelProto, channels: Mapping[str, int]) -> Chann
 def _tie(graph: Graph, node: onnx.NodeProto, inputs: list[str], union: _Union) -> bool:
     """Tie a node's output channels to its inputs'; return False where it lets no factor through."""
     output = node.output[0]
-    if node.op_type in ("Conv", "Gemm", "MatMul"):
+    if node.op_type in WEIGHTED:
         return takes_factors(graph, node)
     if node.op_type in (*PASSING, *RESHAPES):
         return union.tie(output, inputs[0])  # Flatten of a pooled (N, C, 1, 1) only: else the channels' numbers differ
@@ -98,7 +98,7 @@ def _tie(graph: Graph, node: onnx.NodeProto, inputs: list[str], union: _Union) -
 
 def takes_factors(graph: Graph, node: onnx.NodeProto) -> bool:
     """Whether a layer has constant weights and bias of its own, into which its channels' factors can go."""
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or not graph.is_activation(node.input[0]):
+    if node.op_type not in WEIGHTED or not graph.is_activation(node.input[0]):
         return False
     constants = [name for name in node.input[1:] if name]
     if any(name not in graph.initializers or len(graph.consumers[name]) > 1 for name in constants):

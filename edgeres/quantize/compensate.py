@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from edgeres.affine import QMAX, channel_amax, scale_from_amax
 from edgeres.quantize.follow import Follower, Quantizer, padded
-from edgeres.quantize.graph import attribute
+from edgeres.quantize.graph import WEIGHTED, attribute
 from edgeres.quantize.placement import Placement
 
 RIDGE = 1.0  # pulls the least squares to the original weights, in shares of each input's own variance: with less they
@@ -112,7 +112,7 @@ def compensate(
 
 def _is_layer(follower: Follower, node: onnx.NodeProto) -> bool:
     """Whether a node is a plain layer with constant weights and bias that nobody else reads."""
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[0] in follower.constants:
+    if node.op_type not in WEIGHTED or node.input[0] in follower.constants:
         return False
     if any(name not in follower.constants or len(follower.readers[name]) > 1 for name in node.input[1:] if name):
         return False

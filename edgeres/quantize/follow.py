@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgeres.errors import QuantizationError
+from edgeres.quantize.graph import WEIGHTED
 
 Quantizer = Callable[[str, Tensor], Tensor]
 """From the name of a quantized tensor and its values to what the int8 layers behind it read."""
@@ -126,7 +127,7 @@ class Follower:
             ready = [node for node in rest if have.issuperset(node.input)]
             if not ready:
                 raise _refusal(f"{rest[0].op_type} {rest[0].name}, whose inputs nothing makes")
-            light = [node for node in ready if node.op_type not in ("Conv", "Gemm", "MatMul")]
+            light = [node for node in ready if node.op_type not in WEIGHTED]
             for node in light or ready[:1]:
                 order.append(node)
                 have.update(node.output)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+WEIGHTED = ("Conv", "Gemm", "MatMul")
 POOLS = ("GlobalAveragePool", "AveragePool", "ReduceMean")
 RESHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 BRANCH_ENDS = ("Conv", "BatchNormalization", "Mul")  # what a residual addition fuses into, or what ends a gated branch

@@ -21,14 +21,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeres.errors import QuantizationError
-from edgeres.quantize.graph import POOLS, RESHAPES, Graph
+from edgeres.quantize.graph import POOLS, RESHAPES, WEIGHTED, Graph
 from edgeres.quantize.half import FLOAT32_INPUTS, LARGEST
 from edgeres.quantize.lint import check
 from edgeres.quantize.offset import shifts_of
 from edgeres.quantize.placement import MOVES
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
-WEIGHTED = ("Conv", "Gemm", "MatMul")
 FOLLOWING = ("Relu", "Clip", "MaxPool", *MOVES, *RESHAPES)  # these fuse behind an int8 layer, or run on its integers
 TYPELESS = ("Shape", "Size")  # these look at a tensor, not at its values
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from edgeres.affine import dequantize, quantize
-from edgeres.quantize.graph import RESHAPES, Graph, attribute
+from edgeres.quantize.graph import RESHAPES, WEIGHTED, Graph, attribute
 
 Shape = tuple[int | None, ...]
 
@@ -74,7 +74,7 @@ def carried(graph: Graph, node: onnx.NodeProto, offset: np.ndarray, shapes: Mapp
         return offset
     if not is_flat(offset):
         return None
-    if node.op_type in ("Conv", "Gemm", "MatMul"):
+    if node.op_type in WEIGHTED:
         weights = weights_of(graph, node)
         if weights is None:
             return None

@@ -26,7 +26,7 @@ from edgeres.affine import QMAX, QMIN, SHIFTED, SYMMETRIC
 from edgeres.artifacts import TensorRange
 from edgeres.quantize.compensate import Compensation
 from edgeres.quantize.follow import Follower, Quantizer
-from edgeres.quantize.graph import Graph
+from edgeres.quantize.graph import WEIGHTED, Graph
 from edgeres.quantize.insert import shift_of
 from edgeres.quantize.offset import Shape, shapes_of
 from edgeres.quantize.placement import Placement
@@ -60,7 +60,7 @@ def _cost(model: onnx.ModelProto) -> float:
     for node in graph.nodes:
         elements = _elements(shapes.get(node.output[0]))
         cost += ELEMENT * elements
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
+        if node.op_type in WEIGHTED:
             weights = graph.constant(node.input[1])
             outputs = shapes.get(node.output[0], (None, None))[1]
             cost += elements * weights.size / outputs if weights is not None and outputs else math.inf

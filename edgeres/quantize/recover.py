@@ -22,7 +22,7 @@ from edgeres.quantize.channels import apply_factors, channel_groups
 from edgeres.quantize.compensate import compensate
 from edgeres.quantize.equalize import equalize
 from edgeres.quantize.follow import Follower
-from edgeres.quantize.graph import Graph, free_name
+from edgeres.quantize.graph import WEIGHTED, Graph, free_name
 from edgeres.quantize.insert import write_int8
 from edgeres.quantize.offset import shapes_of
 from edgeres.quantize.pixels import exact_pixels, pixel_range
@@ -76,7 +76,7 @@ def find_scalings(
     follower = follower_of(model, placement)
     channels = follower.channels((images.shape[2], images.shape[3]))
     groups = channel_groups(model, channels)
-    outputs = [node.output[0] for node in follower.nodes if node.op_type in ("Conv", "Gemm", "MatMul")]
+    outputs = [node.output[0] for node in follower.nodes if node.op_type in WEIGHTED]
     wanted = [name for name in (*placement.tensors, *outputs) if name in channels]
     sensitivity = sensitivities(follower, images, wanted, batch, watch)
     factors = groups.factors(equalize(model, placement, groups, tables, sensitivity, counted))
