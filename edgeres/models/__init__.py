@@ -15,19 +15,19 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgeres.architectures import ARCHITECTURES
+from edgeres.architectures import ARCHITECTURES, Architecture
 from edgeres.errors import ModelError
 from edgeres.models.checkpoints import load_weights
 from edgeres.models.resnet import ResNet
 
-__all__ = ["count", "create", "from_callable", "load_weights", "outline"]
+__all__ = ["count", "create", "from_callable", "load_weights"]
 
 
-def create(name: str, num_classes: int | None = None, seed: int | None = None) -> nn.Module:
+def create(name: str | Architecture, num_classes: int | None = None, seed: int | None = None) -> nn.Module:
     """Return a member of the ResNet family in eval mode, with fresh random weights.
 
     Args:
-        name: as ``edgeres models`` lists it.
+        name: as ``edgeres models`` lists it; or the description of a net that has no name.
         num_classes: outputs of the classifier; None means the architecture's own (1000 or 10).
         seed: the same seed gives the same weights, and torch's global random state stays as it was; None draws the
             weights from that global state.
@@ -35,11 +35,7 @@ def create(name: str, num_classes: int | None = None, seed: int | None = None) -
     Raises:
         ModelError: no such name, or fewer classes than one.
     """
-    architecture = ARCHITECTURES.get(name)
-    if architecture is None:
-        close = difflib.get_close_matches(name, ARCHITECTURES, n=3)
-        meant = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ModelError(f"there is no model named {name!r}.{meant} `edgeres models` lists them all.")
+    architecture = _named(name) if isinstance(name, str) else name
     _check_classes(num_classes)
     classes = architecture.num_classes if num_classes is None else num_classes
     # No CUDA device is forked, and only the CPU's generator is seeded: nothing else draws the weights.
@@ -49,11 +45,12 @@ def create(name: str, num_classes: int | None = None, seed: int | None = None) -
         return ResNet(architecture, classes).eval()
 
 
-def outline(name: str) -> nn.Module:
-    """Return a member of the family without memory behind its weights (torch's meta device), for :func:`count`."""
-    architecture = ARCHITECTURES[name]
-    with torch.device("meta"):
-        return ResNet(architecture, architecture.num_classes).eval()
+def _named(name: str) -> Architecture:
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    close = difflib.get_close_matches(name, ARCHITECTURES, n=3)
+    meant = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ModelError(f"there is no model named {name!r}.{meant} `edgeres models` lists them all.")
 
 
 def from_callable(spec: str, num_classes: int | None = None, seed: int | None = None) -> nn.Module:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgeres.architectures import ARCHITECTURES, Architecture, layers
 from edgeres.errors import CheckpointError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin")
@@ -57,17 +58,23 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Torch files are read as tensors alone; code in them is not run.
 
+    Names and shapes are all that can be compared. They are the same in ``plain20_cifar`` and ``resnet20_cifar``, whose
+    shortcuts have no parameters, and in ``resnet50_v1`` and ``resnet50``.
+
     Raises:
         CheckpointError: the file cannot be read, or a tensor is missing, unexpected, of another shape or dtype, NaN or
-            infinite; every such tensor is named, and the model is as it was.
+            infinite; every such tensor is named, and the member of the family that the file does fit, if there is one.
+            The model is as it was.
     """
     path = Path(path)
     content = _read(path)
     wanted = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    found = _model_names(_flat(content, path), wanted)
+    flat = _flat(content, path)
+    found = _model_names(flat, wanted)
     problems = _misfits(found, wanted)
     if problems:
-        raise CheckpointError(f"{path} does not fit the model", problems)
+        rather = "" if _shapes(found) == _shapes(wanted) else _fitting(flat)
+        raise CheckpointError(f"{path} does not fit the model{rather}", problems)
     converted = {name: tensor.to(wanted[name].dtype) for name, tensor in found.items()}
     # Not strict: what may be absent is known to be harmless by now.
     model.load_state_dict(converted, strict=False)
@@ -215,6 +222,39 @@ def _defect(tensor: Tensor, target: Tensor) -> str | None:
     if bad:
         return f"{bad} of {tensor.numel()} values are NaN or infinite; take a checkpoint from before that happened"
     return None
+
+
+def _fitting(flat: Mapping[str, Tensor]) -> str:
+    """Return, in words, the members of the family that have the names and shapes of a file; nothing where none has."""
+    fitting, classes = [], 0
+    for name, architecture in ARCHITECTURES.items():
+        wanted = _published(architecture)
+        shapes = _shapes(_model_names(flat, wanted))
+        if shapes.keys() == wanted.keys() and shapes["fc.bias"]:
+            classes = shapes["fc.bias"][0]
+            if shapes == {**wanted, "fc.weight": (classes, wanted["fc.weight"][1]), "fc.bias": (classes,)}:
+                fitting.append(name)
+    if not fitting:
+        return ""
+    usual = classes == ARCHITECTURES[fitting[0]].num_classes
+    return f"; it fits --model {' or '.join(fitting)}{'' if usual else f' --num-classes {classes}'}"
+
+
+def _published(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a member's state dict, without its step counts."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in layers(architecture):
+        shapes[f"{layer.name}.weight"] = layer.shape
+        if layer.norm:
+            norm = ("weight", "bias", "running_mean", "running_var")
+            shapes.update({f"{layer.norm}.{part}": layer.shape[:1] for part in norm})
+        else:
+            shapes[f"{layer.name}.bias"] = layer.shape[:1]
+    return shapes
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not _is_step_count(name)}
 
 
 def _shape(tensor: Tensor) -> str:

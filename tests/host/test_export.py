@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -14,6 +15,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from edgeres import models
+from edgeres.architectures import ARCHITECTURES, Architecture
 from edgeres.errors import ExportError
 from edgeres.export import export_module
 from edgeres.export.exported import Exported
@@ -67,10 +69,19 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     return module
 
 
+def tiny(**parts: Any) -> Architecture:
+    """Return a net with an ImageNet stem and bottlenecks, in which parts are exchanged."""
+    return msgspec.structs.replace(ARCHITECTURES["resnet50"], depths=(2, 1), widths=(8, 16), num_classes=6, **parts)
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "small": (lambda: seeded(Small), (9, 12)),
     "option A": (lambda: seeded(lambda: models.create("resnet8_cifar")), (32, 32)),
     "not square": (lambda: seeded(lambda: models.create("resnet8_cifar", 3)), (17, 24)),
+    "plain": (lambda: seeded(lambda: models.create("plain8_cifar")), (32, 32)),
+    "SE-ResNeXt": (lambda: seeded(lambda: models.create(tiny(cardinality=4, group_width=4, attention="se"))), (33, 40)),
+    "V1, option C": (lambda: seeded(lambda: models.create(tiny(shortcut="C", stride="1x1"))), (32, 32)),
+    "bottlenecks, option A": (lambda: seeded(lambda: models.create(tiny(shortcut="A"))), (32, 32)),
 }
 
 
@@ -167,6 +178,25 @@ def test_the_map_of_a_residual_net_is_that_of_its_forward() -> None:
         ("Slice", "layer2.0.downsample"),
         ("Slice", "layer2.0.downsample"),
     ]
+
+
+def test_the_map_of_a_gate_is_that_of_its_forward() -> None:
+    found = export_module(models.create(tiny(attention="se"), seed=0), (32, 32))
+    model = onnx.load_model_from_string(found.content)
+    gate = {node.name: node for node in model.graph.node if found.modules[node.name].startswith("layer1.1.se")}
+    assert [(node.op_type, found.modules[name]) for name, node in gate.items()] == [
+        ("GlobalAveragePool", "layer1.1.se.squeeze"),
+        ("Conv", "layer1.1.se.fc1"),
+        ("Relu", "layer1.1.se.relu"),
+        ("Conv", "layer1.1.se.fc2"),
+        ("Sigmoid", "layer1.1.se.gate"),
+        ("Mul", "layer1.1.se"),
+    ]
+    # The gate weighs the residual: what is squeezed is what is multiplied, and only then comes the addition.
+    squeeze, *_, gated = gate.values()
+    assert squeeze.input[0] in gated.input
+    (reader,) = [node for node in model.graph.node if gated.output[0] in node.input]
+    assert (reader.op_type, found.modules[reader.name]) == ("Add", "layer1.1")
 
 
 @pytest.mark.parametrize("name", NETS)

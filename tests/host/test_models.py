@@ -9,6 +9,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,30 +19,61 @@ from PIL import Image
 from torch import nn
 
 from edgeres import models
-from edgeres.architectures import ARCHITECTURES
+from edgeres.architectures import ARCHITECTURES, Architecture, squeezed
 from edgeres.artifacts import Preprocessing
+from edgeres.catalog import count
 from edgeres.errors import ModelError
-from edgeres.models.resnet import BasicBlock, Bottleneck, ZeroPadShortcut
+from edgeres.models.blocks import BLOCKS, SqueezeExcitation, ZeroPadShortcut
 from edgeres.preprocess import prepare
 
 DIGITS = Path(__file__).resolve().parents[2] / "calibration" / "digits"
 
-# Millions of parameters: torchvision's documentation; He et al. 2015, Table 6, for CIFAR-10.
+# Millions of parameters: torchvision's documentation; timm's results for SE nets; He et al. 2015, Table 6, for
+# CIFAR-10, where plain nets have as many (section 4.2).
 PARAMETERS = {
     "resnet18": "11.690",
     "resnet34": "21.798",
     "resnet50": "25.557",
     "resnet101": "44.549",
     "resnet152": "60.193",
-    "resnet20_cifar": "0.27",
-    "resnet32_cifar": "0.46",
-    "resnet44_cifar": "0.66",
-    "resnet56_cifar": "0.85",
-    "resnet110_cifar": "1.7",
+    "resnext50_32x4d": "25.029",
+    "resnext101_32x8d": "88.791",
+    "wide_resnet50_2": "68.883",
+    "se_resnet50": "28.09",
+    "se_resnext50_32x4d": "27.56",
+    **{
+        f"{kind}{depth}_cifar": published
+        for kind in ("resnet", "plain")
+        for depth, published in ((20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7"))
+    },
 }
 
-# Milliards of multiply-accumulates at 224 x 224: torchvision's documentation.
-MACS = {"resnet18": "1.814", "resnet34": "3.664", "resnet50": "4.089", "resnet101": "7.801", "resnet152": "11.514"}
+# Milliards of multiply-accumulates at 224 x 224: torchvision's documentation; for V1 and plain nets He et al. 2015,
+# Table 1 and section 3.3 (where 3.86 is cut to 3.8), for SE nets Hu et al. 2018, Table 2, of V1's strides.
+MACS = {
+    "resnet18": "1.814",
+    "resnet34": "3.664",
+    "resnet50": "4.089",
+    "resnet101": "7.801",
+    "resnet152": "11.514",
+    "resnext50_32x4d": "4.230",
+    "resnext101_32x8d": "16.414",
+    "wide_resnet50_2": "11.398",
+    "plain34": "3.6",
+    "resnet101_v1": "7.6",
+    "resnet152_v1": "11.3",
+}
+
+
+def variant(name: str, **changes: object) -> Architecture:
+    """Return a member of the family with other parts."""
+    return msgspec.structs.replace(ARCHITECTURES[name], **changes)
+
+
+def shown(architecture: Architecture) -> nn.Module:
+    """Return a net without memory behind its weights."""
+    with torch.device("meta"):
+        return models.create(architecture)
 
 
 def in_units(count: int, unit: float, published: str) -> str:
@@ -49,19 +81,77 @@ def in_units(count: int, unit: float, published: str) -> str:
     return f"{count / unit:.{len(published.partition('.')[2])}f}"
 
 
-@pytest.mark.parametrize(("name", "published"), PARAMETERS.items())
-def test_parameters_are_as_published(name: str, published: str) -> None:
-    size = ARCHITECTURES[name].size
-    with torch.device("meta"):
-        parameters, _ = models.count(models.create(name), (size, size))
-    assert in_units(parameters, 1e6, published) == published
+@pytest.mark.parametrize("name", sorted({*PARAMETERS, *MACS}))
+def test_sizes_are_as_published(name: str) -> None:
+    """Measured on the module; what `edgeres models` lists without one is the same."""
+    net = ARCHITECTURES[name]
+    parameters, macs = models.count(shown(net), (net.size, net.size))
+    for measured, unit, published in ((parameters, 1e6, PARAMETERS), (macs, 1e9, MACS)):
+        if name in published:
+            assert in_units(measured, unit, published[name]) == published[name]
+    assert count(net) == (parameters, macs)
 
 
-@pytest.mark.parametrize(("name", "published"), MACS.items())
-def test_macs_are_as_published(name: str, published: str) -> None:
-    with torch.device("meta"):
-        _, macs = models.count(models.create(name), (224, 224))
-    assert in_units(macs, 1e9, published) == published
+def test_sizes_that_papers_give_of_variants() -> None:
+    first = variant("se_resnet50", stride="1x1")
+    assert in_units(count(first)[1], 1e9, "3.86") == "3.86"
+    assert in_units(count(ARCHITECTURES["resnet50_v1"])[1], 1e9, "3.86") == "3.86"
+    # Hu et al. 2018, section 4, equation 5: 2/r times the sum over blocks of their channels' squares; biases beside.
+    blocks = [(3, 256), (4, 512), (6, 1024), (3, 2048)]
+    gates = sum(2 * number * c**2 // 16 for number, c in blocks)
+    biases = sum(number * (c + c // 16) for number, c in blocks)
+    assert in_units(gates, 1e6, "2.5") == "2.5"
+    for name, without in (("se_resnet50", "resnet50"), ("se_resnext50_32x4d", "resnext50_32x4d")):
+        assert count(ARCHITECTURES[name])[0] - count(ARCHITECTURES[without])[0] == gates + biases
+    # Xie et al. 2017, Table 7: ResNeXt-29, 8 × 64d, for CIFAR; shortcuts are B (section 4).
+    net = Architecture("", "bottleneck", (3, 3, 3), (64, 128, 256), "cifar", "B", 10, 32, 32, "", 8, group_width=64)
+    parameters, macs = models.count(shown(net), (32, 32))
+    assert in_units(parameters, 1e6, "34.4") == "34.4"
+    assert count(net) == (parameters, macs)
+
+
+def test_every_part_can_be_exchanged() -> None:
+    """What a description says of its size is what the module has, also where no published net has these parts."""
+    nets = [
+        variant("resnet50", depths=(1, 2), widths=(24, 40), size=31, shortcut=shortcut, attention=attention, **groups)
+        for shortcut in ("A", "B", "C", "none")
+        for attention in ("none", "se")
+        for groups in ({}, {"cardinality": 4}, {"cardinality": 2, "group_width": 36}, {"stride": "1x1"})
+    ]
+    nets += [
+        variant("resnet18", depths=(2, 1), widths=(8, 12), stem=stem, size=33, shortcut=shortcut, attention="se")
+        for shortcut in ("A", "B", "C", "none")
+        for stem in ("imagenet", "cifar")
+    ]
+    for net in nets:
+        assert models.count(shown(net), (net.size, net.size)) == count(net), net
+        model = models.create(net, num_classes=3, seed=0)
+        assert model(torch.zeros(2, 3, net.size, net.size)).shape == (2, 3)
+        projections = [name for name in model.state_dict() if name.endswith("downsample.0.weight")]
+        wanted = {"A": 0, "none": 0, "B": 2 if net.block == "bottleneck" else 1, "C": sum(net.depths)}
+        assert len(projections) == wanted[net.shortcut], net
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"block": "dense", "shortcut": "D", "stem": "vgg"}, ["'dense'", "'D'", "'vgg'"]),
+        ({"attention": "eca"}, ["attention: 'eca' is none of none, se"]),
+        ({"stride": "7x7"}, ["stride: '7x7'"]),
+        ({"depths": (1, 2)}, ["one of each per stage"]),
+        ({"depths": (), "widths": ()}, ["one of each per stage"]),
+        ({"depths": (3, 0, 6, 3), "size": 0}, ["at least 1"]),
+        ({"cardinality": 24}, ["24 does not divide the widths"]),
+        ({"widths": (64, 100, 120, 130), "group_width": 3}, ["does not grow by whole channels"]),
+        ({"widths": (64, 32, 16, 8), "shortcut": "A"}, ["A can add channels"]),
+        ({"block": "basic", "cardinality": 32}, ["block: a basic one has neither groups"]),
+        ({"block": "basic", "stride": "1x1"}, ["nor a 1×1 convolution"]),
+    ],
+)
+def test_parts_that_do_not_fit_are_named_all_at_once(changes: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(ModelError, match="architecture resnet50") as caught:
+        models.create(Architecture(**{**msgspec.structs.asdict(ARCHITECTURES["resnet50"]), **changes}))
+    assert all(word in str(caught.value) for word in words)
 
 
 def test_count_leaves_the_model_alone() -> None:
@@ -79,44 +169,10 @@ def test_count_refuses_a_size_that_the_model_does_not_take() -> None:
         models.count(model, (9, 8))
 
 
-def torchvision_names(convolutions: int, depths: tuple[int, ...], projected: set[int]) -> list[str]:
-    """Return torchvision's state dict names by their rule; ``projected`` are the stages that begin with option B."""
-
-    def norm(name: str) -> list[str]:
-        return [f"{name}.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
-
-    names = ["conv1.weight", *norm("bn1")]
-    for stage, depth in enumerate(depths, start=1):
-        for block in range(depth):
-            place = f"layer{stage}.{block}"
-            for number in range(1, convolutions + 1):
-                names += [f"{place}.conv{number}.weight", *norm(f"{place}.bn{number}")]
-            if block == 0 and stage in projected:
-                names += [f"{place}.downsample.0.weight", *norm(f"{place}.downsample.1")]
-    return [*names, "fc.weight", "fc.bias"]
-
-
-@pytest.mark.parametrize(
-    ("name", "convolutions", "projected"),
-    [
-        ("resnet18", 2, {2, 3, 4}),
-        ("resnet34", 2, {2, 3, 4}),
-        ("resnet50", 3, {1, 2, 3, 4}),
-        ("resnet101", 3, {1, 2, 3, 4}),
-        ("resnet152", 3, {1, 2, 3, 4}),
-        ("resnet20_cifar", 2, set()),
-    ],
-)
-def test_names_are_torchvisions(name: str, convolutions: int, projected: set[int]) -> None:
-    with torch.device("meta"):
-        model = models.create(name)
-    assert list(model.state_dict()) == torchvision_names(convolutions, ARCHITECTURES[name].depths, projected)
-
-
-def test_shapes_of_resnet50() -> None:
-    """The stages' sizes of Table 1, with V1.5's stride on the 3x3 convolution."""
-    with torch.device("meta"):
-        model = models.create("resnet50")
+@pytest.mark.parametrize(("name", "halving"), [("resnet50", "conv2"), ("resnet50_v1", "conv1")])
+def test_shapes_of_resnet50(name: str, halving: str) -> None:
+    """The stages' sizes of Table 1; V1 halves the image with the first convolution, V1.5 with the 3x3."""
+    model = shown(ARCHITECTURES[name])
     seen: dict[str, tuple[int, ...]] = {}
     for name in ("conv1", "maxpool", "layer1", "layer2", "layer2.0.conv1", "layer2.0.conv2", "layer3", "layer4"):
         model.get_submodule(name).register_forward_hook(
@@ -128,7 +184,7 @@ def test_shapes_of_resnet50() -> None:
         "maxpool": (64, 56, 56),
         "layer1": (256, 56, 56),
         "layer2": (512, 28, 28),
-        "layer2.0.conv1": (128, 56, 56),
+        "layer2.0.conv1": (128, 28, 28) if halving == "conv1" else (128, 56, 56),
         "layer2.0.conv2": (128, 28, 28),
         "layer3": (1024, 14, 14),
         "layer4": (2048, 7, 7),
@@ -149,17 +205,37 @@ def test_shortcut_a_is_a_slice_between_zeros(inputs: int, new: int, stride: int,
     assert torch.equal(y, torch.cat([before, kept, behind], dim=1))
 
 
-@pytest.mark.parametrize(("block", "last"), [(BasicBlock, "bn2"), (Bottleneck, "bn3")])
-def test_a_block_without_residual_is_its_shortcut(block: type[BasicBlock] | type[Bottleneck], last: str) -> None:
-    """F(x) = 0 leaves ReLU(x): the identity path adds nothing of its own."""
-    width = 8 // block.expansion
-    made = block(8, width, 1, "B").eval()
+@pytest.mark.parametrize(("kind", "last"), [("basic", "bn2"), ("bottleneck", "bn3")])
+@pytest.mark.parametrize("attention", ["none", "se"])
+@pytest.mark.parametrize("shortcut", ["A", "B", "none"])
+def test_a_block_without_residual_is_its_shortcut(kind: str, last: str, attention: str, shortcut: str) -> None:
+    """F(x) = 0 leaves ReLU(x): the identity path adds nothing of its own, and a plain block has none."""
+    net = Architecture("", kind, (1,), (8,), "cifar", shortcut, 2, 8, 8, "", attention=attention)
+    outputs = net.outputs(8)
+    made = BLOCKS[kind](net, outputs, 8, 1).eval()
     nn.init.zeros_(made.get_submodule(last).weight)
-    x = torch.randn(2, 8, 5, 5)
-    assert torch.equal(made(x), x.relu())
+    x = torch.randn(2, outputs, 5, 5)
+    assert torch.equal(made(x), torch.zeros_like(x) if shortcut == "none" else x.relu())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet20_cifar"])
+def test_squeeze_and_excitation_is_the_papers_formula() -> None:
+    """Hu et al. 2018, equations 2 to 4, image by image: x̃ = σ(W₂ δ(W₁ z)) x with z the means of the channels."""
+    block = SqueezeExcitation(32).double()
+    w1, w2 = block.fc1.weight.detach()[..., 0, 0].numpy(), block.fc2.weight.detach()[..., 0, 0].numpy()
+    b1, b2 = (layer.bias.detach().numpy() for layer in (block.fc1, block.fc2))
+    x = torch.randn(3, 32, 4, 7, dtype=torch.float64)
+    for image, got in zip(x.numpy(), block(x).detach().numpy(), strict=True):
+        hidden = np.maximum(w1 @ image.mean((1, 2)) + b1, 0)
+        gate = 1 / (1 + np.exp(-(w2 @ hidden + b2)))
+        np.testing.assert_allclose(got, image * gate[:, None, None], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("channels", "width"), [(256, 16), (512, 32), (1024, 64), (2048, 128), (16, 8), (200, 16)])
+def test_the_gates_width_is_a_sixteenth_in_eights(channels: int, width: int) -> None:
+    assert squeezed(channels) == width
+
+
+@pytest.mark.parametrize("name", ["resnet18", "se_resnext50_32x4d", "resnet20_cifar", "plain20_cifar"])
 def test_initial_weights_follow_fan_out(name: str) -> None:
     for module in models.create(name, seed=3).modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000:
