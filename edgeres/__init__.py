@@ -49,6 +49,7 @@ OPTIONS = {
     "percentile": "calibration.percentile",
     "keep_float": "quantization.keep_float",
     "activation_range": "quantization.activation_range",
+    "grouped": "quantization.grouped",
     "recovery": "quantization.recovery",
     "budget_minutes": "quantization.budget_minutes",
     "validation": "validation.samples",

@@ -171,7 +171,8 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``mixed`` is the int8 model's second form, in which everything that is not quantized computes in float16: strongly
     typed TensorRT (10.12 and later) takes precisions from the graph alone. ``activation_range`` is ``shifted`` where
-    tensors that are never negative have the full int8 range.
+    tensors that are never negative have the full int8 range. ``grouped_int8`` counts the int8 convolutions that are
+    in groups.
     """
 
     file: FileRef
@@ -179,6 +180,7 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: Tuple[LayerPlan, ...]
     mixed: Optional[FileRef] = None
     activation_range: str = "symmetric"
+    grouped_int8: int = 0
 
 
 class LayerError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

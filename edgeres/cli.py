@@ -120,6 +120,11 @@ BUILD_OPTIONS = (
         help="shifted: the full int8 range after a ReLU. Default: auto, shifted for cpu and rtx, symmetric for others.",
     ),
     click.option(
+        "--grouped",
+        type=click.Choice(["auto", "int8", "float"]),
+        help="How convolutions in groups run (ResNeXt, depthwise). Default: auto, float for gpu, int8 for others.",
+    ),
+    click.option(
         "--recovery",
         type=click.Choice(["auto", "none", "fast", "full"]),
         help="How much is done for the accuracy: full takes up to two minutes more. Default: auto, "

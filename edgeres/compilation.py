@@ -42,7 +42,11 @@ Watch = Callable[[str, int, int], None]
 SHIFTED_TARGETS = ("cpu", "rtx")
 """Where the full int8 range is known to cost nothing; see CONTRIBUTING, Decisions."""
 
+SLOW_GROUPS = ("gpu",)
+"""Where int8 convolutions in groups are reported slower than float16 ones; see CONTRIBUTING, Decisions."""
+
 SYMMETRIC_INSTEAD = "edgeres quantize BUNDLE --activation-range symmetric"
+FLOAT_GROUPS = "edgeres quantize BUNDLE --grouped float"
 FOR_A_DLA = f"{SYMMETRIC_INSTEAD} --recovery none"
 """Recovery makes another float model, and up to TensorRT 10.7 a DLA gets scales for the plain one."""
 
@@ -57,6 +61,18 @@ def activation_range(recipe: Recipe) -> str:
     if wanted != "auto":
         return wanted
     return "shifted" if resolve(recipe.engine)[1] in SHIFTED_TARGETS else "symmetric"
+
+
+def grouped_precision(recipe: Recipe) -> str:
+    """Return ``int8`` or ``float``, for a recipe's convolutions in groups: what it says, or what suits its target.
+
+    Raises:
+        BackendError: the target is not one of the backend's.
+    """
+    wanted = recipe.quantization.grouped
+    if wanted != "auto":
+        return wanted
+    return "float" if resolve(recipe.engine)[1] in SLOW_GROUPS else "int8"
 
 
 class Source(NamedTuple):
@@ -79,7 +95,7 @@ def compile_engine(source: Source, section: EngineSection, watch: Watch) -> Tupl
     """
     backend, target = resolve(section)
     model = source.model
-    warnings = _range_warnings(model, target)
+    warnings = (*_range_warnings(model, target), *_grouped_warnings(model, target))
     if backend == "cpu":
         instead = cpu_instead(section)
         require_onnxruntime(section)
@@ -112,6 +128,16 @@ def _range_warnings(model: QuantizedModel, target: str) -> Tuple[str, ...]:
     return (
         "activations are shifted to the full int8 range, and what that costs in time on TensorRT is not measured yet. "
         f"Compare with the model without: {SYMMETRIC_INSTEAD}",
+    )
+
+
+def _grouped_warnings(model: QuantizedModel, target: str) -> Tuple[str, ...]:
+    """Return what is to be said of convolutions in groups on a target."""
+    if not model.grouped_int8 or target not in SLOW_GROUPS:
+        return ()
+    return (
+        f"{model.grouped_int8} of the int8 convolutions are in groups; TensorRT is reported to run such slower than in "
+        f"float16. Compare with the model that has them in float16: {FLOAT_GROUPS}",
     )
 
 

@@ -76,6 +76,7 @@ class Build:
         self.said: List[str] = []  # of these, in the running stage
         self.level: Optional[int] = None  # of recovery, where the accuracy budget asks for another than the recipe
         self.given_back: Dict[str, str] = {}  # node → why the accuracy budget keeps it in float
+        self.grouped: Dict[str, str] = {}  # convolutions in groups: node → why a target may run it better in float
         self.calibration: Optional[Samples] = None
         self.validation: Optional[Samples] = None
 
@@ -83,6 +84,14 @@ class Build:
     def judges(self) -> bool:
         """Whether this build was to go as far as a verdict."""
         return STAGES[self.last] == "validate"
+
+    @property
+    def left_float(self) -> Dict[str, str]:
+        """The nodes that the recipe does not name and that stay in float all the same, and why."""
+        from edgeres.compilation import grouped_precision
+
+        by_target = self.grouped if self.grouped and grouped_precision(self.recipe) == "float" else {}
+        return {**by_target, **self.given_back}
 
     def warn(self, text: str) -> None:
         if text not in self.said:
@@ -350,10 +359,12 @@ class Build:
         else:
             from edgeres import explanation, recovery
             from edgeres.compilation import activation_range
-            from edgeres.quantize import int8_content, plan_file, shiftable_file, twin_file
+            from edgeres.quantize import grouped_in_file, int8_content, plan_file, shiftable_file, twin_file
 
             fp32 = self.workspace.folder / files.FP32_MODEL
-            placement = plan_file(fp32, exported.modules, keep, self.given_back)
+            self.grouped = grouped_in_file(fp32)
+            inputs["left_float"] = sorted(self.left_float)
+            placement = plan_file(fp32, exported.modules, keep, self.left_float)
             every = {*plan_file(fp32, exported.modules, keep).tensors, *placement.tensors}
             shifted = activation_range(self.recipe) == "shifted"
             statistics = self.observe(exported, tuple(sorted(every)))
@@ -394,6 +405,7 @@ class Build:
         if not any(layer.precision == "int8" for layer in layers):
             self.warn("NOT ONE layer is in int8: see `edgeres inspect` for the reason of each")
         count = sum(layer.precision == "int8" for layer in layers)
+        grouped = sum(layer.precision == "int8" for layer in layers if layer.node in self.grouped)
         shifted = sum(value.shift > 0 for value in ranges.values())
         noun = QuantizedModel(
             file=files.file_ref(self.workspace.folder, name),
@@ -401,6 +413,7 @@ class Build:
             layers=layers,
             mixed=files.file_ref(self.workspace.folder, second) if second else None,
             activation_range="shifted" if shifted else "symmetric",
+            grouped_int8=grouped,
         )
         made = f"{name}, {counted(count, 'layer')} in int8"
         made += f", {counted(shifted, 'tensor')} over the full range" if shifted else ""

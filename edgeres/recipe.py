@@ -30,6 +30,7 @@ else:
 PRECISIONS = ("fp32", "fp16", "int8")
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 ACTIVATION_RANGES = ("auto", "symmetric", "shifted")
+GROUPED = ("auto", "int8", "float")
 RECOVERIES = ("auto", "none", "fast", "full")
 POLICIES = ("ci", "point")
 BACKENDS = ("auto", "cpu", "tensorrt", "tensorrt-rtx")
@@ -83,10 +84,12 @@ class QuantizationSection(msgspec.Struct, frozen=True):
     ``auto``, which takes what suits the engine's target. ``recovery`` is how much is done for the accuracy: ``none``,
     ``fast``, ``full``, or ``auto``, which is ``fast``, and more where the verdict is ``fail``. Then ``auto`` and
     ``full`` also give layers back to float until the accuracy budget is kept, for up to ``budget_minutes``; 0: neither.
+    ``grouped`` is how convolutions in groups run: ``int8``, ``float``, or ``auto``, which is by the engine's target.
     """
 
     keep_float: Tuple[str, ...] = ()
     activation_range: str = "auto"
+    grouped: str = "auto"
     recovery: str = "auto"
     budget_minutes: float = 10.0
 
@@ -380,6 +383,9 @@ def _mistakes(recipe: Recipe) -> List[str]:
         problems.append(f"quantization.activation_range: {wanted!r} is not one of {ranges}")
     elif wanted == "shifted" and (recipe.engine.target or "").startswith("dla"):
         problems.append("quantization.activation_range: a DLA takes symmetric ranges only; leave out, or say symmetric")
+    if recipe.quantization.grouped not in GROUPED:
+        given = recipe.quantization.grouped
+        problems.append(f"quantization.grouped: {given!r} is not one of {', '.join(GROUPED)}")
     return problems
 
 

@@ -135,7 +135,7 @@ def _recovery(job: Build, scalings: Mapping[str, Scaling]) -> Recovery:
         exact_input=job.recipe.preprocessing,
         images=[images[start : start + batch] for start in range(0, len(images), batch)],
         rounds=reconstruction(job)[0] if level(job) > 1 else 0,
-        given_back=job.given_back,
+        left_float=job.left_float,
     )
 
 
@@ -149,7 +149,7 @@ def depends_on(job: Build, scalings: Mapping[str, Scaling]) -> Dict[str, Any]:
     return {
         "recovery": 1,
         "rounds": rounds,
-        "given_back": job.given_back,
+        "left_float": job.left_float,
         "scalings": files.sha256_file(job.workspace.folder / files.SCALINGS),
         **_samples(job),
     }
@@ -207,7 +207,7 @@ def costs(
         "ranges": to_data(table.tensors),
         "scalings": files.sha256_file(path),
         "keep_float": keep,
-        "given_back": sorted(job.given_back),
+        "left_float": sorted(job.left_float),
         **_samples(job),
     }
     record = job.stage("sensitivity", inputs, "each layer alone, on calibration samples", work)

@@ -6,7 +6,15 @@
 
 from __future__ import annotations
 
-from edgeres.quantize.documents import fp16_content, int8_content, mixed_content, plan_file, shiftable_file, twin_file
+from edgeres.quantize.documents import (
+    fp16_content,
+    grouped_in_file,
+    int8_content,
+    mixed_content,
+    plan_file,
+    shiftable_file,
+    twin_file,
+)
 from edgeres.quantize.fewest import fewest
 from edgeres.quantize.half import write_fp16
 from edgeres.quantize.insert import write_int8
@@ -22,6 +30,7 @@ __all__ = [
     "Solo",
     "fewest",
     "fp16_content",
+    "grouped_in_file",
     "int8_content",
     "lint",
     "mixed_content",

@@ -9,6 +9,8 @@ from types import MappingProxyType
 import onnx
 
 from edgeres.artifacts import LayerPlan, TensorRange
+from edgeres.quantize.graph import Graph
+from edgeres.quantize.grouped import grouped_nodes
 from edgeres.quantize.half import write_fp16
 from edgeres.quantize.insert import write_int8
 from edgeres.quantize.lint import check
@@ -27,6 +29,11 @@ def plan_file(
 ) -> Placement:
     """Return the plan for an FP32 file; see :func:`edgeres.quantize.placement.plan`."""
     return plan(onnx.load(fp32), modules, keep_float, given_back)
+
+
+def grouped_in_file(fp32: Path) -> dict[str, str]:
+    """Return the grouped convolutions of an FP32 file; see :func:`edgeres.quantize.grouped.grouped_nodes`."""
+    return grouped_nodes(Graph(onnx.load(fp32, load_external_data=False)))
 
 
 def shiftable_file(fp32: Path, placement: Placement) -> frozenset[str]:

@@ -15,6 +15,7 @@ from types import MappingProxyType
 import onnx
 
 from edgeres.artifacts import LayerPlan
+from edgeres.quantize.gates import gates
 from edgeres.quantize.graph import BRANCH_ENDS, POOLS, RESHAPES, Graph, attribute
 from edgeres.quantize.keep import kept_nodes
 
@@ -102,7 +103,12 @@ def plan(
     """
     graph, draft = Graph(model), _Draft()
     asked = kept_nodes([node.name for node in graph.nodes], modules, keep_float)
-    kept = {**given_back, **{node: f"the recipe keeps {pattern!r} in float" for node, pattern in asked.items()}}
+    gated = gates(graph)
+    kept = {
+        **gated,
+        **given_back,
+        **{node: f"the recipe keeps {pattern!r} in float" for node, pattern in asked.items()},
+    }
     for node in graph.nodes:
         if node.op_type in ("Conv", "Gemm", "MatMul", "ConvTranspose"):
             _weighted(graph, node, kept.get(node.name), draft)
@@ -113,7 +119,7 @@ def plan(
         if node.op_type in POOLS:
             _pool(graph, node, kept.get(node.name), draft)
     layers = tuple(
-        LayerPlan(n.name, n.op_type, modules.get(n.name, ""), *draft.said.get(n.name, _default(graph, n)))
+        LayerPlan(n.name, n.op_type, modules.get(n.name, ""), *draft.said.get(n.name, _default(graph, n, gated)))
         for n in graph.nodes
     )
     order = {name: i for i, name in enumerate([*graph.inputs, *graph.producer])}
@@ -122,10 +128,12 @@ def plan(
         for tensor, readers in sorted(draft.activations.items(), key=lambda item: order[item[0]])
     )
     weights = tuple(Weight(name, axis, tuple(readers)) for (name, axis), readers in draft.weights.items())
-    return Placement(points, weights, layers, tuple(kept))
+    return Placement(points, weights, layers, tuple(name for name in kept if name not in gated))
 
 
-def _default(graph: Graph, node: onnx.NodeProto) -> tuple[str, str]:
+def _default(graph: Graph, node: onnx.NodeProto, gated: Mapping[str, str]) -> tuple[str, str]:
+    if node.name in gated:
+        return "float", gated[node.name]
     if node.op_type in MOVES and not _on_grid(graph, node):
         return "float", "does not pad with zeros, so its output is not sure to be on its input's grid"
     if node.op_type in FREE:
@@ -207,7 +215,8 @@ def _residual(graph: Graph, node: onnx.NodeProto, kept: str | None, draft: _Draf
         "int8 skip",
         "skip input in int8"
         + (", one scale with the block's first convolution" if shared else "")
-        + "; the branch stays in high precision so that Conv–Add–ReLU fuses",
+        + "; the branch stays in high precision so that "
+        + ("multiplication, addition and ReLU fuse" if made_by == "Mul" else "Conv–Add–ReLU fuses"),
     )
 
 

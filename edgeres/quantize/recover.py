@@ -90,8 +90,8 @@ class Recovery:
     ``scalings`` are :func:`find_scalings`'s. ``exact_input`` is how frames become input, where the first layer is to
     read exact pixels; None leaves it as it is. ``images`` are batches, float32 ``(n, 3, H, W)``, normalized.
     ``rounding``: whether weights are rounded by the layer's output, or each to its nearest. ``rounds`` are
-    reconstruction's, by gradient; 0 leaves it out. ``given_back``: nodes that the accuracy budget gives back to float,
-    and why.
+    reconstruction's, by gradient; 0 leaves it out. ``left_float``: nodes that stay in float besides those that
+    the recipe names, and why.
     """
 
     scalings: Mapping[str, Scaling]
@@ -99,7 +99,7 @@ class Recovery:
     images: Sequence[np.ndarray]
     rounding: bool = True
     rounds: int = 0
-    given_back: Mapping[str, str] = field(default_factory=dict)
+    left_float: Mapping[str, str] = field(default_factory=dict)
 
 
 def recovered_content(
@@ -141,13 +141,13 @@ def scaled(
     """Return the float graph that Q/DQ goes into, scaled and with a bias in every layer, its plan, and its ranges."""
     factors = {name: part.factors for name, part in recovery.scalings.items()}
     model = with_biases(apply_factors(onnx.load(fp32), factors))
-    placement, ranges = plan(model, modules, keep_float, recovery.given_back), dict(ranges)
+    placement, ranges = plan(model, modules, keep_float, recovery.left_float), dict(ranges)
     source = Graph(model).inputs[0]
     if recovery.exact_input is not None and source in placement.tensors:
         model, pixels = exact_pixels(model, recovery.exact_input)
         if pixels:
             ranges[pixels] = pixel_range(recovery.exact_input, ranges[source].elements)
-            placement = plan(model, modules, keep_float, recovery.given_back)
+            placement = plan(model, modules, keep_float, recovery.left_float)
     return model, placement, {name: ranges[name] for name in placement.tensors}
 
 

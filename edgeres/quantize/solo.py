@@ -93,7 +93,7 @@ class Solo:
         watch: Watch = lambda done, total: None,
     ) -> None:
         """Fit every layer to its own quantized input, at the ranges chosen; images and scalings are ``recovery``'s."""
-        self.modules, self.keep_float, self.given_back = modules, keep_float, dict(recovery.given_back)
+        self.modules, self.keep_float, self.left_float = modules, keep_float, dict(recovery.left_float)
         self.model, self.placement, ranges = scaled(fp32, modules, keep_float, ranges, recovery)
         self._follower = follower_of(self.model, self.placement)
         self._quantizer = quantizer_of(self.placement, ranges)
@@ -137,7 +137,7 @@ class Solo:
         return tuple(sorted(costs, key=_worst_first)), images
 
     def _without(self, nodes: Collection[str]) -> Placement:
-        return plan(self.model, self.modules, self.keep_float, {**self.given_back, **dict.fromkeys(nodes, "")})
+        return plan(self.model, self.modules, self.keep_float, {**self.left_float, **dict.fromkeys(nodes, "")})
 
     def _choice(self, placement: Placement) -> _Choice:
         """Return the choice of a plan: its inputs, its weights, and the biases beside these."""

@@ -117,7 +117,7 @@ def test_what_is_given_back_already_is_not_looked_at(measured: Callable[[str], A
     found, path, recovery, layers = measured("digits")
     given = {cost.layer: cost.nodes for cost in layers.costs()[0]}["fc"]
     fewer = Solo(path, found.exported.modules, ["layer1.0.conv1"], found.ranges,
-                 Recovery({}, None, recovery.images, given_back=dict.fromkeys(given, "why")))  # fmt: skip
+                 Recovery({}, None, recovery.images, left_float=dict.fromkeys(given, "why")))  # fmt: skip
     names = {cost.layer for cost in fewer.costs()[0]}
     assert {"fc", "avgpool (pool)", "layer1.0.conv1"}.isdisjoint(names)
     assert {"conv1", "layer2.0", "layer3.0.conv1"} < names

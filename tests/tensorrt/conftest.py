@@ -25,6 +25,7 @@ import pytest
 
 import edgeres
 from edgeres import errors, models, targets
+from edgeres.architectures import ARCHITECTURES
 from edgeres.backends.tensorrt import BuildRequest, BuildResult
 from edgeres.calibrate import choose, observe
 from edgeres.export import export_module
@@ -178,14 +179,14 @@ def rtx(tmp_path_factory: pytest.TempPathFactory) -> Rtx:
 
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Quantized]:
-    """Return ``quantized(name, activations)``: a network by its name in the catalogue, made once per session.
+    """Return ``quantized(name, activations, size)``: a network by its name in the catalogue, made once per session.
 
-    ``activations`` are ``symmetric``, or ``shifted`` to the full int8 range.
+    ``activations`` are ``symmetric``, or ``shifted`` to the full int8 range; ``size`` is the image's, in pixels, by
+    default the network's own.
     """
 
     @cache
-    def make(name: str, activations: str) -> Quantized:
-        size = 32 if name.endswith("_cifar") else 224
+    def make(name: str, activations: str, size: int) -> Quantized:
         exported = export_module(models.create(name, seed=1).eval(), (size, size))
         folder = tmp_path_factory.mktemp(name)
         source = folder / "model.fp32.onnx"
@@ -199,7 +200,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Quantiz
         onnx.save(write_int8(fp32, placement, ranges), path)
         return Quantized(path, size, exported, fp32, placement)
 
-    return lambda name, activations="symmetric": make(name, activations)
+    return lambda name, activations="symmetric", size=0: make(name, activations, size or ARCHITECTURES[name].size)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import edgeres
+from edgeres.architectures import ARCHITECTURES
 from edgeres.artifacts import ExportedModel, QuantizedModel, from_data
 from edgeres.backends.tensorrt import BuildRequest, attribute
 from edgeres.errors import BackendError, BundleError
@@ -98,6 +99,25 @@ def test_a_trained_net_runs_in_int8_throughout(rtx: Any, shared_data: Path, tmp_
         weighted = [layer for layer in layers if layer.type in ("correlation", "conv", "gemm")]
         assert len(weighted) == 20
         assert {(layer.precision, layer.inputs[0], layer.constants[0]) for layer in weighted} == {("int8",) * 3}
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_name_is_built_as_planned(name: str, rtx: Any, quantized: Callable[..., Any], tmp_path: Path) -> None:
+    """Every architecture: what the rules put in int8 is in int8, and only the gates of squeeze-and-excitation are not."""
+    net = quantized(name, "shifted", 64 if ARCHITECTURES[name].stem == "imagenet" else 32)
+    result = rtx.build(net.request(tmp_path / "a.engine"))
+    layers, complaints = attribute(result.layers, net.placement.layers)
+    assert complaints == ()
+    planned = {one.node: one.precision for one in net.placement.layers if one.node in net.weighted}
+    floats = {node for node, precision in planned.items() if precision == "float"}
+    assert floats == {node for node in net.weighted if "/se/" in node}
+    assert bool(floats) == (ARCHITECTURES[name].attention == "se")
+    weighted = [layer for layer in result.layers if layer.type in WEIGHTED]
+    built = {node: layer for layer in weighted for node in layer.nodes if node in planned}
+    assert set(built) == set(planned)
+    for node, layer in built.items():
+        kind = "fp32" if node in floats else "int8"
+        assert (layer.precision, layer.inputs[0], layer.constants[0]) == (kind,) * 3, node
 
 
 @pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18", "resnet50"])
