@@ -50,7 +50,8 @@ NO_GATES = {
     "a swish": "t = Sigmoid (x)\n y = Mul (x, t)",
     "the pool of another tensor": "v = Relu (x)\n z = GlobalAveragePool (v)\n a = Conv (z, w1, b1)\n"
     " e = Conv (a, w2, b2)\n s = Sigmoid (e)\n y = Mul (x, s)",
-    "nothing that bounds it": "z = GlobalAveragePool (x)\n a = Conv (z, w1, b1)\n e = Conv (a, w2, b2)\n y = Mul (x, e)",
+    "nothing that bounds it": "z = GlobalAveragePool (x)\n a = Conv (z, w1, b1)\n"
+    " e = Conv (a, w2, b2)\n y = Mul (x, e)",
     "another way into it": "z = GlobalAveragePool (x)\n a = Conv (z, w1, b1)\n e = Conv (a, w2, b2)\n o = Add (e, x)\n"
     " s = Sigmoid (o)\n y = Mul (x, s)",
     "two images multiplied": "u = Relu (x)\n y = Mul (x, u)",
