@@ -171,7 +171,8 @@ def _problems(net: Architecture) -> List[str]:
     ]
     if not net.depths or len(net.depths) != len(net.widths):
         problems.append(f"depths and widths: one of each per stage is needed, not {net.depths} and {net.widths}")
-    counts = (*net.depths, *net.widths, net.num_classes, net.size, net.cardinality, net.group_width or 1)
+    groups = (net.cardinality, 1 if net.group_width is None else net.group_width)
+    counts = (*net.depths, *net.widths, net.num_classes, net.size, *groups)
     if any(count < 1 for count in counts):
         problems.append("depths, widths, num_classes, size, cardinality and group_width are at least 1")
     if problems:

@@ -36,7 +36,7 @@ WHEELS = "tensorrt-cu13-bindings==11.4.0.106 onnxruntime-ep-nv-tensorrt-rtx-cu13
 BINDINGS = "tensorrt_bindings"
 LIBRARY = "onnxruntime_ep_nv_tensorrt_rtx"
 PLUGIN = "#include <stdbool.h>\nbool initLibNvInferPlugins(void *logger, const char *space) { return true; }\n"
-PATIENCE = 120
+PATIENCE = 300
 
 BUILD = """
 import sys
