@@ -112,6 +112,27 @@ CASES: dict[str, Case] = {
     "pad with less than nothing": case("Pad (x, p)", p=ints(0, 0, -1, 2, 0, 1, 0, -2)),
     "pad nothing": case("Pad (x, p)", p=ints(*[0] * 8)),
     "concat": case("Concat <axis = 1> (x, w, x)", w=weights(2, 2, 7, 6)),
+    "batch norm": case(
+        "BatchNormalization (x, g, b, m, v)",
+        g=weights(3),
+        b=weights(3, 1).ravel(),
+        m=weights(1, 3)[0],
+        v=np.abs(weights(3)) + 0.1,
+    ),
+    "batch norm, epsilon": case(
+        "BatchNormalization <epsilon = 0.5> (x, g, g, g, v)", g=weights(3), v=np.abs(weights(3))
+    ),
+    "prelu": case("PRelu (x, s)", s=weights(3, 1, 1)),
+    "elu": case("Elu <alpha = 0.7> (x)"),
+    "erf": case("Erf (x)"),
+    "exp": case("Exp (x)"),
+    "tanh": case("Tanh (x)"),
+    "softplus": case("Softplus (x)"),
+    "hard swish": case("HardSwish (x)"),
+    "global max pool": case("GlobalMaxPool (x)"),
+    "sum": case("Sum (x, w, x)", w=weights(3, 1, 1)),
+    "transpose": case("Transpose <perm = [0, 2, 3, 1]> (x)"),
+    "transpose, turned round": case("Transpose (x)"),
     "concat, from behind": case("Concat <axis = -1> (x, x)"),
 }
 
