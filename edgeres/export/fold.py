@@ -22,12 +22,14 @@ def simplify(model: onnx.ModelProto) -> None:
     computed beforehand has been, but for random numbers, huge tensors, the graph's outputs, and operators that onnx's
     evaluator does not know. An Identity is left only where it makes a graph output, a Dropout also where it drops. A
     BatchNormalization is left where it trains, where it is not behind a Conv with constant weights, or where something
-    else reads that Conv. No Reshape computes its shape from the batch, as far as onnx infers the other dimensions.
+    else reads that Conv. There is no HardSwish, and no Reshape computes its shape from the batch, as far as onnx infers
+    the other dimensions.
     """
     drop_identities(model)
     fold_constants(model)
     drop_identities(model)  # again: whether a Dropout is in training mode may have become a constant just now
     free_reshapes(model)
+    split_hard_swishes(model)
     drop_unused(model)  # what only computed a shape may be the second reader of a convolution
     fold_batch_norms(model)
     drop_unused(model)
@@ -104,6 +106,25 @@ def fold_constants(model: onnx.ModelProto) -> None:
             graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in zip(node.output, values, strict=True))
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def split_hard_swishes(model: onnx.ModelProto) -> None:
+    """Write each HardSwish as ONNX defines it, x · HardSigmoid(x): older TensorRTs may read the parts alone."""
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "HardSwish" and node.domain in ("", "ai.onnx"):
+            gate = fresh_name(model, f"{node.output[0]}_gate")
+            nodes.append(
+                helper.make_node(
+                    "HardSigmoid", [node.input[0]], [gate], name=f"{node.name}_gate", alpha=1 / 6, beta=0.5
+                )
+            )
+            node.op_type = "Mul"
+            node.input.append(gate)
+        nodes.append(node)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
 
 
 def _evaluate(

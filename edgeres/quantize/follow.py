@@ -325,7 +325,6 @@ OPERATORS: dict[str, Callable[[Inputs, Attributes], Tensor]] = {
     "Reshape": _reshape,
     "Sigmoid": lambda i, a: torch.sigmoid(i[0]),
     "Slice": _slice,
-    "Softplus": lambda i, a: F.softplus(i[0]),
     "Softmax": lambda i, a: torch.softmax(i[0], a.get("axis", -1)),
     "Squeeze": _squeeze,
     "Sub": lambda i, a: i[0] - i[1],

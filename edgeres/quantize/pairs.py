@@ -23,9 +23,8 @@ def ranges_of(graph: Graph) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for node in graph.nodes:
-        if node.op_type == "QuantizeLinear" and node.input[0] not in found:
-            found[node.input[0]] = _pair(graph, node)
-        elif node.op_type == "DequantizeLinear" and node.input[0] in graph.initializers:
+        stored = node.op_type == "DequantizeLinear" and node.input[0] in graph.initializers
+        if stored or (node.op_type == "QuantizeLinear" and node.input[0] not in found):
             found[node.input[0]] = _pair(graph, node)
     return found
 
