@@ -7,6 +7,7 @@ and the build then does without.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -328,7 +329,7 @@ OPERATORS: dict[str, Callable[[Inputs, Attributes], Tensor]] = {
     "Softmax": lambda i, a: torch.softmax(i[0], a.get("axis", -1)),
     "Squeeze": _squeeze,
     "Sub": lambda i, a: i[0] - i[1],
-    "Sum": lambda i, a: sum(i[1:], i[0]),
+    "Sum": lambda i, a: functools.reduce(torch.add, i),
     "Tanh": lambda i, a: torch.tanh(i[0]),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,

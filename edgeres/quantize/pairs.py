@@ -33,9 +33,13 @@ def kind_of(graph: Graph, node: onnx.NodeProto) -> str:
     """Return the type of the integers that a Q makes or a DQ reads, such as ``int8``; uint8 where nothing says it."""
     stored = [name for name in (*node.input[2:3], node.input[0]) if name in graph.initializers]
     if stored and (len(node.input) > 2 or node.op_type == "DequantizeLinear"):
-        return TensorProto.DataType.Name(graph.initializers[stored[0]].data_type).lower()
-    given = attribute(node, "output_dtype", 0)
-    return TensorProto.DataType.Name(int(str(given))).lower() if given else "uint8"
+        return _name(graph.initializers[stored[0]].data_type)
+    given = int(str(attribute(node, "output_dtype", 0)))
+    return _name(given) if given else "uint8"
+
+
+def _name(kind: int) -> str:
+    return str(TensorProto.DataType.Name(kind)).lower()
 
 
 def _pair(graph: Graph, node: onnx.NodeProto) -> dict[str, Any]:
