@@ -109,6 +109,33 @@ class Hygiene(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(finding.text for finding in self.findings if finding.severity == "warning")
 
 
+class FileGrid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The grid that a user's file puts a tensor on: ``scale`` × the whole numbers from ``low`` to ``high``.
+
+    ``scale`` is in the tensor's own units per step; ``low`` and ``high`` are counted from what stands for zero, so int8
+    with zero point 0 is −128 to 127, and uint8 with zero point 0 is 0 to 255.
+    """
+
+    scale: float
+    low: int
+    high: int
+
+
+class Imported(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a file that was quantized already says of itself, by the names of the float network within it.
+
+    ``activations`` has a grid by tensor; ``weights`` the steps of each output channel, by initializer, where they are
+    symmetric int8; ``float_layers`` are the weighted nodes that the file leaves in float. ``changes`` says in words
+    what of the file no TensorRT reads, and what became of it. ``tool`` is who made it, empty where nothing tells.
+    """
+
+    tool: str
+    activations: Dict[str, FileGrid]
+    weights: Dict[str, Tuple[float, ...]]
+    float_layers: Tuple[str, ...]
+    changes: Tuple[str, ...]
+
+
 class ExportedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The FP32 ONNX. ``modules`` maps each node's name to the torch module (or source node) that it came from."""
 
@@ -121,6 +148,8 @@ class ExportedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     modules: Dict[str, str]
     max_relative_error: Optional[float] = None
     """Largest |onnx − torch| over the largest |torch| on a batch; None where there was no torch model to compare."""
+    imported: Optional[Imported] = None
+    """The quantization that the user's file came with; None where it came with none."""
 
 
 class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -213,6 +213,11 @@ class _Ladder:
 
     def _obstacle(self) -> str:
         """Return why nothing can be done about the loss; empty where something can."""
+        if self.job.imported is not None:
+            return (
+                "the file's own ranges and weights are kept, and recovery would change both. Calibrate anew: "
+                "--recovery fast. Or build with --precision fp16"
+            )
         if not recovery.follows(self.job):
             return (
                 "accuracy recovery is off (it cannot follow this model, or a DLA is to run it), and so it is not known "

@@ -179,6 +179,16 @@ def range_words(value: TensorRange) -> str:
     )
 
 
+def pair_row(name: str, pair: Dict[str, Any]) -> List[str]:
+    """Return what one Q/DQ pair of an ONNX file says, for a table: tensor, role, type, zero point, reach, channels."""
+    if pair["scale"] is None:
+        return [name, pair["role"], pair["type"], "computed", "computed", ""]
+    zeros = pair["zero_point"]
+    reach = "" if pair["minimum"] is None else f"{pair['minimum']:.4g} to {pair['maximum']:.4g}"
+    points = str(zeros[0]) if len(zeros) == 1 else f"{zeros[0]} to {zeros[-1]}"
+    return [name, pair["role"], pair["type"], points, reach, str(pair["channels"])]
+
+
 ERROR_COLUMNS = (
     "module",
     "type",

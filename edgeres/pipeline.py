@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Tuple
 
-from edgeres import __version__, files
+from edgeres import __version__, files, imported
 from edgeres.artifacts import (
     Bundle,
     CalibrationTable,
@@ -22,6 +22,7 @@ from edgeres.artifacts import (
     ExportedModel,
     FileRef,
     Hygiene,
+    Imported,
     LayerPlan,
     Manifest,
     QuantizedModel,
@@ -77,6 +78,7 @@ class Build:
         self.level: Optional[int] = None  # of recovery, where the accuracy budget asks for another than the recipe
         self.given_back: Dict[str, str] = {}  # node → why the accuracy budget keeps it in float
         self.grouped: Dict[str, str] = {}  # convolutions in groups: node → why a target may run it better in float
+        self.imported: Optional[Imported] = None  # a file's own ranges, where they are kept
         self.calibration: Optional[Samples] = None
         self.validation: Optional[Samples] = None
 
@@ -91,7 +93,8 @@ class Build:
         from edgeres.compilation import grouped_precision
 
         by_target = self.grouped if self.grouped and grouped_precision(self.recipe) == "float" else {}
-        return {**by_target, **self.given_back}
+        own = self.imported.float_layers if self.imported is not None else ()
+        return {**by_target, **dict.fromkeys(own, imported.REASON), **self.given_back}
 
     def warn(self, text: str) -> None:
         if text not in self.said:
@@ -183,6 +186,8 @@ class Build:
                     f"{model.source} answers {exported.num_classes} classes, not the {model.num_classes} asked for. "
                     "Leave --num-classes out, or let the model take it."
                 )
+            for text in exported.notes:
+                self.warn(text)
             self.workspace.write(files.FP32_MODEL, exported.content)
             noun = exported.record(files.file_ref(self.workspace.folder, files.FP32_MODEL))
             made = f"{files.FP32_MODEL}, opset {noun.opset}, within {noun.max_relative_error:.0e} of the original"
@@ -210,6 +215,9 @@ class Build:
                 "For a trained network: --weights FILE"
             )
         exported = from_data(self.stage("export", inputs, model.source, work).facts, ExportedModel, "stage export")
+        if exported.imported is not None:
+            self.imported = imported.kept(self.recipe, exported)
+            self.warn(imported.fate(self.recipe, exported.imported))
         if size is None:
             self.recipe = self.recipe.with_size((exported.input_shape[1], exported.input_shape[2]))
         if self.validation is not None:
@@ -304,13 +312,18 @@ class Build:
             "shifted": sorted(shifted),
             "scalings": files.sha256_file(self.workspace.folder / files.SCALINGS) if scalings else "",
         }
+        given: Dict[str, float] = {}
+        if self.imported is not None:
+            given, own = imported.amax_of(self.imported, tensors, shifted)
+            shifted = own | shifted.difference(given)
+            inputs["given"] = given
 
         def work() -> Made:
             from edgeres.calibrate import Statistics, choose
 
             path = self.workspace.folder / files.STATISTICS
             found = Statistics.from_bytes(path.read_bytes(), str(path))
-            ranges = choose(found, plan.method, plan.percentile, shifted, scalings)
+            ranges = choose(found, plan.method, plan.percentile, shifted, scalings, given)
             table = CalibrationTable(
                 model_sha256=exported.file.sha256,
                 preprocessing=self.recipe.preprocessing,
@@ -320,7 +333,11 @@ class Build:
                 tensors={name: ranges[name] for name in tensors},
             )
             self.workspace.write(files.TABLE, to_json(table))
-            return {"method": plan.method}, (files.TABLE,), f"{counted(len(tensors), 'range')} by {plan.method}"
+            for text in imported.range_notes(self.imported, table.tensors) if self.imported else ():
+                self.warn(text)
+            how = f"{counted(len(tensors), 'range')} by {plan.method}"
+            how = f"{counted(len(given), 'range')} of the file, others by {plan.method}" if given else how
+            return {"method": plan.method}, (files.TABLE,), how
 
         self.stage("calibrate", inputs, f"method {plan.method}", work)
         return self.table(exported)
@@ -373,14 +390,20 @@ class Build:
             table = self.calibrate(exported, placement.tensors, statistics, allowed, scalings)
             inputs.update(ranges=to_data(table.tensors), **recovery.depends_on(self, scalings))
             inputs["errors"] = explanation.depends_on(self)
+            if own is not None:
+                inputs["imported"] = to_data(own)
 
             def work() -> Made:
                 recovered = recovery.content(self, exported, table.tensors, scalings)
                 if recovered is None:
-                    content, layers = int8_content(fp32, placement, table.tensors)
-                    twin = twin_file(fp32, placement, table.tensors)
+                    steps = own.weights if own else {}
+                    content, layers = int8_content(fp32, placement, table.tensors, steps)
+                    twin = twin_file(fp32, placement, table.tensors, steps)
                 else:
                     content, layers, twin = recovered
+                if own is not None:
+                    self.workspace.write(name, content)
+                    self.warn(imported.likeness(self, name))
                 return explanation.explained(self, self._write_int8(content, layers, twin.ranges), exported, twin)
 
         record = self.stage("quantize", inputs, precision, work)

@@ -36,9 +36,10 @@ TOOLS = ("torch", "onnx", "numpy")
 def level(job: Build) -> int:
     """Return how much recovery a build starts with: 0 none, 1 what is fast, 2 all.
 
-    None for a DLA: up to TensorRT 10.7 it gets scales for the FP32 model, and not the graph in which these hold.
+    None for a DLA: up to TensorRT 10.7 it gets scales for the FP32 model, and not the graph in which these hold. None
+    either for a file whose own ranges are kept.
     """
-    if (job.recipe.engine.target or "").startswith("dla"):
+    if job.imported is not None or (job.recipe.engine.target or "").startswith("dla"):
         return 0
     return LEVELS[job.recipe.quantization.recovery] if job.level is None else job.level
 

@@ -17,6 +17,7 @@ from edgeres.calibrate.statistics import Statistics, TensorStatistics
 from edgeres.errors import CalibrationError
 from edgeres.noise import Scaling
 
+IMPORTED = "imported"  # the method of a range that a file came with
 AUTO = "auto"  # by the noise that reaches the answer; reads the channels, not one histogram
 
 
@@ -26,6 +27,7 @@ def choose(
     percentile: float,
     shifted: Collection[str] = (),
     scalings: Mapping[str, Scaling] = MappingProxyType({}),
+    given: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, TensorRange]:
     """Return the range of every tensor by ``method`` (``auto``, or a key of ``METHODS``), in order of name.
 
@@ -34,6 +36,7 @@ def choose(
         shifted: tensors that may be shifted to the full int8 range; those that were seen negative are not.
         scalings: by tensor, what its channels are multiplied with before it is quantized (ranges are of the scaled
             tensor then), and how much noise on each matters, which ``auto`` weighs.
+        given: the ``amax`` of tensors whose range is known beforehand, from a file that is quantized already.
 
     Raises:
         CalibrationError: the method is unknown, or a tensor was never seen.
@@ -46,7 +49,10 @@ def choose(
     ranges = {}
     for name, found in sorted(statistics.tensors.items()):
         grid = SHIFTED if name in shifted and found.minimum >= 0 else SYMMETRIC
-        ranges[name] = _range(found, method, percentile, grid, scalings.get(name))
+        if name in given:
+            ranges[name] = _described(found, given[name], IMPORTED, grid, None)
+        else:
+            ranges[name] = _range(found, method, percentile, grid, scalings.get(name))
     return ranges
 
 
@@ -54,9 +60,7 @@ def _range(
     statistics: TensorStatistics, method: str, percentile: float, grid: tuple[int, int], scaling: Scaling | None
 ) -> TensorRange:
     ones = np.ones(statistics.channels_seen)
-    factors = ones if scaling is None else scaling.factors
-    plain = scaling is None or scaling.is_plain
-    histogram = Histogram.of(statistics, grid) if plain else Histogram.scaled(statistics, factors, grid)
+    factors, histogram = _scaled(statistics, grid, scaling)
     if method == AUTO:
         weights = ones if scaling is None or not scaling.weights.size else scaling.weights
         amax = min(best_step(expected_noise(statistics, grid), factors, weights) * grid[1], histogram.amax)
@@ -64,6 +68,24 @@ def _range(
         amax = METHODS[method](histogram, percentile)
     if amax <= 0.0:  # a percentile may fall into the zeros of a sparse tensor: a range of zero would erase the rest
         amax = histogram.amax
+    return _described(statistics, amax, method, grid, scaling)
+
+
+def _scaled(
+    statistics: TensorStatistics, grid: tuple[int, int], scaling: Scaling | None
+) -> tuple[np.ndarray, Histogram]:
+    """Return what a tensor's channels are multiplied with, and its histogram then."""
+    if scaling is None or scaling.is_plain:
+        return np.ones(statistics.channels_seen), Histogram.of(statistics, grid)
+    return scaling.factors, Histogram.scaled(statistics, scaling.factors, grid)
+
+
+def _described(
+    statistics: TensorStatistics, amax: float, method: str, grid: tuple[int, int], scaling: Scaling | None
+) -> TensorRange:
+    """Return a range with what the statistics say of it."""
+    factors, histogram = _scaled(statistics, grid, scaling)
+    plain = scaling is None or scaling.is_plain
     scale = scale_from_amax(np.float64(amax), grid)
     return TensorRange(
         amax=amax,

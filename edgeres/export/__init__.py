@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from edgeres.export.adopt import adopt_onnx
+from edgeres.export.adopt import adopt_onnx, answers_of
 from edgeres.export.external import files_of
 from edgeres.export.torch_module import export_module
 
-__all__ = ["adopt_onnx", "export_module", "files_of"]
+__all__ = ["adopt_onnx", "answers_of", "export_module", "files_of"]

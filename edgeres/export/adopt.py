@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,38 @@ from onnx import TensorProto, inliner
 
 from edgeres.errors import ExportError, first_line
 from edgeres.export.exported import Exported
-from edgeres.export.fold import RANDOM, check_domains, check_model, fold_constants, free_reshapes, simplify
+from edgeres.export.fold import (
+    RANDOM,
+    check_domains,
+    check_model,
+    choose_branches,
+    drop_identities,
+    fold_constants,
+    free_reshapes,
+    name_nodes,
+    simplify,
+)
+from edgeres.export.imported import imported, weights_of
+from edgeres.export.layout import channels_first
 from edgeres.export.opset import AGAIN, to_opset
+from edgeres.export.unquantize import Taken, is_pair_part, unquantize
+from edgeres.export.unread import check_integers, check_operators, named
+from edgeres.export.widen import widen
+from edgeres.toolmarks import tool_of
 
-QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 TOLERANCE = 1e-4
+HALF_TOLERANCE = 2e-2  # of a file that computes in float16, whose last bits are not ours
 
 
 def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exported:
-    """Return a user's FP32 ONNX as the other rooms want it, compared with the original.
+    """Return a user's ONNX as the other rooms want it, compared with the original.
 
-    Afterwards: opset 13 to 17, a dynamic batch, constants and batch norms folded, every node named.
+    Afterwards: FP32, opset 13 to 17, images as (N, 3, h, w), a dynamic batch, constants and batch norms folded, every
+    node named. Of a file that is quantized already, the float network within it, and beside that its own ranges.
 
     Args:
-        source: a file with one float32 image input ``(N, 3, h, w)`` and one output ``(N, classes)``.
+        source: a file with one float image input ``(N, 3, h, w)`` (or ``(N, h, w, 3)``, where it turns that itself) and
+            one output ``(N, classes)``.
         size: (height, width) in pixels, for a file that leaves them open.
         seed: of the random batch on which the file and the result are compared.
 
@@ -33,7 +52,14 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
         ExportError: the file is not such a model; the message says in what.
     """
     model = _load(source)
-    original = model.SerializeToString()
+    theirs, notes = model.SerializeToString(), []
+    if halved := widen(model):
+        notes.append("it computes in half precision, and is written in float32: its numbers, with more digits")
+    taken = _taken_apart(model, source) if any(map(is_pair_part, model.graph.node)) else None
+    original = theirs if taken is None else model.SerializeToString()
+    before = weights_of(model)
+    if channels_first(model):
+        notes.append("its images are (N, h, w, 3); edgeres feeds (N, 3, h, w), and its Transpose is gone")
     height, width = _image_size(model, source, size)
     model = to_opset(model, str(source))
     fold_constants(model)
@@ -42,10 +68,34 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
     simplify(model)
     _forget_origin(model)
     check_model(model, source.name)
+    check_operators(model, str(source))
     probe = np.random.default_rng(seed).standard_normal((2, 3, height, width)).astype(np.float32)
-    error, classes = _compare(original, model.SerializeToString(), probe, source)
+    tolerance = HALF_TOLERANCE if halved and taken is None else TOLERANCE
+    error, classes = _compare(original, model.SerializeToString(), probe, source, tolerance)
+    known = None
+    if taken is not None:
+        known = imported(taken, before, model, _tool(onnx.load_model_from_string(theirs)))
+        notes.extend(known.changes)
     modules = {node.name: node.name for node in model.graph.node}
-    return Exported.of(model, modules, error, (3, height, width), classes)
+    exported = Exported.of(model, modules, error, (3, height, width), classes)
+    return dataclasses.replace(exported, imported=known, notes=tuple(f"{source.name}: {note}" for note in notes))
+
+
+def _taken_apart(model: onnx.ModelProto, source: Path) -> Taken:
+    """Take the Q/DQ out of a model, in place."""
+    name_nodes(model)
+    drop_identities(model)
+    fold_constants(model)  # scales and zero points, where they are Constant nodes
+    taken = unquantize(model, str(source))
+    drop_identities(model)
+    fold_constants(model)  # what turned or reshaped dequantized weights
+    check_model(model, f"{source.name} without its Q/DQ")
+    return taken
+
+
+def _tool(model: onnx.ModelProto) -> str:
+    dequantized = [node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    return tool_of(model.producer_name, [entry.key for entry in model.metadata_props], dequantized)
 
 
 def _load(source: Path) -> onnx.ModelProto:
@@ -64,19 +114,27 @@ def _load(source: Path) -> onnx.ModelProto:
         raise ExportError(f"{source} holds no operators: it is empty or not an ONNX model. Export it again.")
     if model.functions:
         model = inliner.inline_local_functions(model)
-    found = sorted({node.op_type for node in model.graph.node if node.op_type in QUANTIZED})
-    if found:
-        raise ExportError(f"{source} is quantized already ({', '.join(found)}): start from the FP32 model")
-    control = sorted({node.op_type for node in model.graph.node if node.op_type in ("If", "Loop", "Scan")})
+    check_integers(model, str(source))
+    choose_branches(model)
+    control = [node for node in model.graph.node if node.op_type in ("If", "Loop", "Scan")]
     if control:
         raise ExportError(
-            f"{source} has control flow ({', '.join(control)}), which is not quantized: export it without"
+            f"{source} has control flow, which is not quantized: {named(control)}. Export it without: fix what it "
+            "depends on, such as shapes, before it is traced."
         )
-    random = sorted({node.op_type for node in model.graph.node if node.op_type in RANDOM})
+    random = [node for node in model.graph.node if node.op_type in RANDOM]
     if random:
-        raise ExportError(f"{source} is random ({', '.join(random)}): export it in inference mode, after model.eval()")
-    check_domains(model, str(source))
+        raise ExportError(f"{source} is random: {named(random)}. Export it in inference mode, after model.eval()")
+    _check_domains(model, str(source))
+    check_operators(model, str(source))
     return model
+
+
+def _check_domains(model: onnx.ModelProto, where: str) -> None:
+    """Refuse foreign operators; ONNX Runtime's own QuantizeLinear and DequantizeLinear are understood."""
+    bare = onnx.ModelProto()
+    bare.graph.node.extend(node for node in model.graph.node if not is_pair_part(node))
+    check_domains(bare, where)
 
 
 def _image_size(model: onnx.ModelProto, source: Path, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -84,9 +142,11 @@ def _image_size(model: onnx.ModelProto, source: Path, size: tuple[int, int] | No
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     if len(inputs) != 1 or len(model.graph.output) != 1:
+        values = [*inputs, *model.graph.output]
         raise ExportError(
-            f"{source} has {len(inputs)} inputs and {len(model.graph.output)} outputs; one of each is needed. "
-            "Export a module that takes the images alone and returns the logits alone."
+            f"{source} has {len(inputs)} inputs and {len(model.graph.output)} outputs; one of each is needed, not "
+            f"{', '.join(value.name for value in values)}. Export a module that takes the images alone and returns the "
+            "logits alone, or cut them out: onnx.utils.extract_model(FILE, OUT, [IMAGES], [LOGITS])."
         )
     tensor = inputs[0].type.tensor_type
     dims = [d.dim_value if d.dim_value > 0 else None for d in tensor.shape.dim]  # 0 and −1 are old ways to say "open"
@@ -94,7 +154,8 @@ def _image_size(model: onnx.ModelProto, source: Path, size: tuple[int, int] | No
         kind = TensorProto.DataType.Name(tensor.elem_type)
         raise ExportError(
             f"{source}: input {inputs[0].name} is {kind} {dims}; float32 (N, 3, height, width) is needed. "
-            "Export a module that takes such images."
+            "Export a module that takes such images"
+            + ("; whole pixels, 0 to 255, are then --mean 0 --std 0.00392157." if kind in ("UINT8", "INT8") else ".")
         )
     fixed = (dims[2], dims[3])
     if size is None and not all(fixed):
@@ -125,31 +186,34 @@ def _forget_origin(model: onnx.ModelProto) -> None:
         part.doc_string = ""
 
 
-def _compare(before: bytes, after: bytes, probe: np.ndarray, source: Path) -> tuple[float, int]:
+def _compare(
+    before: bytes, after: bytes, probe: np.ndarray, source: Path, tolerance: float = TOLERANCE
+) -> tuple[float, int]:
     """Return the largest relative difference of ours from the user's file, alone and in a batch; and the classes."""
     try:
         old = _session(before)
         name, batch = old.get_inputs()[0].name, old.get_inputs()[0].shape[0]
         copies = batch if isinstance(batch, int) else 1  # a file that fixes its batch gets the same sample so often
-        wanted = np.concatenate([old.run(None, {name: np.repeat(x[None], copies, 0)})[0][:1] for x in probe])
+        wanted = _answers(old, probe, copies)
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
         reason = first_line(problem).rstrip(".")
         raise ExportError(f"{source} does not run in onnxruntime: {reason}. Export it again.") from None
-    if wanted.ndim != 2:
+    if wanted.ndim != 2 or wanted.dtype.kind != "f":
         shape = ("N", *wanted.shape[1:])
         raise ExportError(
-            f"{source} must answer (N, classes) for any batch; it answers {shape}. Export a module that returns logits."
+            f"{source} must answer (N, classes) for any batch, in floating point; it answers {wanted.dtype} {shape}. "
+            "Export a module that returns logits."
         )
     if not np.isfinite(wanted).all():
         raise ExportError(f"{source} answers NaN or infinite on standard normal images: check its weights")
     ours = f"edgeres cannot bring {source} into its own form"
     try:
         new = _session(after)
-        same = np.concatenate([new.run(None, {name: np.repeat(x[None], copies, 0)})[0][:1] for x in probe])
+        same = _answers(new, probe, copies)
     except Exception as problem:
         raise ExportError(f"{ours} ({first_line(problem).rstrip('.')}). {AGAIN}") from None
     error = _difference(same, wanted)
-    if not error <= TOLERANCE:
+    if not error <= tolerance:
         raise ExportError(f"{ours}: its answers would change by {error:.1e}. {AGAIN}")
     dynamic = "Export a dynamic batch: dynamic_axes={'input': {0: 'batch'}, 'output': {0: 'batch'}}"
     try:
@@ -163,12 +227,37 @@ def _compare(before: bytes, after: bytes, probe: np.ndarray, source: Path) -> tu
             f"{source} must answer (N, classes) for any batch; for two images it answers {got.shape}. {dynamic}"
         )
     error = max(error, _difference(got, wanted), _difference(alone, wanted[:1]))
-    if not error <= TOLERANCE:
+    if not error <= tolerance:
         raise ExportError(
             f"{source} answers differently alone and in a batch (by {error:.1e}): it is not a plain classifier. "
             "Export it in inference mode, after model.eval()."
         )
     return error, wanted.shape[1]
+
+
+def _answers(session: ort.InferenceSession, probe: np.ndarray, copies: int) -> np.ndarray:
+    """Return what a file says of images, float32 ``(n, 3, H, W)``, each alone, in the type and layout that it takes."""
+    entry = session.get_inputs()[0]
+    x = probe.astype(np.float16) if "float16" in entry.type else probe
+    x = x.transpose(0, 2, 3, 1) if entry.shape[-1] == 3 and entry.shape[1] != 3 else x
+    return np.concatenate([session.run(None, {entry.name: np.repeat(one[None], copies, 0)})[0][:1] for one in x])
+
+
+def answers_of(source: Path, images: np.ndarray) -> np.ndarray:
+    """Return the logits of a user's own file as it is, float32 ``(n, classes)``, nothing fused or optimized.
+
+    Args:
+        images: float32 ``(n, 3, H, W)``, normalized; they are fed one by one, in the type and layout that it takes.
+
+    Raises:
+        ExportError: it does not run.
+    """
+    try:
+        session = _session(str(source), optimized=False)
+        batch = session.get_inputs()[0].shape[0]
+        return _answers(session, images, batch if isinstance(batch, int) else 1).astype(np.float32)
+    except Exception as problem:  # onnxruntime's exceptions share no base but Exception
+        raise ExportError(f"{source} does not run in onnxruntime: {first_line(problem)}. Export it again.") from None
 
 
 def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
@@ -178,7 +267,9 @@ def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(got - wanted).max()) / max(float(np.abs(wanted).max()), float(np.finfo(np.float32).tiny))
 
 
-def _session(content: bytes) -> ort.InferenceSession:
+def _session(content: bytes | str, optimized: bool = True) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if not optimized:  # ONNX Runtime's own int8 kernels saturate on some processors
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4  # what fails here is told by the exception
     return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])

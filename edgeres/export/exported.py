@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 import onnx
 
-from edgeres.artifacts import ExportedModel, FileRef
+from edgeres.artifacts import ExportedModel, FileRef, Imported
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished FP32 ONNX in memory; :meth:`record` makes it an ExportedModel once its file is written."""
+    """A finished FP32 ONNX in memory; :meth:`record` makes it an ExportedModel once its file is written.
+
+    ``notes`` are sentences that the user should read: what a file was before it became this.
+    """
 
     content: bytes
     opset: int
@@ -21,6 +24,8 @@ class Exported:
     num_classes: int
     modules: dict[str, str]
     max_relative_error: float
+    imported: Imported | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -50,4 +55,5 @@ class Exported:
             num_classes=self.num_classes,
             modules=self.modules,
             max_relative_error=self.max_relative_error,
+            imported=self.imported,
         )

@@ -22,12 +22,14 @@ def simplify(model: onnx.ModelProto) -> None:
     computed beforehand has been, but for random numbers, huge tensors, the graph's outputs, and operators that onnx's
     evaluator does not know. An Identity is left only where it makes a graph output, a Dropout also where it drops. A
     BatchNormalization is left where it trains, where it is not behind a Conv with constant weights, or where something
-    else reads that Conv. No Reshape computes its shape from the batch, as far as onnx infers the other dimensions.
+    else reads that Conv. There is no HardSwish, and no Reshape computes its shape from the batch, as far as onnx infers
+    the other dimensions.
     """
     drop_identities(model)
     fold_constants(model)
     drop_identities(model)  # again: whether a Dropout is in training mode may have become a constant just now
     free_reshapes(model)
+    split_hard_swishes(model)
     drop_unused(model)  # what only computed a shape may be the second reader of a convolution
     fold_batch_norms(model)
     drop_unused(model)
@@ -104,6 +106,25 @@ def fold_constants(model: onnx.ModelProto) -> None:
             graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in zip(node.output, values, strict=True))
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def split_hard_swishes(model: onnx.ModelProto) -> None:
+    """Write each HardSwish as ONNX defines it, x · HardSigmoid(x): older TensorRTs may read the parts alone."""
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "HardSwish" and node.domain in ("", "ai.onnx"):
+            gate = fresh_name(model, f"{node.output[0]}_gate")
+            nodes.append(
+                helper.make_node(
+                    "HardSigmoid", [node.input[0]], [gate], name=f"{node.name}_gate", alpha=1 / 6, beta=0.5
+                )
+            )
+            node.op_type = "Mul"
+            node.input.append(gate)
+        nodes.append(node)
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
 
 
 def _evaluate(
@@ -231,6 +252,53 @@ def free_reshapes(model: onnx.ModelProto) -> None:
             node.input[1] = name
 
 
+def choose_branches(model: onnx.ModelProto) -> None:
+    """Replace each If whose condition is constant by the branch that it takes, in place; names stay unique."""
+    fold_constants(model)
+    graph = model.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes = list(graph.node)
+    kept: list[onnx.NodeProto] = []
+    for node in nodes:
+        if node.op_type == "If" and node.input[0] in constants:
+            taken = "then_branch" if constants[node.input[0]].any() else "else_branch"
+            kept.extend(_branch(model, node, taken))
+        else:
+            kept.append(node)
+    if kept != nodes:
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+        del graph.node[:]
+        graph.node.extend(copies)
+        choose_branches(model)  # a branch may hold one more
+
+
+def _branch(model: onnx.ModelProto, node: onnx.NodeProto, taken: str) -> list[onnx.NodeProto]:
+    """Return the nodes of one branch of an If, under names that nothing else has; its initializers go to the model."""
+    branch = next(found.g for found in node.attribute if found.name == taken)
+    made = [*(tensor.name for tensor in branch.initializer), *(name for one in branch.node for name in one.output)]
+    names = {name: fresh_name(model, f"{node.output[0]}_{name}") for name in made if name}
+    for tensor in branch.initializer:
+        model.graph.initializer.add().CopyFrom(tensor)
+        model.graph.initializer[-1].name = names[tensor.name]
+    for one in branch.node:
+        _rename(one, names)
+    results = zip(branch.output, node.output, strict=True)
+    ends = [helper.make_node("Identity", [names.get(x.name, x.name)], [output]) for x, output in results]
+    return [*branch.node, *ends]
+
+
+def _rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
+    """Give tensors other names wherever a node, or a graph inside it, reads or makes them."""
+    node.input[:] = [names.get(name, name) for name in node.input]
+    node.output[:] = [names.get(name, name) for name in node.output]
+    for found in node.attribute:
+        for graph in (found.g, *found.graphs):
+            for inner in graph.node:
+                _rename(inner, names)
+            for value in graph.output:
+                value.name = names.get(value.name, value.name)
+
+
 def drop_unused(model: onnx.ModelProto) -> None:
     """Remove nodes and initializers that nothing reads, and all intermediate type annotations (they may be stale)."""
     graph = model.graph
@@ -238,6 +306,8 @@ def drop_unused(model: onnx.ModelProto) -> None:
     alive = []
     for node in reversed(graph.node):
         if not used.isdisjoint(node.output):
+            while node.op_type in ("MaxPool", "Dropout") and len(node.output) > 1 and node.output[-1] not in used:
+                del node.output[-1]  # TensorRT refuses a pooling that has indices, wanted or not
             alive.append(node)
             used.update(_reads(node))
     kept = [tensor for tensor in graph.initializer if tensor.name in used]

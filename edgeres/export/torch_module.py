@@ -17,6 +17,7 @@ from edgeres.errors import ExportError, first_line
 from edgeres.export.exported import Exported
 from edgeres.export.fold import check_domains, check_model, simplify
 from edgeres.export.opset import OPSET
+from edgeres.export.unread import check_operators
 
 TOLERANCE = 1e-4
 INPUT, OUTPUT = "input", "logits"
@@ -44,6 +45,7 @@ def export_module(model: nn.Module, size: tuple[int, int], seed: int = 0) -> Exp
     _name_weights(exported, modules)
     check_model(exported, "the exported model")
     check_domains(exported, "the exported model")
+    check_operators(exported, "the exported model")
     error = _relative_error(exported, probe.numpy(), wanted)
     if not error <= TOLERANCE:
         raise ExportError(

@@ -12,6 +12,8 @@ from edgeres.errors import ExportError, first_line
 from edgeres.quantize.graph import Graph
 from edgeres.quantize.lint import lint
 from edgeres.quantize.offset import shifts_of
+from edgeres.quantize.pairs import kind_of, ranges_of
+from edgeres.toolmarks import tool_of
 
 PLUMBING = ("QuantizeLinear", "DequantizeLinear", "Constant")
 TYPES = {
@@ -23,7 +25,9 @@ TYPES = {
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return an ONNX file's opset, input, layers (name, type, precision), range of activations, and breaches of rules.
+    """Return an ONNX file's opset, input, layers (name, type, precision), ranges, and breaches of TensorRT's rules.
+
+    ``quantized_by`` is the tool that a quantized file looks like; ``ranges`` are those of its Q/DQ pairs, by tensor.
 
     ``activation_range`` is ``shifted`` where some tensors are quantized over the full int8 range, else ``symmetric``.
     The input, whose channels each have a shift of their own where it is exact pixels, does not count.
@@ -43,22 +47,27 @@ def describe_file(path: Path) -> dict[str, Any]:
         for node in graph.nodes
         if node.op_type not in PLUMBING
     ]
+    pairs = [node for node in graph.nodes if node.op_type == "DequantizeLinear"]
+    tool = tool_of(model.producer_name, [entry.key for entry in model.metadata_props], [x.output[0] for x in pairs])
     return {
         "opset": next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None),
         "inputs": graph.inputs,
         "outputs": graph.outputs,
         "layers": layers,
         "activation_range": "shifted" if any(not shift.ndim for shift in shifts_of(model).values()) else "symmetric",
+        "quantized_by": tool if pairs else "",
+        "ranges": ranges_of(graph),
         "lint": lint(model),
     }
 
 
 def _precision(graph: Graph, node: onnx.NodeProto) -> str:
-    """Return ``int8`` where the data comes from DequantizeLinear, else the type of a float initializer, or ``fp32``."""
+    """Return the integers' type where the data comes from DequantizeLinear, else a float initializer's, or ``fp32``."""
     made = [graph.producer.get(name) for name in node.input[:2] if name]
-    quantized = [pair is not None and pair.op_type == "DequantizeLinear" for pair in made]
-    if any(quantized):
-        return "int8" if all(quantized) or node.op_type not in ("Conv", "Gemm", "MatMul", "Add") else "mixed"
+    pairs = [pair for pair in made if pair is not None and pair.op_type == "DequantizeLinear"]
+    if pairs:
+        whole = len(pairs) == len(made) or node.op_type not in ("Conv", "Gemm", "MatMul", "Add")
+        return kind_of(graph, pairs[0]) if whole else "mixed"
     kinds = {graph.initializers[name].data_type for name in node.input if name in graph.initializers}
     found = [TYPES[kind] for kind in kinds if kind in TYPES]
     return found[0] if found else "follows"

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import onnx
 
+from edgeres.affine import dequantize, quantize
 from edgeres.artifacts import LayerPlan, TensorRange
 from edgeres.quantize.graph import Graph
 from edgeres.quantize.grouped import grouped_nodes
@@ -42,19 +44,35 @@ def shiftable_file(fp32: Path, placement: Placement) -> frozenset[str]:
 
 
 def int8_content(
-    fp32: Path, placement: Placement, ranges: Mapping[str, TensorRange]
+    fp32: Path,
+    placement: Placement,
+    ranges: Mapping[str, TensorRange],
+    steps: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> tuple[bytes, tuple[LayerPlan, ...]]:
     """Return the Q/DQ model of an FP32 file, and what was decided for each node.
 
-    See :func:`edgeres.quantize.insert.write_int8`.
+    See :func:`edgeres.quantize.insert.write_int8`, whose scales ``steps`` are, by weight.
     """
-    model = write_int8(onnx.load(fp32), placement, ranges)
+    scales = {name: np.array(values, np.float32) for name, values in steps.items()}
+    model = write_int8(onnx.load(fp32), placement, ranges, scales)
     return model.SerializeToString(deterministic=True), explained(placement.layers, model)
 
 
-def twin_file(fp32: Path, placement: Placement, ranges: Mapping[str, TensorRange]) -> Twin:
+def twin_file(
+    fp32: Path,
+    placement: Placement,
+    ranges: Mapping[str, TensorRange],
+    steps: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> Twin:
     """Return an FP32 file as the float twin of what :func:`int8_content` makes of it."""
-    return Twin(onnx.load(fp32), placement, ranges, {})
+    model = onnx.load(fp32)
+    graph, rounded = Graph(model), {}
+    for weight in placement.weights:
+        if weight.tensor in steps:
+            scale = np.array(steps[weight.tensor], np.float32)
+            values = quantize(graph.values(weight.tensor).astype(np.float32), scale, weight.axis)
+            rounded[weight.tensor] = dequantize(values, scale, weight.axis)
+    return Twin(model, placement, ranges, rounded)
 
 
 def fp16_content(fp32: Path, modules: Mapping[str, str]) -> tuple[bytes, tuple[LayerPlan, ...]]:

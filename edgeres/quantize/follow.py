@@ -7,6 +7,7 @@ and the build then does without.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -281,24 +282,44 @@ def _unsqueeze(inputs: Inputs, attributes: Attributes) -> Tensor:
     return x
 
 
+def _batch_norm(inputs: Inputs, attributes: Attributes) -> Tensor:
+    if attributes.get("training_mode", 0):
+        raise _refusal("a BatchNormalization in training mode")
+    scale, shift, mean, variance = inputs[1:5]
+    y: Tensor = F.batch_norm(inputs[0], mean, variance, scale, shift, eps=attributes.get("epsilon", 1e-5))
+    return y
+
+
+def _transpose(inputs: Inputs, attributes: Attributes) -> Tensor:
+    x: Tensor = inputs[0]
+    return x.permute(attributes.get("perm", list(reversed(range(x.ndim)))))
+
+
 OPERATORS: dict[str, Callable[[Inputs, Attributes], Tensor]] = {
     "Add": lambda i, a: i[0] + i[1],
     "AveragePool": _average_pool,
+    "BatchNormalization": _batch_norm,
     "Clip": _clip,
     "Concat": lambda i, a: torch.cat(list(i), a["axis"]),
     "Conv": _conv,
     "Div": lambda i, a: i[0] / i[1],
     "Dropout": _dropout,
+    "Elu": lambda i, a: F.elu(i[0], a.get("alpha", 1.0)),
+    "Erf": lambda i, a: torch.erf(i[0]),
+    "Exp": lambda i, a: torch.exp(i[0]),
     "Flatten": lambda i, a: i[0].flatten(a.get("axis", 1)) if a.get("axis", 1) == 1 else i[0].reshape(
         int(np.prod(i[0].shape[: a["axis"]])), -1),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda i, a: i[0].mean(tuple(range(2, i[0].ndim)), keepdim=True),
+    "GlobalMaxPool": lambda i, a: i[0].amax(tuple(range(2, i[0].ndim)), keepdim=True),
     "HardSigmoid": lambda i, a: torch.clamp(a.get("alpha", 0.2) * i[0] + a.get("beta", 0.5), 0, 1),
+    "HardSwish": lambda i, a: F.hardswish(i[0]),
     "Identity": lambda i, a: i[0],
     "LeakyRelu": lambda i, a: F.leaky_relu(i[0], a.get("alpha", 0.01)),
     "MatMul": lambda i, a: i[0] @ i[1],
     "MaxPool": _max_pool,
     "Mul": lambda i, a: i[0] * i[1],
+    "PRelu": lambda i, a: torch.where(i[0] < 0, i[0] * i[1], i[0]),
     "Pad": _pad,
     "ReduceMean": _mean,
     "Relu": lambda i, a: F.relu(i[0]),
@@ -308,5 +329,8 @@ OPERATORS: dict[str, Callable[[Inputs, Attributes], Tensor]] = {
     "Softmax": lambda i, a: torch.softmax(i[0], a.get("axis", -1)),
     "Squeeze": _squeeze,
     "Sub": lambda i, a: i[0] - i[1],
+    "Sum": lambda i, a: functools.reduce(torch.add, i),
+    "Tanh": lambda i, a: torch.tanh(i[0]),
+    "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }  # fmt: skip

@@ -23,9 +23,11 @@ from edgeres.artifacts import (
     Engine,
     EngineLayer,
     ExportedModel,
+    FileGrid,
     FileRef,
     Finding,
     Hygiene,
+    Imported,
     LayerCost,
     LayerError,
     LayerPlan,
@@ -68,6 +70,15 @@ preprocessings = st.builds(
     Preprocessing, st.tuples(whole, whole), resize=st.none() | whole, mean=triples, std=triples, color=words
 )
 sample_sets = st.builds(SampleSet, words, words, many(words), many(words))
+grids = st.builds(FileGrid, numbers, whole, whole)
+imports = st.builds(
+    Imported,
+    words,
+    st.dictionaries(words, grids, max_size=2),
+    st.dictionaries(words, many(numbers), max_size=2),
+    many(words),
+    many(words),
+)
 exported_models = st.builds(
     ExportedModel,
     file_refs,
@@ -78,6 +89,7 @@ exported_models = st.builds(
     whole,
     st.dictionaries(words, words, max_size=3),
     max_relative_error=st.none() | numbers,
+    imported=st.none() | imports,
 )
 ranges = st.builds(
     TensorRange, numbers, numbers, words, numbers, numbers, whole, numbers, numbers, sqnr_db=st.none() | numbers
@@ -147,6 +159,8 @@ NOUNS: Dict[type, Any] = {
     FileRef: file_refs,
     Preprocessing: preprocessings,
     SampleSet: sample_sets,
+    FileGrid: grids,
+    Imported: imports,
     ExportedModel: exported_models,
     TensorRange: ranges,
     CalibrationTable: st.builds(

@@ -1,0 +1,330 @@
+"""A file that is quantized already, taken apart: the float network within it, and the grids that it puts tensors on.
+
+QuantizeLinear and DequantizeLinear go, and what they did besides rounding stays: a Q that cuts at zero was a ReLU, and
+one that also cuts at six was a ReLU6 (ONNX Runtime's quantizer drops both), so these come back. Weights are the float
+ones where the file still has them, and else the values that its integers stand for; so are biases.
+
+Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 10 to 25; onnxruntime.quantization, class
+QDQRemovableActivation, for the activations that are dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from edgeres.artifacts import FileGrid
+from edgeres.errors import ExportError
+from edgeres.export.fold import fresh_name
+
+Q, DQ = "QuantizeLinear", "DequantizeLinear"
+DOMAINS = ("", "ai.onnx", "com.microsoft")
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+MOVERS = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity")
+"""Operators that may stand between Q and DQ: they move integers as they would move the numbers behind these."""
+ALWAYS = ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Sqrt", "Exp", "Softplus")
+OF_ALL = (
+    *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "Concat", "Add", "Mul", "Identity"),
+    *("Slice", "Pad", "Dropout", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Resize"),
+)
+INT8 = (-128, 127)
+SIX = 6.0
+
+
+@dataclass
+class Taken:
+    """What was found while a file's Q/DQ went.
+
+    ``activations`` is by tensor of the float network; ``weights`` by the name of the node that reads them, float32
+    ``()`` or ``(K,)``; the rest are names of nodes and tensors, to be told.
+    """
+
+    activations: dict[str, FileGrid] = field(default_factory=dict)
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    float_layers: list[str] = field(default_factory=list)
+    biases: list[str] = field(default_factory=list)
+    unlike_weights: list[str] = field(default_factory=list)
+    relus: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+    foreign: bool = False
+
+
+def is_pair_part(node: onnx.NodeProto) -> bool:
+    """Whether a node is a QuantizeLinear or a DequantizeLinear, of standard ONNX or of ONNX Runtime's own domain."""
+    return node.op_type in (Q, DQ) and node.domain in DOMAINS
+
+
+def unquantize(model: onnx.ModelProto, where: str) -> Taken:
+    """Remove a model's Q/DQ, in place; return what they said. All nodes must have names, and constants be folded.
+
+    Raises:
+        ExportError: integers are computed with and not only stored, a scale is computed, or a pair does not fit
+            together; the message names the nodes and ``where`` the model.
+    """
+    work = _Work(model)
+    for node in list(model.graph.node):
+        work.visit(node)
+    outputs = [value.name for value in model.graph.output]
+    work.problems.extend(f"its output {name} is an integer" for name in outputs if name in work.integers)
+    if work.problems:
+        raise ExportError(
+            f"{where} is quantized in a way that cannot be taken apart: {'; '.join(work.problems)}. "
+            "Start from the FP32 model, or quantize it to Q/DQ pairs with constant scales (QuantFormat.QDQ)."
+        )
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(work.kept)
+    _name_outputs(model, work)
+    if work.taken.foreign:
+        kept = [opset for opset in model.opset_import if opset.domain != "com.microsoft"]
+        if not any(node.domain == "com.microsoft" for node in model.graph.node):
+            del model.opset_import[:]
+            model.opset_import.extend(kept)
+    return work.taken
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """Scale and zero point of a Q or a DQ: float32 and int64, ``()`` or ``(C,)``; the integers' first and last."""
+
+    scale: np.ndarray
+    zero: np.ndarray
+    first: int
+    last: int
+    kind: str
+    axis: int
+
+    @property
+    def grid(self) -> FileGrid | None:
+        """Return the grid of an activation; None where it has one per channel, or no whole numbers."""
+        if self.scale.size != 1 or self.first == self.last:
+            return None
+        zero = int(self.zero.reshape(-1)[0])
+        return FileGrid(float(self.scale.reshape(-1)[0]), self.first - zero, self.last - zero)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether its steps run from −128 to 127 in every channel, as TensorRT's do."""
+        low, high = self.first - self.zero, self.last - self.zero
+        return bool((low == INT8[0]).all() and (high == INT8[1]).all())
+
+    def same(self, other: _Scheme) -> bool:
+        return np.array_equal(self.scale, other.scale) and np.array_equal(self.zero, other.zero)
+
+
+class _Work:
+    """The graph while Q/DQ go: ``alias`` leads from a DQ's output to what replaces it; ``quantized`` are these outputs,
+    and what only moves their values."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.inputs = {value.name for value in model.graph.input}
+        self.readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+        for node in model.graph.node:
+            for index, name in enumerate(node.input):
+                self.readers.setdefault(name, []).append((node, index))
+        self.kept: list[onnx.NodeProto] = []
+        self.alias: dict[str, str] = {}
+        self.quantized: set[str] = set()
+        self.integers: dict[str, tuple[str, _Scheme]] = {}
+        self.positive: set[str] = set()
+        self.cut: dict[tuple[str, float], str] = {}
+        self.problems: list[str] = []
+        self.taken = Taken()
+
+    def visit(self, node: onnx.NodeProto) -> None:
+        if is_pair_part(node):
+            self.taken.foreign |= node.domain == "com.microsoft"
+            scheme = self.scheme(node)
+            if isinstance(scheme, str):
+                self.problems.append(f"{node.op_type} {node.name}: {scheme}")
+            elif node.op_type == Q:
+                self.quantizer(node, scheme)
+            else:
+                self.dequantizer(node, scheme)
+            return
+        whole = [name for name in node.input if name in self.integers]
+        if whole and not (node.op_type in MOVERS and whole == [node.input[0]]):
+            self.problems.append(f"{node.op_type} {node.name} computes with the integers {whole[0]}")
+            return
+        if node.op_type in WEIGHTED and not self.quantized.issuperset(node.input[:2]):
+            self.taken.float_layers.append(node.name)
+        if node.op_type in MOVERS and node.input[0] in self.quantized:
+            self.quantized.update(node.output)
+        node.input[:] = [self.alias.get(name, name) for name in node.input]
+        if whole:
+            source, scheme = self.integers[whole[0]]
+            node.input[0] = source
+            self.integers[node.output[0]] = (node.output[0], scheme)
+        self.note_sign(node)
+        self.kept.append(node)
+
+    def scheme(self, node: onnx.NodeProto) -> _Scheme | str:
+        """Return a node's scale and zero point, or what is wrong with them."""
+        names = [node.input[1], *(name for name in node.input[2:] if name)]
+        if any(name not in self.constants for name in names):
+            return "its scale or zero point is computed"
+        scale = numpy_helper.to_array(self.constants[names[0]]).astype(np.float32)
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            return "a scale is zero, negative or not finite"
+        if len(names) > 1:
+            zero = self.constants[names[1]]
+            type_, points = zero.data_type, numpy_helper.to_array(zero)
+        else:
+            type_ = _attribute(node, "output_dtype", 0) or self.integer_type(node)
+            points = np.zeros(scale.shape)
+        kind = onnx.TensorProto.DataType.Name(type_)
+        bits = int(kind.partition("INT")[2] or 0)  # of FLOAT8E4M3FN and its like, 0
+        whole = 2**bits - 1
+        first = 0 if kind.startswith("U") or not bits else -(whole + 1) // 2
+        points = np.asarray(points).astype(np.float64).astype(np.int64)
+        return _Scheme(scale, points, first, first + whole, kind.lower(), int(_attribute(node, "axis", 1)))
+
+    def integer_type(self, node: onnx.NodeProto) -> int:
+        """Return the type of a pair without zero point: the stored integers', else what ONNX says, uint8."""
+        stored = self.constants.get(node.input[0]) if node.op_type == DQ else None
+        if stored is not None:
+            return int(stored.data_type)
+        found = self.integers.get(node.input[0])
+        return int(getattr(onnx.TensorProto, found[1].kind.upper())) if found else int(onnx.TensorProto.UINT8)
+
+    def quantizer(self, node: onnx.NodeProto, scheme: _Scheme) -> None:
+        """Q on an activation gives its tensor a grid; on a constant, it says how that is stored."""
+        source = self.alias.get(node.input[0], node.input[0])
+        if node.input[0] in self.integers:
+            self.problems.append(f"{node.op_type} {node.name} quantizes integers")
+            return
+        grid = scheme.grid
+        if source in self.constants:
+            self.integers[node.output[0]] = (source, scheme)
+            return
+        if grid is None:
+            self.taken.unusable.append(f"{source} ({'per channel' if scheme.scale.size > 1 else scheme.kind})")
+        else:
+            if grid.low == 0 and source not in self.positive and source not in self.inputs:
+                source = self.restored(source, grid)
+            self.taken.activations[source] = grid
+        self.integers[node.output[0]] = (source, scheme)
+
+    def restored(self, source: str, grid: FileGrid) -> str:
+        """Return a tensor cut as a Q cut it: by a ReLU, or by a ReLU6 where the grid ends at six."""
+        top = SIX if abs(grid.high * grid.scale - SIX) <= grid.scale / 2 else np.inf
+        if (source, top) in self.cut:
+            return self.cut[source, top]
+        name = fresh_name(self.model, f"{source}_relu6" if top == SIX else f"{source}_relu")
+        if top == SIX:
+            limits = [fresh_name(self.model, f"{source}_{word}") for word in ("floor", "six")]
+            for limit, value in zip(limits, (0.0, SIX), strict=True):
+                self.add_constant(numpy_helper.from_array(np.array(value, np.float32), limit))
+            node = helper.make_node("Clip", [source, *limits], [name], name=f"{name}_Clip")
+        else:
+            node = helper.make_node("Relu", [source], [name], name=f"{name}_Relu")
+        self.kept.append(node)
+        self.taken.relus.append(source)
+        self.positive.add(name)
+        self.cut[source, top] = name
+        return name
+
+    def dequantizer(self, node: onnx.NodeProto, scheme: _Scheme) -> None:
+        """DQ gives back what Q took, or makes a constant of stored integers."""
+        found = self.integers.get(node.input[0])
+        if found is not None:
+            source, written = found
+            if not scheme.same(written):
+                self.problems.append(f"{node.op_type} {node.name} has another scale or zero point than its Q")
+                return
+        elif node.input[0] in self.constants:
+            source = node.output[0]
+            values = _real(numpy_helper.to_array(self.constants[node.input[0]]), scheme, node)
+            if values is None:
+                self.problems.append(f"{node.op_type} {node.name}: its scale does not fit what it dequantizes")
+                return
+            self.add_constant(numpy_helper.from_array(values, source))
+        else:
+            self.problems.append(f"{node.op_type} {node.name} reads {node.input[0]}, which nothing quantizes")
+            return
+        self.alias[node.output[0]] = source
+        self.quantized.add(node.output[0])
+        if source in self.constants:
+            self.constant_read(node.output[0], scheme, scheme.axis)
+
+    def constant_read(self, tensor: str, scheme: _Scheme, axis: int) -> None:
+        """Note what reads a dequantized constant: weights keep their steps where these are legal, biases none."""
+        for reader, index in self.readers.get(tensor, []):
+            if reader.op_type in ("Conv", "ConvTranspose", "Gemm") and index == 2:
+                self.taken.biases.append(reader.name)
+            elif reader.op_type in WEIGHTED and index == 1:
+                if scheme.symmetric and (scheme.scale.size == 1 or axis == weights_axis(reader)):
+                    self.taken.weights[reader.name] = scheme.scale.reshape(-1)
+                else:
+                    self.taken.unlike_weights.append(reader.name)
+            elif reader.op_type == "Transpose":  # how a linear layer's weights are turned; of a matrix, the axes swap
+                self.constant_read(reader.output[0], scheme, 1 - axis)
+
+    def add_constant(self, tensor: onnx.TensorProto) -> None:
+        self.model.graph.initializer.append(tensor)
+        self.constants[tensor.name] = tensor
+
+    def note_sign(self, node: onnx.NodeProto) -> None:
+        """Remember outputs that cannot be negative, whatever the input is."""
+
+        def never(name: str) -> bool:
+            tensor = self.constants.get(name)
+            return name in self.positive if tensor is None else bool((numpy_helper.to_array(tensor) >= 0).all())
+
+        data = node.input[:1] if node.op_type not in ("Concat", "Add", "Mul") else node.input
+        sure = node.op_type in ALWAYS or (node.op_type in OF_ALL and all(map(never, data)))
+        if node.op_type == "Clip" and len(node.input) > 1 and node.input[1]:
+            sure = never(node.input[1])
+        if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
+            sure = sure and never(node.input[2])
+        if sure:
+            self.positive.update(node.output)
+
+
+def _name_outputs(model: onnx.ModelProto, work: _Work) -> None:
+    """Let the tensors behind the last DQs carry the names of the graph's outputs."""
+    graph = model.graph
+    rename: dict[str, str] = {}
+    outputs = [value.name for value in graph.output]
+    for name in outputs:
+        source = work.alias.get(name)
+        if source is None:
+            continue
+        if source in rename or source in work.inputs or source in work.constants or source in outputs:
+            graph.node.append(helper.make_node("Identity", [source], [name], name=f"{name}_Identity"))
+        else:
+            rename[source] = name
+    for node in graph.node:
+        node.input[:] = [rename.get(name, name) for name in node.input]
+        node.output[:] = [rename.get(name, name) for name in node.output]
+    work.taken.activations = {rename.get(name, name): grid for name, grid in work.taken.activations.items()}
+
+
+def _real(stored: np.ndarray, scheme: _Scheme, node: onnx.NodeProto) -> np.ndarray | None:
+    """Return the float32 numbers that stored ones stand for; None where scales and shape do not go together."""
+    scale, zero, block = scheme.scale, scheme.zero, int(_attribute(node, "block_size", 0))
+    try:
+        if block:
+            size = stored.shape[scheme.axis]
+            scale, zero = (np.repeat(x, block, scheme.axis).take(range(size), scheme.axis) for x in (scale, zero))
+        elif scale.size > 1:
+            shape = [-1 if i == scheme.axis % stored.ndim else 1 for i in range(stored.ndim)]
+            scale, zero = scale.reshape(shape), zero.reshape(shape)
+        values = (stored.astype(np.float64) - zero) * scale.astype(np.float64)
+        return values.astype(np.float32) if values.shape == stored.shape else None
+    except (IndexError, ValueError, ZeroDivisionError):
+        return None
+
+
+def weights_axis(node: onnx.NodeProto) -> int:
+    """Return the axis of a weighted node's weights along which its output channels lie."""
+    return 0 if node.op_type == "Conv" or _attribute(node, "transB", 0) else 1
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> Any:
+    return next((helper.get_attribute_value(found) for found in node.attribute if found.name == name), default)

@@ -1,0 +1,108 @@
+"""A file that is quantized already, as part of a build: whether its own ranges are kept, in which form, what is said.
+
+Whoever trained with quantization has ranges and weights that no calibration finds again. So they are kept, where the
+recipe leaves the method open: each range in the form that TensorRT reads, each weight on its own steps, layers that the
+file leaves in float in float, and no recovery, which would change both. A range method, or recovery, that the recipe
+names begins anew, from the float network within the file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Collection, Dict, FrozenSet, List, Optional, Tuple
+
+import numpy as np
+
+from edgeres.affine import QMAX
+from edgeres.artifacts import ExportedModel, Imported, TensorRange
+from edgeres.progress import counted
+from edgeres.recipe import Recipe
+
+if TYPE_CHECKING:
+    from edgeres.pipeline import Build
+
+SHOWN = 3  # names in a sentence
+IMAGES = 32  # that the file and what was made of it are compared on
+REASON = "the file leaves it in float"
+
+
+def kept(recipe: Recipe, exported: ExportedModel) -> Optional[Imported]:
+    """Return the file's own quantization where it is kept; None where there is none, or the recipe begins anew."""
+    wanted = recipe.calibration.method == "auto" and recipe.quantization.recovery in ("auto", "none")
+    return exported.imported if recipe.precision == "int8" and wanted else None
+
+
+def fate(recipe: Recipe, found: Imported) -> str:
+    """Return in words what becomes of a file's own quantization."""
+    made = f"quantized already, by {found.tool}" if found.tool else "quantized already"
+    what = f"{counted(len(found.activations), 'range')} and the steps of {counted(len(found.weights), 'weight')}"
+    if recipe.precision != "int8":
+        return f"the model is {made}; its Q/DQ are taken out ({what})"
+    if recipe.calibration.method == "auto" and recipe.quantization.recovery in ("auto", "none"):
+        return f"the model is {made}: {what} are kept. To calibrate anew: --recovery fast, or --method mse"
+    return f"the model is {made}; its Q/DQ are taken out ({what}), and it is calibrated anew"
+
+
+def amax_of(
+    found: Imported, tensors: Collection[str], allowed: Collection[str]
+) -> Tuple[Dict[str, float], FrozenSet[str]]:
+    """Return the ``amax`` of each tensor that the file has a range for, and which of these are shifted.
+
+    Symmetric int8 stays as it is, and so does, shifted, what begins at zero. Any other range, or one that may not be
+    shifted, becomes the symmetric one that just reaches as far.
+
+    Args:
+        tensors: what will be quantized.
+        allowed: which of these may be shifted.
+    """
+    given: Dict[str, float] = {}
+    shifted = set()
+    for name in tensors:
+        grid = found.activations.get(name)
+        if grid is None:
+            continue
+        if grid.low == 0 and name in allowed:
+            shifted.add(name)
+        symmetric = grid.high <= QMAX and -grid.low <= QMAX + 1
+        given[name] = grid.scale * (QMAX if symmetric and grid.low else max(grid.high, -grid.low))
+    return given, frozenset(shifted)
+
+
+def range_notes(found: Imported, ranges: Dict[str, TensorRange]) -> List[str]:
+    """Return in words which ranges are no longer the file's own, and which the file did not have."""
+    rescaled, missing = [], []
+    for name, chosen in ranges.items():
+        grid = found.activations.get(name)
+        if grid is None:
+            missing.append(name)
+        elif abs(chosen.scale - grid.scale) > 1e-6 * grid.scale:
+            rescaled.append(f"{name} (step {grid.scale:.3g} to {chosen.scale:.3g})")
+    said = []
+    if rescaled:
+        said.append(f"{counted(len(rescaled), 'range')} of the file are said in other steps: {_few(rescaled)}")
+    if missing:
+        said.append(f"the file has no range for {_few(missing)}; calibrated here")
+    return said
+
+
+def likeness(job: Build, name: str) -> str:
+    """Return in words how the file and the int8 model made of it answer the same calibration images."""
+    from edgeres.export import answers_of
+    from edgeres.judge import open_file
+    from edgeres.validation import compare, decibels
+
+    assert job.calibration is not None
+    assert job.recipe.model.onnx is not None
+    samples = job.calibration.subset(min(IMAGES, len(job.calibration)))
+    images = np.concatenate(list(samples.batches(job.recipe.preprocessing, IMAGES)))
+    theirs = answers_of(job.recipe.model.onnx, images)
+    ours = open_file(job.workspace.folder / name, "int8")(images)
+    found = compare(theirs, ours, None, max_drop_pp=0.0, backend="cpu", precision="int8")
+    return (
+        f"the file and {name} choose the same class for {100 * found.agreement:.1f} % of "
+        f"{counted(len(images), 'calibration sample')} (SQNR {decibels(found.sqnr_db)})"
+    )
+
+
+def _few(names: List[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
