@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numba
 
@@ -14,10 +14,10 @@ def compiled(function: Kernel) -> Kernel:
     """Return the function compiled; other threads go on while it runs.
 
     The compiled code is kept beside the source, so that only the first call after an installation waits for the
-    compiler, about a second. Sums may be added up in another order, several at once, and a division by zero is infinite
-    as in NumPy: a loop that has to do neither is not vectorized.
+    compiler, a second or two. Sums may be added up in any order, and dividing by zero gives infinity as in NumPy:
+    without these freedoms no loop over floats is vectorized.
     """
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"}}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"}}
     try:
         kernel: Kernel = numba.njit(**options, cache=True)(function)
     except RuntimeError:  # neither the source's folder nor the user's cache can be written: compile in each process

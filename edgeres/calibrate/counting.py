@@ -1,8 +1,7 @@
 """The inner loop of calibration, compiled: every float32 of a batch is read once, and counted twice.
 
 NumPy's bincount needs five times as long for the same (each array widened to int64, the channels' cells computed, and
-one core at a time), which would double the time of a pass. The compiled code is kept beside the source, so that only
-the first pass after an installation waits for the compiler, about a second.
+one core at a time), which would double the time of a pass.
 """
 
 from __future__ import annotations

@@ -47,10 +47,12 @@ def observe(
     stream = iter(batches)
     first = list(itertools.islice(stream, 1))
     session, exposed = _exposing_session(model, names, _parts(first[0]) if first else 1)
+    stream = itertools.chain(first, stream)
+    del first  # or its memory would be held to the end
     statistics = Statistics.empty(names)
     if earlier is not None:
         statistics.merge(earlier)
-    for batch in itertools.chain(first, stream):
+    for batch in stream:
         _count(session, exposed, batch, statistics)
         keep(statistics)
         progress(statistics.samples)
