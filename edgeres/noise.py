@@ -1,4 +1,4 @@
-"""What quantizing costs, as numbers: squared errors of a grid, and a tensor's noise at every step size.
+"""What quantizing costs, as numbers: a tensor's noise at every step size.
 
 A channel is scaled by a factor before it is quantized (equalization folds the factor into the weights around it), so
 what counts is its step in its own units: the tensor's step over the factor.
@@ -22,21 +22,6 @@ STEPS = (OCTAVES[1] - OCTAVES[0]) * PER_OCTAVE + 1
 SMALLEST = 1e-30  # a channel that never fired has no magnitude to measure by
 
 
-def integral(x: np.ndarray, last: int, clipping: float = 1.0) -> np.ndarray:
-    """Return ∫₀ˣ (t − q(t))² dt, in steps³, for the grid 0, 1, …, ``last``; beyond it counted ``clipping`` times."""
-    inside = np.minimum(x, last + 0.5)
-    whole = np.floor(inside + 0.5)
-    rest, beyond = inside - whole, x - last
-    rounding = whole / 12 + rest * rest * rest / 3  # multiplied out: NumPy's power is ten times as slow
-    clipped = np.where(x > last + 0.5, (beyond * beyond * beyond - 0.125) / 3, 0.0)
-    return np.asarray(rounding + clipping * clipped)
-
-
-def point_error(x: np.ndarray, last: int, clipping: float = 1.0) -> np.ndarray:
-    """Return (x − q(x))², in steps², for the grid 0, 1, …, ``last``; beyond it counted ``clipping`` times."""
-    return np.asarray((x - np.minimum(np.rint(x), last)) ** 2 * np.where(x > last + 0.5, clipping, 1.0))
-
-
 @dataclass(frozen=True)
 class NoiseTable:
     """Mean squared quantization error of each of a tensor's channels at log-spaced steps.
@@ -55,7 +40,7 @@ class NoiseTable:
     grid: Tuple[int, int]
 
     def at(self, log_step: np.ndarray) -> np.ndarray:
-        """Return the mean squared error of each channel at step 2^``log_step``, both float64 ``(C,)``."""
+        """Return the mean squared error of each channel at step 2^``log_step``, both float64 ``(…, C)``."""
         place = np.clip((log_step - self.log_step - OCTAVES[0]) * PER_OCTAVE, 0, STEPS - 1 - 1e-9)
         left = place.astype(np.int64)
         rows, share = np.arange(len(self.error)), place - left

@@ -36,7 +36,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, c
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
 from edgeres.artifacts import Preprocessing
-from edgeres.calibrate import METHODS, choose, observe
+from edgeres.calibrate import AUTO, METHODS, choose, observe
 from edgeres.samples import Samples, open_samples
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -178,7 +178,9 @@ def main() -> None:
     parser.add_argument("--model", default="resnet50", help="a name of `edgeres models`; its weights are random")
     parser.add_argument("--size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument("--resize", type=int, default=256, help="short side before cropping; 0: none (default: 256)")
-    parser.add_argument("--method", choices=[*METHODS], default="mse", help="edgeres' range method (default: mse)")
+    parser.add_argument(
+        "--method", choices=[AUTO, *METHODS], default="mse", help="edgeres' range method (default: mse)"
+    )
     parser.add_argument("--counts", type=int, nargs="+", default=[50, 125, 250], help="images for edgeres")
     parser.add_argument("--peers", choices=[*PEERS], nargs="*", default=[*PEERS], help="methods of ONNX Runtime")
     parser.add_argument("--peer-counts", type=int, nargs="+", default=[16, 32, 48], help="images for ONNX Runtime")

@@ -28,10 +28,8 @@ def best_step(table: NoiseTable, factors: np.ndarray, weights: np.ndarray) -> fl
     counted = np.where(heavy, weights, 0.0) if heavy.any() else table.alive.astype(np.float64)
     top = float((table.log_step + shift)[counted > 0].max())
 
-    def noise(log_step: float) -> float:
-        return float((counted * table.at(log_step - shift)).sum())
+    def quietest(log_steps: np.ndarray) -> float:
+        noise = (counted * table.at(log_steps[:, None] - shift)).sum(axis=1)
+        return float(log_steps[int(np.argmin(noise))])
 
-    coarse = top + COARSE
-    best = coarse[int(np.argmin([noise(step) for step in coarse]))]
-    fine = best + FINE
-    return float(2.0 ** fine[int(np.argmin([noise(step) for step in fine]))])
+    return float(2.0 ** quietest(quietest(top + COARSE) + FINE))

@@ -1,31 +1,19 @@
 """The inner loop of calibration, compiled: every float32 of a batch is read once, and counted twice.
 
 NumPy's bincount needs five times as long for the same (each array widened to int64, the channels' cells computed, and
-one core at a time), which would double the time of a pass. The compiled code is kept beside the source, so that only
-the first pass after an installation waits for the compiler, about a second.
+one core at a time), which would double the time of a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numba
 import numpy as np
+
+from edgeres.calibrate.compiled import compiled
 
 FEW = 8  # fewer zeros than one in so many are counted like all other values
 
-Kernel = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
-
-def _compiled(function: Kernel) -> Kernel:
-    try:
-        kernel: Kernel = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the source's folder nor the user's cache can be written: compile in each process
-        kernel = numba.njit(nogil=True)(function)
-    return kernel
-
-
-@_compiled
+@compiled
 def count(
     patterns: np.ndarray, counts: np.ndarray, columns: np.ndarray, table: np.ndarray, extremes: np.ndarray
 ) -> None:
@@ -39,17 +27,17 @@ def count(
         extremes: int32 ``(C, 2)``, smallest and largest :func:`ordered` pattern so far, widened.
     """
     rest = np.empty(patterns.shape[2], np.uint16)
-    for sample in range(patterns.shape[0]):
-        for channel in range(patterns.shape[1]):
-            plane, row = patterns[sample, channel], table[channel]
+    # all samples of a channel in turn: its row of the table stays in the cache
+    for channel in range(patterns.shape[1]):
+        row, smallest, largest = table[channel], extremes[channel, 0], extremes[channel, 1]
+        for sample in range(patterns.shape[0]):
+            plane, zeros = patterns[sample, channel], 0
             # a loop of its own, which the compiler can vectorize
-            smallest, largest, zeros = extremes[channel, 0], extremes[channel, 1], 0
             for i in range(plane.size):
                 pattern = np.int32(plane[i])
                 zeros += (plane[i] >> 16) == 0
                 pattern ^= (pattern >> 31) & np.int32(0x7FFFFFFF)
                 smallest, largest = min(smallest, pattern), max(largest, pattern)
-            extremes[channel, 0], extremes[channel, 1] = smallest, largest
             # Counting one bin again and again waits for memory each time, and a ReLU's zeros come among all others, so
             # that the processor cannot foresee it: where they are many they are taken out first.
             if zeros * FEW > plane.size:
@@ -66,6 +54,7 @@ def count(
             for i in range(kept):
                 counts[rest[i]] += 1
                 row[columns[rest[i] >> 4]] += 1
+        extremes[channel, 0], extremes[channel, 1] = smallest, largest
 
 
 def ordered(patterns: np.ndarray) -> np.ndarray:

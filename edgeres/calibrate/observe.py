@@ -1,8 +1,15 @@
-"""The calibration pass: run the FP32 model over the samples and count the tensors that will be quantized."""
+"""The calibration pass: run the FP32 model over the samples and count the tensors that will be quantized.
+
+A batch is cut into as many parts as there are cores, which run side by side, each on a core of its own: no core waits
+for another at every layer, and what onnxruntime does on one core, reordering what is exposed, goes on on all of them.
+"""
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +44,15 @@ def observe(
             activation is NaN or infinite.
     """
     names = sorted(set(tensors))
-    session, exposed = _exposing_session(model, names)
+    stream = iter(batches)
+    first = list(itertools.islice(stream, 1))
+    session, exposed = _exposing_session(model, names, _parts(first[0]) if first else 1)
+    stream = itertools.chain(first, stream)
+    del first  # or its memory would be held to the end
     statistics = Statistics.empty(names)
     if earlier is not None:
         statistics.merge(earlier)
-    for batch in batches:
+    for batch in stream:
         _count(session, exposed, batch, statistics)
         keep(statistics)
         progress(statistics.samples)
@@ -57,38 +68,57 @@ def observe(
     return statistics
 
 
+def _parts(batch: np.ndarray) -> int:
+    """Return how many parts of a batch are run side by side: one for each core, where it has as many samples."""
+    return max(1, min(len(batch), os.cpu_count() or 1))
+
+
 def _count(session: ort.InferenceSession, exposed: list[str], batch: np.ndarray, statistics: Statistics) -> None:
     """Run one batch and count its activations, which are gone when this returns: they are nearly all of the memory."""
-    arrays = {session.get_inputs()[0].name: batch}
-    if exposed:
-        try:
-            arrays.update(zip(exposed, session.run(exposed, arrays), strict=True))
-        except Exception as problem:  # onnxruntime's exceptions share no base but Exception
-            raise CalibrationError(
-                f"the model does not run on samples of shape {batch.shape}: {first_line(problem)}. "
-                "Check that the recipe's input size is the model's."
-            ) from problem
-    statistics.update(arrays, len(batch))
+    name = session.get_inputs()[0].name
+
+    def run(part: np.ndarray) -> dict[str, np.ndarray]:
+        found = session.run(exposed, {name: part}) if exposed else []
+        return {name: part, **dict(zip(exposed, found, strict=True))}
+
+    parts = np.array_split(batch, _parts(batch))
+    try:
+        with ThreadPoolExecutor(len(parts)) as pool:
+            done = list(pool.map(run, parts))
+    except Exception as problem:  # onnxruntime's exceptions share no base but Exception
+        raise CalibrationError(
+            f"the model does not run on samples of shape {batch.shape}: {first_line(problem)}. "
+            "Check that the recipe's input size is the model's."
+        ) from problem
+    for arrays in done:
+        statistics.update(arrays, len(arrays[name]))
 
 
-def _exposing_session(path: Path, names: list[str]) -> tuple[ort.InferenceSession, list[str]]:
-    """Return a session whose outputs are the wanted activations, and their names in graph order (without the input)."""
-    model = onnx.load(path)
+def _exposing_session(path: Path, names: list[str], callers: int) -> tuple[ort.InferenceSession, list[str]]:
+    """Return a session with the wanted activations among its outputs, and their names in graph order, less the input.
+
+    Threads that no part of a batch would keep busy, ``callers`` being run at a time, help these.
+    """
+    content = path.read_bytes()
+    model = onnx.load_model_from_string(content)
     inputs = [value.name for value in model.graph.input]
     made = [output for node in model.graph.node for output in node.output if output]
     missing = [name for name in names if name not in (*inputs, *made)]
     if missing:
         raise CalibrationError(f"{path.name} has no tensor named {missing[0]!r}: the plan belongs to another model")
     exposed = [name for name in made if name in names]
-    outputs = exposed or made[-1:]  # a session needs an output: any will do, it is never asked for
-    del model.graph.output[:]
-    model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs)
+    known = {value.name for value in model.graph.output}
+    more = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in exposed if name not in known]
+    # Protocol Buffers: of two messages one after the other, the second's repeated fields are added to the first's. To
+    # serialize the whole model again would take as long as two images.
+    content += onnx.ModelProto(graph=onnx.GraphProto(output=more)).SerializeToString()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what fails is told by the exception
     options.enable_mem_pattern = False  # which takes one block for a whole run: a third more memory, and no faster
     options.add_session_config_entry("session.force_spinning_stop", "1")  # its cores are needed for counting
+    options.intra_op_num_threads = (os.cpu_count() or 1) - callers + 1
     try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
         reason = first_line(problem)
         raise CalibrationError(f"onnxruntime does not accept {path.name}: {reason}. Export it again.") from problem

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeres.affine import SYMMETRIC
+from edgeres.calibrate.distortion import squared_errors
 from edgeres.calibrate.noise import channel_edges, is_negative
 from edgeres.calibrate.statistics import INFINITE, MAGNITUDES, TensorStatistics
-from edgeres.noise import integral, point_error
 
 ENTROPY_BINS = 2048
 ENTROPY_STRIDE = 4
@@ -192,8 +192,7 @@ def mse(histogram: Histogram, _percentile: float) -> float:
 def squared_error(histogram: Histogram, amax: np.ndarray) -> np.ndarray:
     """Return the summed squared error of int8 at each candidate range.
 
-    Exact for values evenly spread within their bin: the squared distance to the nearest grid point, or beyond the grid
-    to its last point, is integrated in closed form.
+    Exact for values evenly spread within their bin.
 
     Args:
         amax: float64 ``(A,)``, candidate ranges, in the tensor's own units.
@@ -201,18 +200,12 @@ def squared_error(histogram: Histogram, amax: np.ndarray) -> np.ndarray:
     Returns:
         float64 ``(A,)``, squared units.
     """
-    width = np.maximum(histogram.high - histogram.low, np.finfo(np.float64).tiny)
-    total = np.zeros(len(amax))
     first, final = histogram.grid
-    sides = [(c, last) for c, last in ((histogram.positive, final), (histogram.negative, -first)) if c.any()]
-    for i, candidate in enumerate(amax):
-        scale = candidate / final
-        for counts, last in sides:
-            error = integral(histogram.high / scale, last) - integral(histogram.low / scale, last)
-            # where a bin has no width (all its elements are the maximum itself) its single value's error counts
-            point = point_error(histogram.high / scale, last)
-            mean = np.where(histogram.high > histogram.low, error * scale / width, point)
-            total[i] += scale**2 * float((counts * mean).sum())
+    total = np.zeros(len(amax))
+    for counts, last in ((histogram.positive, final), (histogram.negative, -first)):
+        hit = counts > 0
+        if hit.any():
+            total += squared_errors(histogram.low[hit], histogram.high[hit], counts[hit], amax / final, last, 1.0)
     return total
 
 

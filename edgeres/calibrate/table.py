@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import numpy as np
@@ -46,14 +48,17 @@ def choose(
     empty = [name for name in sorted(statistics.tensors) if not statistics.tensors[name].elements]
     if empty:
         raise CalibrationError(f"the statistics hold no element of tensor {empty[0]!r}. Calibrate again.")
-    ranges = {}
-    for name, found in sorted(statistics.tensors.items()):
+
+    def choose_one(name: str) -> TensorRange:
+        found = statistics.tensors[name]
         grid = SHIFTED if name in shifted and found.minimum >= 0 else SYMMETRIC
         if name in given:
-            ranges[name] = _described(found, given[name], IMPORTED, grid, None)
-        else:
-            ranges[name] = _range(found, method, percentile, grid, scalings.get(name))
-    return ranges
+            return _described(found, given[name], IMPORTED, grid, None)
+        return _range(found, method, percentile, grid, scalings.get(name))
+
+    names = sorted(statistics.tensors)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiled loops let other threads run
+        return dict(zip(names, pool.map(choose_one, names), strict=True))
 
 
 def _range(

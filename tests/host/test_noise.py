@@ -185,6 +185,12 @@ def test_between_steps_the_error_is_interpolated() -> None:
         np.testing.assert_allclose(table.at(table.log_step + beyond), table.error[:, column], rtol=1e-6)
 
 
+def test_many_steps_at_once_are_as_one_at_a_time() -> None:
+    table = table_of(np.random.default_rng(2).standard_normal((4, 500)) * np.array([[1], [7], [0.2], [0]]))
+    steps = np.random.default_rng(3).uniform(-12, 8, (9, 4))
+    np.testing.assert_array_equal(table.at(steps), [table.at(step) for step in steps])
+
+
 @given(st.floats(-5.9, -1) | st.floats(0, 9.9))  # between, a few elements decide how much is clipped
 def test_interpolation_stays_near_the_truth(octave: float) -> None:
     log_step = float(SMOOTH_TABLE.log_step[0] + octave)

@@ -87,6 +87,16 @@ def test_batches_change_nothing_for_real_activations_either(path: Path) -> None:
     assert observe(path, quantized, [x[i : i + 2] for i in range(0, len(x), 2)]).to_bytes() == whole
 
 
+@pytest.mark.parametrize("cores", [1, 3, 64, None])
+def test_the_number_of_cores_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch, cores: int | None) -> None:
+    x = np.random.default_rng(2).standard_normal((11, 3, 8, 8)).astype(np.float32)
+    batches, told = [x[:7], x[7:10], x[10:]], list[int]()
+    whole = observe(path, TENSORS, batches).to_bytes()
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert observe(path, TENSORS, batches, told.append).to_bytes() == whole
+    assert told == [7, 10, 11]
+
+
 def test_parts_merge_to_the_whole(path: Path) -> None:
     x = images(9)
     merged = Statistics.empty(TENSORS)

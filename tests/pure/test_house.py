@@ -28,7 +28,7 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
     "google": ("export/",),  # protobuf, for the error of a damaged ONNX file
     "onnx": ("export/", "calibrate/", "quantize/"),
     "onnxruntime": ("calibrate/", "export/", "backends/cpu/", "backends/cpu.py"),
-    "numba": ("calibrate/",),  # one compiled loop: NumPy alone would double the time of a calibration pass
+    "numba": ("calibrate/",),  # compiled loops: NumPy alone would double the time of a calibration pass
     "tensorrt": ("backends/tensorrt/",),
     "tensorrt_rtx": ("backends/tensorrt/",),
     "pycuda": ("backends/tensorrt/",),
