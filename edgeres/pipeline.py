@@ -379,7 +379,7 @@ class Build:
             from edgeres.quantize import grouped_in_file, int8_content, plan_file, shiftable_file, twin_file
 
             fp32 = self.workspace.folder / files.FP32_MODEL
-            self.grouped = grouped_in_file(fp32)
+            own, self.grouped = self.imported, grouped_in_file(fp32)
             inputs["left_float"] = sorted(self.left_float)
             placement = plan_file(fp32, exported.modules, keep, self.left_float)
             every = {*plan_file(fp32, exported.modules, keep).tensors, *placement.tensors}
