@@ -1,7 +1,7 @@
 """The calibration pass: run the FP32 model over the samples and count the tensors that will be quantized.
 
-A batch is cut into as many parts as there are cores, which run side by side, each on a core of its own: no core waits
-for another at every layer, and what onnxruntime does on one core, reordering what is exposed, goes on on all of them.
+A batch is cut into parts, one for each of a few cores, which run side by side: no core waits for another at every
+layer, and what onnxruntime does on one core, reordering what is exposed, goes on on all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from onnx import helper
 
 from edgeres.calibrate.statistics import Statistics
 from edgeres.errors import CalibrationError, first_line
+
+PARTS = 4  # at most: to count another part costs two or three milliseconds more, whatever its size
 
 
 def observe(
@@ -69,8 +71,8 @@ def observe(
 
 
 def _parts(batch: np.ndarray) -> int:
-    """Return how many parts of a batch are run side by side: one for each core, where it has as many samples."""
-    return max(1, min(len(batch), os.cpu_count() or 1))
+    """Return how many parts of a batch are run side by side: no more than there are cores and samples."""
+    return max(1, min(len(batch), os.cpu_count() or 1, PARTS))
 
 
 def _count(session: ort.InferenceSession, exposed: list[str], batch: np.ndarray, statistics: Statistics) -> None:
@@ -97,7 +99,7 @@ def _count(session: ort.InferenceSession, exposed: list[str], batch: np.ndarray,
 def _exposing_session(path: Path, names: list[str], callers: int) -> tuple[ort.InferenceSession, list[str]]:
     """Return a session with the wanted activations among its outputs, and their names in graph order, less the input.
 
-    Threads that no part of a batch would keep busy, ``callers`` being run at a time, help these.
+    Cores that no part of a batch would keep busy, ``callers`` being run at a time, help these.
     """
     content = path.read_bytes()
     model = onnx.load_model_from_string(content)
@@ -110,7 +112,7 @@ def _exposing_session(path: Path, names: list[str], callers: int) -> tuple[ort.I
     known = {value.name for value in model.graph.output}
     more = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in exposed if name not in known]
     # Protocol Buffers: of two messages one after the other, the second's repeated fields are added to the first's. To
-    # serialize the whole model again would take as long as two images.
+    # serialize the whole model again would take as long as a few images.
     content += onnx.ModelProto(graph=onnx.GraphProto(output=more)).SerializeToString()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what fails is told by the exception
