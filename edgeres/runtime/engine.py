@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from time import perf_counter
 from types import TracebackType
-from typing import Dict, Optional, Protocol, Tuple, Type
+from typing import Any, Dict, Generator, Iterable, List, NamedTuple, Optional, Protocol, Tuple, Type
 
 import numpy as np
 
 from edgeres.artifacts import Engine, Manifest
 from edgeres.bundle import Folder, read_manifest, verify_and_read
 from edgeres.errors import BackendError, BundleError, MissingPackageError, numbered
-from edgeres.preprocess import prepare_batch, problems
+from edgeres.preprocess import output_shape, prepare_batch, problems
+from edgeres.runtime.frames import as_array, check_frames, room_for
+from edgeres.runtime.profile import Profile, WarmUp, latency
+from edgeres.runtime.stream import Stages, answers
 
 
 class OpenEngine(Protocol):
@@ -22,11 +26,24 @@ class OpenEngine(Protocol):
     def largest(self) -> Optional[int]:
         """The most samples that it computes at a time; None where it has no limit of its own."""
 
+    @property
+    def contexts(self) -> int:
+        """How many calls it computes side by side to advantage; more are answered too, and gain nothing."""
+
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         """Return logits float32 ``(N, K)`` of float32 ``(N, 3, h, w)``."""
 
     def close(self) -> None:
         """Free the engine."""
+
+
+class _Prepared(NamedTuple):
+    """An item of a stream, ready for the engine: float32 ``(N, 3, h, w)``, and what its answer is to look like."""
+
+    batch: np.ndarray
+    single: bool
+    paired: bool
+    tag: Any
 
 
 class LoadedEngine:
@@ -39,55 +56,168 @@ class LoadedEngine:
         self._runner = runner
         self.manifest = manifest
         self.record = record
+        self._shape = output_shape(manifest.preprocessing)
+        self._step = runner.largest or manifest.preprocessing.batch_size
 
     @property
     def input_shape(self) -> Tuple[int, int, int]:
         """The shape of one normalized input: (3, height, width)."""
-        return (3, *self.manifest.preprocessing.size)
+        return self._shape
 
     @property
     def largest(self) -> Optional[int]:
         """The most frames that the engine computes at a time; None where it has no limit of its own."""
         return self._runner.largest
 
-    def __call__(self, frames: np.ndarray) -> np.ndarray:
+    def __call__(self, frames: Any, out: Optional[np.ndarray] = None) -> np.ndarray:
         """Return the logits of some frames.
 
         Args:
             frames: uint8 ``(N, H, W, 3)``, RGB camera frames of any size, which are resized, cropped and normalized as
-                at calibration; or float32 ``(N, 3, h, w)``, normalized already.
+                at calibration; or float32 ``(N, 3, h, w)``, normalized already. A NumPy array, or what shares one with
+                NumPy, such as another library's tensor on the CPU (DLPack).
+            out: float32 ``(N, K)``, contiguous: the logits are written into it. After an error it may hold some.
 
         Returns:
-            float32 ``(N, K)``.
+            float32 ``(N, K)``; ``out`` where that is given.
 
         Raises:
-            BackendError: the array is neither, or the engine is closed.
+            BackendError: the frames are neither, ``out`` is no such array, or the engine is closed.
+            SampleError: frames of that size do not cover the crop.
         """
-        self._check(frames)
-        step = self.largest or self.manifest.preprocessing.batch_size
-        parts = [self._runner(self._normalized(frames[i : i + step])) for i in range(0, len(frames), step)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        array = as_array(frames)
+        check_frames(array, self._shape)
+        count, step = len(array), self._step
+        if count <= step:
+            return self._run((self._normalized(array),), count, out)
+        return self._run((self._normalized(array[i : i + step]) for i in range(0, count, step)), count, out)
 
     def _normalized(self, frames: np.ndarray) -> np.ndarray:
         if frames.dtype == np.uint8:
             return prepare_batch(frames, self.manifest.preprocessing)
         return np.ascontiguousarray(frames)
 
-    def _check(self, frames: np.ndarray) -> None:
-        if isinstance(frames, np.ndarray) and frames.ndim == 4 and len(frames):
-            if frames.dtype == np.uint8 and frames.shape[3] == 3:
-                return
-            if frames.dtype == np.float32 and frames.shape[1:] == self.input_shape:
-                if not np.isfinite(frames).all():  # int8 would turn a NaN into a plausible answer
-                    raise BackendError(
-                        "the input holds NaN or infinite numbers. Mend what makes it: a sensor, a mean, a std"
-                    )
-                return
-        found = f"{frames.dtype} {frames.shape}" if isinstance(frames, np.ndarray) else type(frames).__name__
-        _, height, width = self.input_shape
-        raise BackendError(
-            f"an engine takes uint8 frames (N, H, W, 3) or normalized float32 (N, 3, {height}, {width}), not {found}"
-        )
+    def _run(self, batches: Iterable[np.ndarray], count: int, out: Optional[np.ndarray]) -> np.ndarray:
+        """Return the logits of ``count`` frames, which come in batches that the engine takes."""
+        done = 0
+        for batch in batches:
+            logits = self._runner(batch)
+            if out is None and len(logits) == count:
+                return logits
+            if done == 0:
+                out = room_for(out, (count, *logits.shape[1:]))
+            assert out is not None
+            out[done : done + len(logits)] = logits
+            done += len(logits)
+        assert out is not None
+        return out
+
+    def stream(self, frames: Iterable[Any], depth: int = 2, drop: bool = False) -> Generator[Any, None, None]:
+        """Yield an answer for each item of a source, in order; the next items are read and computed meanwhile.
+
+        A frame, uint8 ``(H, W, 3)`` or normalized float32 ``(3, h, w)``, is answered by float32 ``(K,)``, a batch of
+        them, as the engine itself takes it, by ``(N, K)``. An item may also be a pair ``(frame, anything)``, and is
+        then answered by ``(logits, anything)``: a time stamp, a header, the frame itself.
+
+        The source is read in a thread of its own. Do not write into an array that it has given: it may still be read.
+        The stream ends with the source, or when it is closed, broken out of, or forgotten; it then waits for what is
+        being computed, and up to a second for a source that blocks. An error, the source's or the engine's, comes in
+        its place, after the answers before it, and ends the stream. Use the stream from one thread; the engine may be
+        called from others meanwhile.
+
+        Args:
+            frames: any iterable, also one without an end.
+            depth: so many items are under way at most, each from the moment that the source is asked for it until you
+                ask for the answer after its own. 1 overlaps nothing; 2 reads and prepares while the engine computes, or
+                computes while you use an answer; 3 does all of that at once.
+            drop: for a source that is faster than the engine: it is read all the time, and a frame that has not been
+                begun when a newer one comes is left out. With ``depth=1`` each answer is to the newest frame there was
+                when you asked.
+
+        Raises:
+            BackendError: at once, where ``depth`` is no positive whole number or ``frames`` cannot be iterated; in the
+                stream, where a call would raise it, with the item's number (from 0).
+            SampleError: in the stream: a frame does not cover the crop.
+        """
+        if not isinstance(depth, int) or depth < 1:
+            raise BackendError(f"depth is {depth!r}: give a whole number, 1 or more")
+        try:
+            source = iter(frames)
+        except TypeError:
+            raise BackendError(
+                f"a stream takes frames that can be iterated, not one {type(frames).__name__}. Give a list, a generator"
+            ) from None
+        stages = Stages(self._prepared, self._answered, self._runner.contexts)
+        return answers(source, stages, depth, drop)
+
+    def _prepared(self, item: Any) -> _Prepared:
+        paired = isinstance(item, tuple)
+        if paired and len(item) != 2:
+            raise BackendError(f"a stream takes frames and pairs (frame, anything), not a tuple of {len(item)}")
+        frame, tag = item if paired else (item, None)
+        array = as_array(frame)
+        single = array.ndim == 3
+        frames = array[np.newaxis] if single else array
+        check_frames(frames, self._shape)
+        return _Prepared(self._normalized(frames), single, paired, tag)
+
+    def _answered(self, prepared: _Prepared) -> Any:
+        logits = self._computed(prepared.batch)
+        answer = logits[0] if prepared.single else logits
+        return (answer, prepared.tag) if prepared.paired else answer
+
+    def _computed(self, batch: np.ndarray) -> np.ndarray:
+        pieces = (batch[i : i + self._step] for i in range(0, len(batch), self._step))
+        return self._run(pieces, len(batch), None)
+
+    def warmup(self, runs: int = 10, frames: Any = None) -> WarmUp:
+        """Run the engine so that later calls find it ready; return the seconds of a cold and of a warm call.
+
+        Args:
+            runs: how often.
+            frames: what the engine will be called with: the first call on frames of a new size also prepares their
+                resizing. None: one black frame of the input's size.
+
+        Raises:
+            BackendError: as a call does; or ``runs`` is not positive.
+        """
+        seconds = [sum(times) for times in self._timed(frames, runs)]
+        return WarmUp(seconds[0], seconds[-1])
+
+    def profile(self, frames: Any = None, runs: int = 200) -> Profile:
+        """Return how long calls take, after ten that do not count.
+
+        Args:
+            frames: what the engine will be called with; None: one black frame of the input's size.
+            runs: how many calls are timed; a 99th percentile wants hundreds.
+
+        Raises:
+            BackendError: as a call does; or ``runs`` is not positive.
+        """
+        self.warmup(10, frames)
+        preprocess, inference = zip(*self._timed(frames, runs))
+        total = [first + second for first, second in zip(preprocess, inference)]
+        shape = self._some(frames).shape
+        return Profile(shape, runs, latency(preprocess), latency(inference), latency(total))
+
+    def _some(self, frames: Any) -> np.ndarray:
+        return np.zeros((1, *self._shape[1:], 3), np.uint8) if frames is None else as_array(frames)
+
+    def _timed(self, frames: Any, runs: int) -> List[Tuple[float, float]]:
+        """Return the seconds that preprocessing and inference took in each of some calls."""
+        if runs < 1:
+            raise BackendError(f"runs is {runs}: give 1 or more")
+        given = self._some(frames) if frames is None else frames
+        times = []
+        for _ in range(runs):
+            start = perf_counter()
+            array = as_array(given)
+            check_frames(array, self._shape)
+            batch = self._normalized(array)
+            between = perf_counter()
+            self._computed(batch)
+            times.append((between - start, perf_counter() - between))
+        return times
 
     def close(self) -> None:
         """Free the engine; calling it twice is fine, running it afterwards is refused."""

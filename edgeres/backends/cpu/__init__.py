@@ -35,17 +35,19 @@ class CpuRunner:
     """An open CPU engine; see :data:`edgeres.backends.Runner`. Any thread may call it, as ONNX Runtime's sessions."""
 
     largest: Optional[int] = None  # an ONNX file with a free batch takes any
+    contexts = 1  # each call uses all cores: two side by side would only be later
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session: Optional[ort.InferenceSession] = session
         self._input = session.get_inputs()[0].name
+        self._outputs = [session.get_outputs()[0].name]  # named, so that onnxruntime need not list them at each call
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         session = self._session
         if session is None:
             raise BackendError("this engine is closed. Load the bundle again.")
         try:
-            logits: np.ndarray = session.run(None, {self._input: batch})[0]
+            logits: np.ndarray = session.run(self._outputs, {self._input: batch})[0]
         except Exception as problem:  # onnxruntime's exceptions share no base but Exception
             raise BackendError(
                 f"onnxruntime failed on a batch of shape {batch.shape}: {first_line(problem)}"
