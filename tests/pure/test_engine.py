@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import numpy as np
 import pytest
@@ -58,7 +58,9 @@ class Guarded(Arraylike):
 
 
 class Cuda:
-    __cuda_array_interface__ = {"shape": (1, 3, 4, 4), "typestr": "<f4", "data": (0, False), "version": 3}
+    @property
+    def __cuda_array_interface__(self) -> Dict[str, Any]:
+        return {"shape": (1, 3, 4, 4), "typestr": "<f4", "data": (0, False), "version": 3}
 
 
 def test_frames_and_normalized_input_are_answered_alike(summing: Summing) -> None:
