@@ -88,29 +88,31 @@ class LoadedEngine:
         array = as_array(frames)
         check_frames(array, self._shape)
         count, step = len(array), self._step
-        if count <= step:
-            return self._run((self._normalized(array),), count, out)
-        return self._run((self._normalized(array[i : i + step]) for i in range(0, count, step)), count, out)
+        if count > step:
+            return self._joined((self._normalized(array[i : i + step]) for i in range(0, count, step)), count, out)
+        logits = self._runner(self._normalized(array))
+        if out is None:
+            return logits
+        room_for(out, logits.shape)[:] = logits
+        return out
 
     def _normalized(self, frames: np.ndarray) -> np.ndarray:
         if frames.dtype == np.uint8:
             return prepare_batch(frames, self.manifest.preprocessing)
         return np.ascontiguousarray(frames)
 
-    def _run(self, batches: Iterable[np.ndarray], count: int, out: Optional[np.ndarray]) -> np.ndarray:
+    def _joined(self, batches: Iterable[np.ndarray], count: int, out: Optional[np.ndarray] = None) -> np.ndarray:
         """Return the logits of ``count`` frames, which come in batches that the engine takes."""
-        done = 0
+        result, done = out, 0
         for batch in batches:
             logits = self._runner(batch)
-            if out is None and len(logits) == count:
-                return logits
             if done == 0:
-                out = room_for(out, (count, *logits.shape[1:]))
-            assert out is not None
-            out[done : done + len(logits)] = logits
+                result = room_for(out, (count, *logits.shape[1:]))
+            assert result is not None
+            result[done : done + len(logits)] = logits
             done += len(logits)
-        assert out is not None
-        return out
+        assert result is not None
+        return result
 
     def stream(self, frames: Iterable[Any], depth: int = 2, drop: bool = False) -> Generator[Any, None, None]:
         """Yield an answer for each item of a source, in order; the next items are read and computed meanwhile.
@@ -167,8 +169,10 @@ class LoadedEngine:
         return (answer, prepared.tag) if prepared.paired else answer
 
     def _computed(self, batch: np.ndarray) -> np.ndarray:
-        pieces = (batch[i : i + self._step] for i in range(0, len(batch), self._step))
-        return self._run(pieces, len(batch), None)
+        count, step = len(batch), self._step
+        if count <= step:
+            return self._runner(batch)
+        return self._joined((batch[i : i + step] for i in range(0, count, step)), count)
 
     def warmup(self, runs: int = 10, frames: Any = None) -> WarmUp:
         """Run the engine so that later calls find it ready; return the seconds of a cold and of a warm call.

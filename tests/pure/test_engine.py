@@ -105,6 +105,23 @@ def test_what_is_no_input_is_refused_in_one_line(summing: Summing, given: Any, t
     assert runner.batches == []
 
 
+@pytest.mark.parametrize("bad", [(np.nan,), (np.inf,), (-np.inf,), (np.inf, -np.inf), (np.nan, np.inf), ()])
+@pytest.mark.parametrize("huge", [(), (3e38, 3e38), (3e38, -3e38), (-2e19,)])
+@pytest.mark.parametrize("count", [1, 209])
+def test_one_number_that_is_none_is_found_among_huge_ones(
+    summing: Summing, bad: Tuple[float, ...], huge: Tuple[float, ...], count: int
+) -> None:
+    engine, _ = summing()
+    x = normalized(camera(count))
+    x[-1, 1].flat[: len(bad) + len(huge)] = (*huge, *bad)
+    if not bad:
+        with np.errstate(over="ignore"):  # the double's own sum
+            assert engine(x).shape == (count, 3)
+        return
+    with pytest.raises(BackendError, match="NaN or infinite"):
+        engine(x)
+
+
 def test_a_frame_that_does_not_cover_the_crop_is_told(summing: Summing) -> None:
     with pytest.raises(SampleError, match="does not cover the crop"):
         summing()[0](camera(1, side=3))
