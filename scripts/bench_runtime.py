@@ -161,35 +161,38 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def watched(work: str, times: int, do: Call) -> tuple[str, ...]:
+    """Do something many times, and return the memory after the first, a tenth, a half and all, and the open files."""
+    do()
+    files, stops = open_files(), {1, times // 10, times // 2, times}
+    found = []
+    for done in range(1, times + 1):
+        do()
+        if done in stops:
+            gc.collect()
+            found.append(f"{memory_mb():.1f}")
+    return (work, str(times), *found, f"{files}, {open_files()}")
+
+
 def soak(bundle: Path, arguments: argparse.Namespace) -> None:
-    """Print memory and open files over many calls, in tenths, and over many loads."""
-    rows = []
-
-    def note(work: str, done: int) -> None:
-        gc.collect()
-        rows.append((work, str(done), f"{memory_mb():.1f}", str(open_files())))
-
-    with edgeres.load(bundle, threads=arguments.threads) as engine:
+    """Print memory and open files over many calls, streams and loads."""
+    with edgeres.load(bundle, backend="cpu", threads=arguments.threads) as engine:
         frames = np.random.default_rng(2).integers(0, 256, (1, *engine.input_shape[1:], 3), dtype=np.uint8)
-        wanted, out = engine(frames), np.empty_like(engine(frames))
-        engine.warmup(100, frames)
-        note("call", 0)
-        for tenth in range(1, 11):
-            for _ in range(arguments.calls // 10):
-                engine(frames, out=out)
-            np.testing.assert_array_equal(out, wanted)
-            note("call", tenth * (arguments.calls // 10))
-        for tenth in range(1, 11):
-            for answer in engine.stream(iter([frames] * (arguments.calls // 100)), depth=2):
-                np.testing.assert_array_equal(answer, wanted)
-            note("streamed item", tenth * (arguments.calls // 100))
-    for done in range(arguments.loads + 1):
-        with edgeres.load(bundle, threads=arguments.threads) as engine:
-            engine(frames)
-        del engine
-        if done % max(1, arguments.loads // 10) == 0:
-            note("load and close", done)
-    table("Memory", ("work", "done", "MB", "open files"), rows)
+        wanted = engine(frames)
+        out = np.empty_like(wanted)
+
+        def load_and_close() -> None:
+            with edgeres.load(bundle, backend="cpu", threads=arguments.threads) as another:
+                another(frames)
+
+        rows = [
+            watched("call", arguments.calls, lambda: engine(frames, out=out)),
+            watched("stream of ten items", arguments.calls // 100, lambda: list(engine.stream([frames] * 10))),
+            watched("load, call and close", arguments.loads, load_and_close),
+        ]
+        np.testing.assert_array_equal(out, wanted)
+    columns = ("work", "times", "MB after 1", "after a tenth", "after a half", "after all", "open files before, after")
+    table("Memory", columns, rows)
 
 
 def main() -> None:
