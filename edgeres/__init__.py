@@ -5,6 +5,7 @@
     bundle = edgeres.build("recipe.toml")            # export, calibrate, quantize, compile, validate (extra [host])
     with edgeres.load("build/digits-int8") as engine:
         logits = engine(frames)                      # uint8 (N, H, W, 3) frames; no torch, no onnx
+        for logits in engine.stream(camera): ...     # one frame after the other, the next one read meanwhile
     report = edgeres.validate("build/digits-int8", images, labels)
 
 Rooms are entered when they are needed: importing edgeres loads nothing heavy.

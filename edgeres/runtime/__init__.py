@@ -1,7 +1,8 @@
-"""Load a bundle and run it; never torch, never onnx."""
+"""Load a bundle, run it, stream frames through it; never torch, never onnx."""
 
 from __future__ import annotations
 
 from edgeres.runtime.engine import LoadedEngine, load
+from edgeres.runtime.profile import Latency, Profile, WarmUp
 
-__all__ = ["LoadedEngine", "load"]
+__all__ = ["Latency", "LoadedEngine", "Profile", "WarmUp", "load"]
