@@ -6,7 +6,7 @@ import importlib.util
 import os
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Dict, Generator, Iterable, List, NamedTuple, Optional, Protocol, Tuple, Type
+from typing import Any, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Protocol, Tuple, Type
 
 import numpy as np
 
@@ -101,17 +101,14 @@ class LoadedEngine:
             return prepare_batch(frames, self.manifest.preprocessing)
         return np.ascontiguousarray(frames)
 
-    def _joined(self, batches: Iterable[np.ndarray], count: int, out: Optional[np.ndarray] = None) -> np.ndarray:
+    def _joined(self, batches: Iterator[np.ndarray], count: int, out: Optional[np.ndarray] = None) -> np.ndarray:
         """Return the logits of ``count`` frames, which come in batches that the engine takes."""
-        result, done = out, 0
+        logits = self._runner(next(batches))
+        result, done = room_for(out, (count, *logits.shape[1:])), len(logits)
+        result[:done] = logits
         for batch in batches:
-            logits = self._runner(batch)
-            if done == 0:
-                result = room_for(out, (count, *logits.shape[1:]))
-            assert result is not None
-            result[done : done + len(logits)] = logits
-            done += len(logits)
-        assert result is not None
+            result[done : done + len(batch)] = self._runner(batch)
+            done += len(batch)
         return result
 
     def stream(self, frames: Iterable[Any], depth: int = 2, drop: bool = False) -> Generator[Any, None, None]:

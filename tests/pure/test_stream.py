@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, List, Tuple, Type
+from typing import Any, Callable, Iterable, Iterator, List, MutableSet, Tuple, Type
 
 import numpy as np
 import pytest
@@ -148,7 +148,7 @@ class Header:
 
 def test_what_was_answered_is_forgotten(summing: Summing) -> None:
     engine, _ = summing()
-    alive: weakref.WeakSet[Header] = weakref.WeakSet()
+    alive: MutableSet[Header] = weakref.WeakSet()
 
     def source() -> Iterator[Tuple[np.ndarray, Header]]:
         for number in range(30):
