@@ -16,7 +16,6 @@ import argparse
 import gc
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -73,15 +72,14 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
 
 
 def compare(title: str, calls: dict[str, Call], rounds: int) -> None:
-    """Print each call's latency, and by how much its median lies above that of the first; p10 is what noise spares."""
+    """Print each call's latency, and what it adds to the first: at p10, which other work on the machine moves least."""
     seconds = in_turns(calls, rounds)
-    base = next(iter(seconds))
+    found = {name: np.percentile(1e6 * np.array(times), (10, 50, 99)) for name, times in seconds.items()}
+    bare, *_ = found.values()
     rows = []
-    for name, found in seconds.items():
-        p10, p50, p99 = (1e6 * float(value) for value in np.percentile(found, (10, 50, 99)))
-        more = 1e6 * statistics.median(mine - bare for mine, bare in zip(found, seconds[base], strict=True))
-        share = f"{more:+.1f}", f"{100 * more / (1e6 * statistics.median(seconds[base])):+.1f}"
-        rows.append((name, f"{p10:.0f}", f"{p50:.0f}", f"{p99:.0f}", *(("", "") if name == base else share)))
+    for name, (p10, p50, p99) in found.items():
+        more = f"{p10 - bare[0]:+.0f}", f"{100 * (p10 / bare[0] - 1):+.1f}"
+        rows.append((name, f"{p10:.0f}", f"{p50:.0f}", f"{p99:.0f}", *(more if rows else ("", ""))))
     table(title, ("call", "p10 µs", "p50 µs", "p99 µs", "more µs", "more %"), rows)
 
 
