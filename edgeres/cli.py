@@ -317,7 +317,7 @@ def validate(
 def inspect(path: Path, as_json: bool) -> int:
     """What is inside: layers and the reason for each, ranges, engines, provenance."""
     from edgeres.bundle import read_manifest
-    from edgeres.inspection import inspect_bundle, inspect_file, pair_row
+    from edgeres.inspection import grouped, inspect_bundle, inspect_file, pair_row
     from edgeres.terminal import show_ladder, show_manifest, show_rows
 
     facts = inspect_file(path) if path.is_file() or path.suffix.lower() == ".onnx" else inspect_bundle(path)
@@ -350,7 +350,7 @@ def inspect(path: Path, as_json: bool) -> int:
         if facts["ranges"]:
             columns = ["tensor", "role", "type", "zero point", "reach", "channels"]
             show_rows(columns, [pair_row(name, pair) for name, pair in facts["ranges"].items()], "Q/DQ pairs")
-        for problem in facts["lint"]:
+        for problem in grouped(facts["lint"]):
             click.echo(printable(f"TensorRT rule broken: {problem}"))
     return OK
 
