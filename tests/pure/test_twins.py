@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -17,6 +18,7 @@ from edgeres.runtime.engine import LoadedEngine
 from edgeres.twins import Meter, Settings, bench_bundle
 
 SHORT = Pace(runs=6, warmup=0.0)
+PAIRS = (("cpu", "cpu"), ("gpu", "tensorrt"))  # targets and their backends
 
 
 class Runner:
@@ -151,3 +153,31 @@ def test_memory_is_added_up_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meter.growth == {"int8": Memory(35, 120)}
     meter.watch("int8", lambda: "run")
     assert meter.growth == {"int8": Memory(None, 130)}
+
+
+def test_device_memory_is_asked_of_an_open_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gpu:
+        closed = False
+
+        def memory(self) -> Any:
+            return 700, 1000
+
+        def close(self) -> None:
+            Gpu.closed = True
+
+    def none_there() -> Gpu:
+        raise BackendError("the NVIDIA driver shows no GPU")
+
+    cpu, gpu = (Engine(name, kind, "int8", FileRef("", "", 0), {}, {}) for name, kind in PAIRS)
+    monkeypatch.setattr(twins, "read_manifest", lambda bundle: manifest(cpu, gpu))
+    monkeypatch.setattr("edgeres.backends.tensorrt.device.open_device", Gpu)
+    with ExitStack() as held:
+        assert twins._device_memory("net", "auto", held) is None  # the first engine is the CPU's
+        assert twins._device_memory("net", "dla0", held) is None  # loading will say that there is none
+        free = twins._device_memory("net", "gpu", held)
+        assert free is not None
+        assert (free(), Gpu.closed) == (700, False)
+    assert Gpu.closed
+    monkeypatch.setattr("edgeres.backends.tensorrt.device.open_device", none_there)
+    with ExitStack() as held:
+        assert twins._device_memory("net", "tensorrt", held) is None
