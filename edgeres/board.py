@@ -19,6 +19,11 @@ from edgeres.artifacts import BoardState
 
 SYSFS = Path("/sys")
 STATUS = Path("/proc/self/status")
+INA3221_CHANNELS = (1, 2, 3)
+"""Linux's driver also has a fourth current, the sum of these, and in4 to in6, voltages over the shunts: no rails.
+
+Source: the kernel's Documentation/hwmon/ina3221.rst.
+"""
 
 Reader = Callable[[], float]
 
@@ -135,10 +140,10 @@ def _rails(sysfs: Path) -> Dict[str, Reader]:
             found[_unused(found, _text(chip / f"{channel}_label") or name or chip.name)] = _product(path, scale=1e-6)
         if name != "ina3221":
             continue
-        for path in _listed(chip, "curr*_input"):
-            number = path.name[len("curr") : -len("_input")]
+        for number in INA3221_CHANNELS:
+            path = chip / f"curr{number}_input"
             label = _text(chip / f"in{number}_label")
-            if (chip / f"in{number}_input").exists() and label != "NC":  # not connected
+            if path.exists() and (chip / f"in{number}_input").exists() and label != "NC":  # not connected
                 rail = _unused(found, label or f"{chip.name} channel {number}")
                 found[rail] = _product(chip / f"in{number}_input", path, scale=1e-6)
     return found

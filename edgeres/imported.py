@@ -75,6 +75,12 @@ def amax_of(
     return given, frozenset(shifted)
 
 
+def steps_for(found: Optional[Imported], recipe: Recipe) -> Dict[str, Tuple[float, ...]]:
+    """Return the weights' steps that are kept: none for a DLA, which up to TensorRT 10.7 finds steps of its own."""
+    for_dla = (recipe.engine.target or "").startswith("dla")
+    return {} if found is None or for_dla else dict(found.weights)
+
+
 def range_notes(found: Imported, ranges: Dict[str, TensorRange]) -> List[str]:
     """Return in words which ranges are no longer the file's own, and which the file did not have."""
     rescaled, missing = [], []

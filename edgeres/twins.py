@@ -21,7 +21,7 @@ from edgeres.bundle import Folder, read_manifest, read_verified
 from edgeres.errors import BackendError, MissingPackageError
 from edgeres.judge import fp32_record
 from edgeres.preprocess import prepare_batch
-from edgeres.provenance import version
+from edgeres.provenance import cores, version
 from edgeres.runtime.engine import LoadedEngine, load, open_record
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ def bench_bundle(
         answers=tuple(answer(found, place) for found in speedups),
         notes=(
             *_without_twin(bundle, record, settings, twins),
-            *_pieces(engine, batches),
+            *(note for name, one in engines.items() for note in _pieces(name, one, batches)),
             *_busy(load_average),
             *minding(latencies),
         ),
@@ -173,7 +173,7 @@ def _twins(bundle: Folder, engine: LoadedEngine, settings: Settings) -> Dict[str
         found[twin.precision] = partial(_open_twin, bundle, manifest, twin, settings.threads)
     if settings.against is not None:
         name = f"{read_manifest(settings.against).precision} of {os.fspath(settings.against)}"
-        found[name] = partial(load, settings.against, record.backend, settings.threads)
+        found[name] = partial(load, settings.against, record.target, settings.threads)
     return found
 
 
@@ -237,27 +237,22 @@ def _most(engine: LoadedEngine) -> int:
     return engine.largest or engine.manifest.preprocessing.batch_size
 
 
-def _pieces(engine: LoadedEngine, batches: Sequence[int]) -> List[str]:
+def _pieces(name: str, engine: LoadedEngine, batches: Sequence[int]) -> List[str]:
     larger = ", ".join(str(size) for size in batches if size > _most(engine))
     return (
-        [f"the engine computes {_most(engine)} frames at once: batch {larger} is several of its calls"]
+        [f"the {name} engine computes {_most(engine)} frames at once: batch {larger} is several of its calls"]
         if larger
         else []
     )
 
 
 def _busy(load_average: Optional[float]) -> List[str]:
-    if load_average is None or load_average < BUSY * _cores():
+    if load_average is None or load_average < BUSY * cores():
         return []
     return [
-        f"other programs were at work before (load average {load_average:.1f}, {_cores()} cores) and may have been "
+        f"other programs were at work before (load average {load_average:.1f}, {cores()} cores) and may have been "
         "since: they lengthen latencies and widen intervals. The models took turns, so ratios hold for this load."
     ]
-
-
-def _cores() -> int:
-    """Return on how many cores this process may run."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _host(record: Engine, load_average: Optional[float]) -> Dict[str, str]:
@@ -267,7 +262,7 @@ def _host(record: Engine, load_average: Optional[float]) -> Dict[str, str]:
     facts = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
-        "cores": str(_cores()),
+        "cores": str(cores()),
         "load_average": None if load_average is None else f"{load_average:.2f}",
         "python": platform.python_version(),
         **versions,
