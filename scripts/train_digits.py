@@ -146,7 +146,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> nn.M
             loss.backward()
             optimizer.step()
             schedule.step()
-        if epoch >= epochs * (1 - AVERAGED):
+        if epoch >= min(epochs - 1, epochs * (1 - AVERAGED)):  # the last one, however few there are
             averaged.update_parameters(model)
     # The running means belong to the weights before they were averaged.
     batches = [augmented(images[chosen]) for _ in range(4) for chosen in torch.randperm(len(images)).split(BATCH * 4)]
