@@ -124,7 +124,7 @@ def test_inputs_of_different_shapes_are_not_compared(bundles: Bundles) -> None:
 
 
 def test_a_busy_machine_is_named(bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(twins, "_cores", lambda: 4)
+    monkeypatch.setattr(twins, "cores", lambda: 4)
     for load, said in ((0.3, False), (3.0, True)):
         monkeypatch.setattr(twins.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
         found = bench_bundle("int8", Settings(pace=SHORT))
