@@ -284,6 +284,7 @@ def _key(job: Build, exported: ExportedModel) -> str:
             "format": FORMAT,
             "edgeres": __version__,
             "model": exported.file.sha256,
+            "imported": None if job.imported is None else to_data(job.imported),
             "calibration": [to_data(recipe.calibration), job.calibration.sample_set().digest],
             "validation": [recipe.validation.max_drop, recipe.validation.policy, judged.sample_set().digest],
             "quantization": to_data(msgspec.structs.replace(recipe.quantization, budget_minutes=0.0)),

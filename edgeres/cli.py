@@ -82,6 +82,21 @@ class Batch(Parameter):
         return numbers * 3 if len(numbers) == 1 else numbers
 
 
+class Sizes(Parameter):
+    """``1,8,32``: batch sizes, one or more, in the order given."""
+
+    name = "N,N,…"
+
+    def convert(self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]) -> Tuple[int, ...]:
+        try:
+            numbers = tuple(dict.fromkeys(int(part) for part in str(value).replace(",", " ").split()))
+        except ValueError:
+            numbers = ()
+        if not numbers or min(numbers) < 1:
+            self.fail(f"{value!r} is not a list of batch sizes such as 1,8,32", param, ctx)
+        return numbers
+
+
 BUILD_OPTIONS = (
     click.option(
         "--model", metavar="NAME", help="A name from `edgeres models`, package.module:callable, or a .onnx file."
@@ -312,12 +327,61 @@ def validate(
 
 
 @cli.command()
+@click.argument("bundle")
+@click.option("--backend", default="auto", help="Which of the bundle's engines, or its target; default: the first.")
+@click.option("--batch", "batches", type=Sizes(), help="Batch sizes. Default: 1,8,32, as far as the engine takes them.")
+@click.option(
+    "--seconds", type=click.FloatRange(0, min_open=True), default=5.0, help="For each batch size. Default: 5."
+)
+@click.option("--runs", type=click.IntRange(1), help="Calls of each model that count, in place of --seconds.")
+@click.option(
+    "--warmup", type=click.FloatRange(0), default=0.5, help="Seconds for each model and batch size. Default: 0.5."
+)
+@click.option("--threads", type=click.IntRange(1), help="Of the CPU's engines. Default: one per core.")
+@click.option("--frames", type=Size(), help="Also from uint8 camera frames of this size, with preprocessing.")
+@click.option("--against", metavar="BUNDLE", help="Another bundle's engine for the same backend, to compare with.")
+@click.option("--alone", is_flag=True, help="Without the float twin: clocks and power are then the engine's alone.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Keep the result there, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
+def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json: bool, **options: Any) -> int:
+    """Latency, throughput, memory, clocks and power of a bundle's engine, beside its float twin.
+
+    The models take turns, so that both meet the same load, and INT8 is called faster only where the whole 95 % interval
+    of the ratio says so. The bundle is not changed. Exit code 0 also where INT8 does not pay.
+    """
+    from edgeres.artifacts import to_data, to_json
+    from edgeres.benchmark import Pace
+    from edgeres.files import write_atomic
+    from edgeres.terminal import TerminalProgress, show_benchmark
+    from edgeres.twins import Settings, bench_bundle
+
+    if out is not None and Path(bundle).resolve() in out.resolve().parents:
+        raise click.UsageError(f"--out {out} lies in the bundle, which holds what its manifest binds and nothing else")
+    pace = Pace(options.pop("seconds"), options.pop("runs"), options.pop("warmup"))
+    settings = Settings(pace=pace, frames=(frames[0], frames[1]) if frames else None, **options)
+    progress = TerminalProgress(unrest=False)
+    progress.stage("bench", bundle)
+    try:
+        measured = bench_bundle(bundle, settings, progress.advance)
+    finally:
+        progress.stop()
+    with _answered():
+        if as_json:
+            _print_json(to_data(measured))
+        else:
+            show_benchmark(measured)
+    if out is not None:
+        write_atomic(out, to_json(measured))
+    return OK
+
+
+@cli.command()
 @click.argument("path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
 def inspect(path: Path, as_json: bool) -> int:
     """What is inside: layers and the reason for each, ranges, engines, provenance."""
     from edgeres.bundle import read_manifest
-    from edgeres.inspection import inspect_bundle, inspect_file, pair_row
+    from edgeres.inspection import grouped, inspect_bundle, inspect_file, pair_row
     from edgeres.terminal import show_ladder, show_manifest, show_rows
 
     facts = inspect_file(path) if path.is_file() or path.suffix.lower() == ".onnx" else inspect_bundle(path)
@@ -350,7 +414,7 @@ def inspect(path: Path, as_json: bool) -> int:
         if facts["ranges"]:
             columns = ["tensor", "role", "type", "zero point", "reach", "channels"]
             show_rows(columns, [pair_row(name, pair) for name, pair in facts["ranges"].items()], "Q/DQ pairs")
-        for problem in facts["lint"]:
+        for problem in grouped(facts["lint"]):
             click.echo(printable(f"TensorRT rule broken: {problem}"))
     return OK
 

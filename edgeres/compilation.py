@@ -95,7 +95,7 @@ def compile_engine(source: Source, section: EngineSection, watch: Watch) -> Tupl
     """
     backend, target = resolve(section)
     model = source.model
-    warnings = (*_range_warnings(model, target), *_grouped_warnings(model, target))
+    warnings = (*_range_warnings(model, target), *_grouped_warnings(model, target), *_weight_warnings(source, target))
     if backend == "cpu":
         instead = cpu_instead(section)
         require_onnxruntime(section)
@@ -138,6 +138,16 @@ def _grouped_warnings(model: QuantizedModel, target: str) -> Tuple[str, ...]:
     return (
         f"{model.grouped_int8} of the int8 convolutions are in groups; TensorRT is reported to run such slower than in "
         f"float16. Compare with the model that has them in float16: {FLOAT_GROUPS}",
+    )
+
+
+def _weight_warnings(source: Source, target: str) -> Tuple[str, ...]:
+    """Return what is to be said of weights on a file's own steps on a target."""
+    if source.exported.imported is None or not target.startswith("dla"):
+        return ()
+    return (
+        "the model came quantized, and a DLA up to TensorRT 10.7 rounds weights to steps of its own: its answers may "
+        "differ from the verdict's. Where the bundle was built: edgeres build BUNDLE --target dla0 --backend tensorrt",
     )
 
 

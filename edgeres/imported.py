@@ -26,9 +26,17 @@ REASON = "the file leaves it in float"
 
 
 def kept(recipe: Recipe, exported: ExportedModel) -> Optional[Imported]:
-    """Return the file's own quantization where it is kept; None where there is none, or the recipe begins anew."""
+    """Return the file's own quantization where it is kept; None where there is none, or the recipe begins anew.
+
+    A file without a range that int8 can say (its weights alone are quantized, or all is FP8) has nothing to keep.
+    """
+    found = exported.imported
+    return found if found is not None and _keeps(recipe, found) else None
+
+
+def _keeps(recipe: Recipe, found: Imported) -> bool:
     wanted = recipe.calibration.method == "auto" and recipe.quantization.recovery in ("auto", "none")
-    return exported.imported if recipe.precision == "int8" and wanted else None
+    return recipe.precision == "int8" and wanted and bool(found.activations)
 
 
 def fate(recipe: Recipe, found: Imported) -> str:
@@ -37,7 +45,7 @@ def fate(recipe: Recipe, found: Imported) -> str:
     what = f"{counted(len(found.activations), 'range')} and the steps of {counted(len(found.weights), 'weight')}"
     if recipe.precision != "int8":
         return f"the model is {made}; its Q/DQ are taken out ({what})"
-    if recipe.calibration.method == "auto" and recipe.quantization.recovery in ("auto", "none"):
+    if _keeps(recipe, found):
         return f"the model is {made}: {what} are kept. To calibrate anew: --recovery fast, or --method mse"
     return f"the model is {made}; its Q/DQ are taken out ({what}), and it is calibrated anew"
 
@@ -65,6 +73,12 @@ def amax_of(
         symmetric = grid.high <= QMAX and -grid.low <= QMAX + 1
         given[name] = grid.scale * (QMAX if symmetric and grid.low else max(grid.high, -grid.low))
     return given, frozenset(shifted)
+
+
+def steps_for(found: Optional[Imported], recipe: Recipe) -> Dict[str, Tuple[float, ...]]:
+    """Return the weights' steps that are kept: none for a DLA, which up to TensorRT 10.7 finds steps of its own."""
+    for_dla = (recipe.engine.target or "").startswith("dla")
+    return {} if found is None or for_dla else dict(found.weights)
 
 
 def range_notes(found: Imported, ranges: Dict[str, TensorRange]) -> List[str]:

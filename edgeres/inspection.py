@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from edgeres import files
 from edgeres.artifacts import (
@@ -177,6 +177,19 @@ def range_words(value: TensorRange) -> str:
         f"{reach} by {value.method} (seen {value.minimum:.4g} to {value.maximum:.4g}, "
         f"{100 * value.zeros:.0f} % zeros, {100 * value.clipped:.3g} % clipped{sqnr})"
     )
+
+
+def grouped(problems: Sequence[str]) -> List[str]:
+    """Return breaches of rules with those of a kind in one sentence, after the names of the first few nodes."""
+    kinds: Dict[str, List[str]] = {}
+    for problem in problems:
+        node, _, text = problem.partition(": ")
+        kinds.setdefault(text or node, []).extend([node] if text else [])
+    said = []
+    for text, nodes in kinds.items():
+        more = f" and {len(nodes) - WORST} more" if len(nodes) > WORST else ""
+        said.append(f"{', '.join(nodes[:WORST])}{more}: {text}" if nodes else text)
+    return said
 
 
 def pair_row(name: str, pair: Dict[str, Any]) -> List[str]:

@@ -52,7 +52,7 @@ STAGES = (
     "validate",
 )  # fmt: skip
 MODEL_STAGES = ("export", "calibrate", "quantize")  # what an engine is compiled from
-FORMAT = 6  # part of every key: raise it when a stage's result changes with the same inputs
+FORMAT = 7  # part of every key: raise it when a stage's result changes with the same inputs
 KEEP_EVERY = 30.0  # seconds of calibration that an interruption may cost; writing it takes a few tenths of one
 
 Made = Tuple[Any, Tuple[str, ...], str]
@@ -380,7 +380,7 @@ class Build:
 
             fp32 = self.workspace.folder / files.FP32_MODEL
             own, self.grouped = self.imported, grouped_in_file(fp32)
-            inputs["left_float"] = sorted(self.left_float)
+            inputs["left_float"] = self.left_float
             placement = plan_file(fp32, exported.modules, keep, self.left_float)
             every = {*plan_file(fp32, exported.modules, keep).tensors, *placement.tensors}
             shifted = activation_range(self.recipe) == "shifted"
@@ -396,7 +396,7 @@ class Build:
             def work() -> Made:
                 recovered = recovery.content(self, exported, table.tensors, scalings)
                 if recovered is None:
-                    steps = own.weights if own else {}
+                    steps = imported.steps_for(own, self.recipe)
                     content, layers = int8_content(fp32, placement, table.tensors, steps)
                     twin = twin_file(fp32, placement, table.tensors, steps)
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -23,6 +24,11 @@ def versions(packages: Tuple[str, ...] = PACKAGES) -> Dict[str, str]:
     """Return the versions of those packages that are installed."""
     found = {package: version(package) for package in packages}
     return {package: number for package, number in found.items() if number is not None}
+
+
+def cores() -> int:
+    """Return on how many cores this process may run, which a container or taskset may make fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def provenance(recipe_folder: Path) -> Dict[str, Any]:

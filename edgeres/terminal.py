@@ -10,7 +10,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from edgeres.artifacts import Bundle, Change, Climb, Engine, LayerSummary, Manifest, Report, summaries
+from edgeres.artifacts import (
+    Benchmark,
+    Bundle,
+    Change,
+    Climb,
+    Engine,
+    LayerSummary,
+    Manifest,
+    Memory,
+    Report,
+    summaries,
+)
 from edgeres.errors import printable
 from edgeres.inspection import layer_errors, repairs, worst_errors
 from edgeres.progress import Progress, counted
@@ -18,6 +29,8 @@ from edgeres.validation import advice, decibels, headline
 
 WIDTH_OF_A_LOG = 140  # columns; where nobody's window can be asked
 VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow", "unlabelled": "bold"}
+
+SPEEDUP_STYLE = {"faster": "bold green", "slower": "bold red", "undecided": "bold yellow"}
 
 
 def console(stderr: bool = False) -> Console:
@@ -29,9 +42,13 @@ def console(stderr: bool = False) -> Console:
 
 
 class TerminalProgress(Progress):
-    """Bars and lines on stderr where that is a terminal; otherwise only warnings."""
+    """Bars and lines on stderr where that is a terminal; otherwise only warnings.
 
-    def __init__(self) -> None:
+    Without ``unrest`` a bar is drawn only when it advances, by whoever lets it, and no thread disturbs what is timed.
+    """
+
+    def __init__(self, unrest: bool = True) -> None:
+        self._unrest = unrest
         self._console = console(stderr=True)
         self._live = self._console.is_terminal
         self._bars: Optional[Bars] = None
@@ -49,13 +66,14 @@ class TerminalProgress(Progress):
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,
+                auto_refresh=self._unrest,
             )
             self._bars.start()
             self._task = self._bars.add_task(name, total=None)
 
     def advance(self, done: int, total: int) -> None:
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, completed=done, total=total)
+            self._bars.update(self._task, completed=done, total=total, refresh=not self._unrest)
 
     def finished(self, name: str, seconds: float, text: str) -> None:
         self.stop()
@@ -131,6 +149,50 @@ def show_engine(place: str, engine: Engine, words: str) -> None:
     for name, value in engine.built_for.items():
         if value:
             out.print(printable(f"  {name}: {value}"))
+
+
+def show_benchmark(measured: Benchmark) -> None:
+    """Print latencies, memory, clocks and power, and in words whether the engine pays."""
+    title = f"{measured.bundle}: {measured.target}, {measured.host.get('processor') or measured.host['system']}"
+    columns = ("model", "batch", "calls", "p50 ms", "p90", "p99", "max", "jitter", "images/s")
+    rows = [
+        [
+            found.model,
+            str(found.batch),
+            str(found.calls),
+            *(f"{x:.3f}" for x in (found.p50_ms, found.p90_ms, found.p99_ms, found.max_ms, found.jitter_ms)),
+            f"{found.images_per_second:.1f}",
+        ]
+        for found in measured.latencies
+    ]
+    show_rows(columns, rows, title)
+    out = console()
+    grown = ", ".join(f"{name} {_memory_words(memory)}" for name, memory in measured.memory.items())
+    whole = "" if measured.resident_bytes is None else f"; the process {_mebibytes(measured.resident_bytes)}"
+    out.print(printable(f"memory, to open and to run: {grown}{whole}"))
+    for state in measured.board:
+        sensors = [(state.clocks_mhz, "MHz", 0), (state.power_watts, "W", 2)]
+        said = [
+            f"{name} {middle:.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f})"
+            for values, unit, digits in sensors
+            for name, (low, middle, high) in values.items()
+        ]
+        if said:
+            out.print(printable(f"batch {state.batch}, all models in turns: {', '.join(said)}"))
+    for speedup, text in zip(measured.speedups, measured.answers):
+        out.print(printable(text), style=SPEEDUP_STYLE.get(speedup.verdict, ""))
+    for text in measured.notes:
+        out.print(printable(f"note: {text}"))
+
+
+def _memory_words(memory: Memory) -> str:
+    parts = [(memory.resident_bytes, ""), (memory.device_bytes, " on the device")]
+    told = [f"{_mebibytes(value)}{where}" for value, where in parts if value is not None]
+    return " and ".join(told) or "not known"
+
+
+def _mebibytes(value: int) -> str:
+    return f"{value / 2**20:.1f} MiB"
 
 
 def show_report(report: Report, worst: Sequence[str] = (), untried: str = "") -> None:

@@ -1,8 +1,12 @@
-"""Make the embedded default: train resnet8_cifar on handwritten digits; write its weights and images.
+"""Train a net on handwritten digits; write its weights and images. Without options: make the embedded default.
 
 Run from anywhere: ``python scripts/train_digits.py [--out calibration/digits] [--epochs 50]``. It needs scikit-learn
 and takes a minute or two on two cores. The split and the images are the same everywhere; rounding differs between
 processors, torch versions and numbers of threads, and training amplifies it: accuracy may differ by a few images.
+
+Any other net goes elsewhere: ``python scripts/train_digits.py --model NAME --out FOLDER``, or ``--out
+FILE.safetensors`` for the weights alone. ``NAME`` is a member of the family, which gets an output for each digit, or
+``package.module:callable``, looked for in the current folder first. Large nets take hours on a CPU.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import argparse
 import math
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +31,18 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 from edgeres import models
 from edgeres.artifacts import Preprocessing
+from edgeres.errors import ModelError
 from edgeres.preprocess import prepare_batch
 
 MODEL = "resnet8_cifar"
 PREPROCESSING = Preprocessing(size=(32, 32), resize=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 VALIDATION = 1000
 CALIBRATION = 200
+DIGITS = 10
 SEED = 0
 
+COMMAND = "python scripts/train_digits.py"
+EPOCHS = 50
 BATCH = 64
 LEARNING_RATE = 0.1
 WEIGHT_DECAY = 5e-4
@@ -43,9 +52,9 @@ SMOOTHING = 0.1
 AVERAGED = 0.2
 WANTED = 0.985
 
-README = """# Handwritten digits: the embedded default
+README = """# Handwritten digits: {title}
 
-What `edgeres build` builds when nothing else is named: `{model}` on 1,797 handwritten digits.
+{what}: `{model}` on 1,797 handwritten digits.
 
 | what | how much |
 | --- | --- |
@@ -66,7 +75,7 @@ which overlaps this one: the top-1 above is slightly optimistic.
 scikit-learn's copy (`sklearn.datasets.load_digits`), which is that data set's test part. Changed: the values' scale and
 the file format.
 
-**Make it again.** `python scripts/train_digits.py`. The images come out the same; the weights differ a little
+**Make it again.** `{command}`. The images come out the same; the weights differ a little
 between processors, torch versions and numbers of threads.
 """
 
@@ -111,10 +120,16 @@ def augmented(batch: Tensor) -> Tensor:
     return moved + torch.randn_like(moved) * torch.rand(len(batch), 1, 1, 1) * 0.1
 
 
-def train(images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
-    """Return the trained network in eval mode; progress shows on stderr, where that is a terminal."""
+def create(name: str) -> nn.Module:
+    """Return a fresh net by its name or ``package.module:callable``, with an output for each digit."""
+    make = models.from_callable if ":" in name else models.create
+    return make(name, num_classes=DIGITS, seed=SEED)
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
+    """Return the network trained, in eval mode; progress shows on stderr, where that is a terminal."""
     torch.manual_seed(SEED)
-    model = models.create(MODEL, seed=SEED).train()
+    model.train()
     averaged = AveragedModel(model)
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     free = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -123,7 +138,7 @@ def train(images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
     steps = epochs * math.ceil(len(images) / BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     console = Console(stderr=True)
-    for epoch in track(range(epochs), f"training {MODEL}", console=console, disable=not console.is_terminal):
+    for epoch in track(range(epochs), "training", console=console, disable=not console.is_terminal):
         for chosen in torch.randperm(len(images)).split(BATCH):
             logits = model(augmented(images[chosen]))
             loss = F.cross_entropy(logits, labels[chosen], label_smoothing=SMOOTHING)
@@ -131,7 +146,7 @@ def train(images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
             loss.backward()
             optimizer.step()
             schedule.step()
-        if epoch >= epochs * (1 - AVERAGED):
+        if epoch >= min(epochs - 1, epochs * (1 - AVERAGED)):  # the last one, however few there are
             averaged.update_parameters(model)
     # The running means belong to the weights before they were averaged.
     batches = [augmented(images[chosen]) for _ in range(4) for chosen in torch.randperm(len(images)).split(BATCH * 4)]
@@ -155,12 +170,31 @@ def write_images(folder: Path, images: np.ndarray, labels: np.ndarray, indices: 
         Image.fromarray(images[index]).save(path, optimize=True)
 
 
+def readme(name: str, epochs: int, accuracy: float, facts: Mapping[str, int]) -> str:
+    """Return the text that goes with weights and images, for people."""
+    title, what, command = "the embedded default", "What `edgeres build` builds when nothing else is named", COMMAND
+    if name != MODEL:
+        command = f"{COMMAND} --model {name} --epochs {epochs} --out FOLDER"
+        title, what = name, f"Trained for {epochs} epochs"
+    return README.format(title=title, what=what, command=command, model=name, accuracy=accuracy, **facts)
+
+
 def main() -> None:
     """Train, judge, and write the folder, unless the network is too poor to ship."""
-    parser = argparse.ArgumentParser(description="Train the digits network and write its weights and images.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "calibration" / "digits")
-    parser.add_argument("--epochs", type=int, default=50)
+    parser = argparse.ArgumentParser(description="Train a net on the digits and write its weights and images.")
+    parser.add_argument("--model", default=MODEL, help="name or package.module:callable (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="a folder, or a .safetensors file for the weights alone")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--wanted", type=float, default=WANTED, help="top-1 below which nothing is written")
     options = parser.parse_args()
+    if options.out is None and options.model != MODEL:
+        parser.error("--model: say where to with --out; calibration/digits is the embedded default's")
+    out = options.out or Path(__file__).resolve().parent.parent / "calibration" / "digits"
+
+    try:
+        model = create(options.model)
+    except ModelError as problem:
+        parser.error(f"--model: {problem}")
 
     digits = load_digits()
     images = np.rint(digits.images * 255 / 16).astype(np.uint8)
@@ -168,20 +202,24 @@ def main() -> None:
     training, calibration, validation = split(labels)
     pixels, targets = inputs(images), torch.from_numpy(labels)
 
-    model = train(pixels[training], targets[training], options.epochs)
-    accuracy = top1(model, pixels[validation], targets[validation])
+    trained = train(model, pixels[training], targets[training], options.epochs)
+    accuracy = top1(trained, pixels[validation], targets[validation])
     print(f"held-out top-1 {accuracy:.4f} on {len(validation)} images (train {len(training)})")
-    if accuracy < WANTED:
-        sys.exit(f"nothing was written: top-1 is below {WANTED}; train for more --epochs")
+    if accuracy < options.wanted:
+        sys.exit(f"nothing was written: top-1 is below {options.wanted}; train for more --epochs")
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "weights.safetensors").write_bytes(save(model.state_dict()))
-    write_images(options.out / "calibration", images, labels, calibration)
-    write_images(options.out / "validation", images, labels, validation)
-    facts = {"calibration": len(calibration), "train": len(training), "validation": len(validation)}
-    readme = README.format(model=MODEL, accuracy=accuracy, **facts)
-    (options.out / "README.md").write_text(readme, encoding="utf-8")
-    print(f"written to {options.out}")
+    weights = save(trained.state_dict())
+    if out.suffix == ".safetensors":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(weights)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "weights.safetensors").write_bytes(weights)
+        write_images(out / "calibration", images, labels, calibration)
+        write_images(out / "validation", images, labels, validation)
+        facts = {"calibration": len(calibration), "train": len(training), "validation": len(validation)}
+        (out / "README.md").write_text(readme(options.model, options.epochs, accuracy, facts), encoding="utf-8")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

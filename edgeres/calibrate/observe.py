@@ -7,7 +7,6 @@ layer, and what onnxruntime does on one core, reordering what is exposed, goes o
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from onnx import helper
 
 from edgeres.calibrate.statistics import Statistics
 from edgeres.errors import CalibrationError, first_line
+from edgeres.provenance import cores
 
 PARTS = 4  # at most: to count another part costs two or three milliseconds more, whatever its size
 
@@ -72,7 +72,7 @@ def observe(
 
 def _parts(batch: np.ndarray) -> int:
     """Return how many parts of a batch are run side by side: no more than there are cores and samples."""
-    return max(1, min(len(batch), os.cpu_count() or 1, PARTS))
+    return max(1, min(len(batch), cores(), PARTS))
 
 
 def _count(session: ort.InferenceSession, exposed: list[str], batch: np.ndarray, statistics: Statistics) -> None:
@@ -118,7 +118,8 @@ def _exposing_session(path: Path, names: list[str], callers: int) -> tuple[ort.I
     options.log_severity_level = 4  # what fails is told by the exception
     options.enable_mem_pattern = False  # which takes one block for a whole run: a third more memory, and no faster
     options.add_session_config_entry("session.force_spinning_stop", "1")  # its cores are needed for counting
-    options.intra_op_num_threads = (os.cpu_count() or 1) - callers + 1
+    if callers > 1:  # a single caller gets as many threads as ONNX Runtime thinks best
+        options.intra_op_num_threads = cores() - callers + 1
     try:
         session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception

@@ -7,7 +7,6 @@ its counts stand alone: for each tensor a table of channels by bins, one after t
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 
 from edgeres.calibrate.tensor import BINS, FINER, INFINITE, MAGNITUDES, TensorStatistics
 from edgeres.errors import CalibrationError
+from edgeres.provenance import cores
 
 __all__ = ["INFINITE", "MAGNITUDES", "Statistics", "TensorStatistics"]
 
@@ -46,7 +46,7 @@ class Statistics:
     def update(self, arrays: Mapping[str, np.ndarray], samples: int) -> None:
         """Count one batch: an array for each tensor, and how many samples the batch had."""
         # the compiled loop lets other threads run; a tensor is counted by one of them alone
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             for _ in pool.map(
                 lambda name: self.tensors[name].update(arrays[name]),
                 sorted(self.tensors, key=lambda name: -arrays[name].size),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from edgeres.calibrate.ranges import METHODS, Histogram, squared_error
 from edgeres.calibrate.statistics import Statistics, TensorStatistics
 from edgeres.errors import CalibrationError
 from edgeres.noise import Scaling
+from edgeres.provenance import cores
 
 IMPORTED = "imported"  # the method of a range that a file came with
 AUTO = "auto"  # by the noise that reaches the answer; reads the channels, not one histogram
@@ -57,7 +57,7 @@ def choose(
         return _range(found, method, percentile, grid, scalings.get(name))
 
     names = sorted(statistics.tensors)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiled loops let other threads run
+    with ThreadPoolExecutor(cores()) as pool:  # the compiled loops let other threads run
         return dict(zip(names, pool.map(choose_one, names), strict=True))
 
 

@@ -41,6 +41,8 @@ def describe_file(path: Path) -> dict[str, Any]:
         raise ExportError(f"{path} cannot be read as ONNX: {first_line(problem)}") from None
     if not model.graph.node:
         raise ExportError(f"{path} holds no operators: it is empty or not an ONNX model")
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{number}"  # a breach must say where it is
     graph = Graph(model)
     layers = [
         {"name": node.name, "type": node.op_type, "precision": _precision(graph, node)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Deque, Dict, Generator, List, Optional, Protocol, Sequence, Tuple, TypeVar
@@ -14,6 +13,7 @@ import numpy as np
 from edgeres.artifacts import Preprocessing, SampleSet
 from edgeres.errors import RecipeError, SampleError
 from edgeres.preprocess import output_shape, prepare, problems
+from edgeres.provenance import cores
 
 T = TypeVar("T")
 MOST_THREADS = 8
@@ -212,5 +212,5 @@ def in_order(
 
 def _threads(threads: Optional[int]) -> int:
     if threads is None:
-        return min(MOST_THREADS, os.cpu_count() or 1)
+        return min(MOST_THREADS, cores())
     return max(1, threads)

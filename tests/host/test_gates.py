@@ -46,7 +46,23 @@ SWISH_INSIDE = """
     e = Conv (r, w2, b2)
     s = Sigmoid (e)
     y = Mul (x, s)"""
+TWO_POOLS = """
+    z = GlobalAveragePool (x)
+    a = Conv (z, w1, b1)
+    e = Conv (a, w2, b2)
+    p = GlobalMaxPool (x)
+    r = Conv (p, w1, b1)
+    t = Conv (r, w2, b2)
+    h = Add (e, t)
+    s = Sigmoid (h)
+    y = Mul (x, s)"""
 NO_GATES = {
+    "attention to places": "z = ReduceMean <axes = [1]> (x)\n a = Conv <pads = [3, 3, 3, 3]> (z, w7)\n"
+    " s = Sigmoid (a)\n y = Mul (x, s)",
+    "a pool that is not global": "z = AveragePool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x)\n"
+    " a = Conv (z, w1, b1)\n e = Conv (a, w2, b2)\n s = Sigmoid (e)\n y = Mul (x, s)",
+    "bounded in the middle alone": "z = GlobalAveragePool (x)\n a = Conv (z, w1, b1)\n s = Sigmoid (a)\n"
+    " e = Conv (s, w2, b2)\n y = Mul (x, e)",
     "a swish": "t = Sigmoid (x)\n y = Mul (x, t)",
     "the pool of another tensor": "v = Relu (x)\n z = GlobalAveragePool (v)\n a = Conv (z, w1, b1)\n"
     " e = Conv (a, w2, b2)\n s = Sigmoid (e)\n y = Mul (x, s)",
@@ -61,7 +77,7 @@ NO_GATES = {
 
 SHAPES = {
     "w0": (4, 3, 3, 3), "w1": (2, 4, 1, 1), "w2": (4, 2, 1, 1), "m1": (2, 4), "m2": (4, 2), "b1": (2,), "b2": (4,),
-    "w3": (4, 1, 3, 3), "fc": (2, 4), "scale": (4, 1, 1),
+    "w3": (4, 1, 3, 3), "w7": (1, 1, 7, 7), "fc": (2, 4), "scale": (4, 1, 1),
 }  # fmt: skip
 WEIGHTS = {name: np.full(shape, 0.5, np.float32) for name, shape in SHAPES.items()}
 WEIGHTS["shape"] = np.array([-1, 4, 1, 1])
@@ -82,7 +98,9 @@ net (float[N, 3, 8, 8] input) => (float[N, 2] logits)
 }}"""
 
 
-@pytest.mark.parametrize("body", [CONVOLUTIONS, MATRICES, SWISH_INSIDE], ids=["1x1", "matrices", "swish inside"])
+@pytest.mark.parametrize(
+    "body", [CONVOLUTIONS, MATRICES, SWISH_INSIDE, TWO_POOLS], ids=["1x1", "matrices", "swish inside", "two pools"]
+)
 def test_a_gate_stays_in_float_and_what_it_scales_does_not(body: str, graph: Graph) -> None:
     model = graph(text_of(body), WEIGHTS, 13)
     inside = {node.name for node in model.graph.node if node.output[0] in "zparetshy"}

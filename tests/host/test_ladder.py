@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeres import budget
-from edgeres.artifacts import Climb, ExportedModel, FileRef, LayerCost, Report, from_data, to_data
+from edgeres.artifacts import Climb, ExportedModel, FileRef, Imported, LayerCost, Report, from_data, to_data
 from edgeres.budget import build_within
 from edgeres.errors import QuantizationError
 from edgeres.progress import Progress
@@ -43,6 +43,7 @@ class Job:
         self.judges = True
         self.level: int | None = None
         self.given_back: dict[str, str] = {}
+        self.imported: Imported | None = None
         self.report: Report | None = None
         self.progress = Progress()
         self.warnings: list[str] = []
@@ -217,6 +218,16 @@ def test_only_a_failure_is_climbed_for(verdict: str, tmp_path: Path, monkeypatch
     with Workspace(tmp_path / "bundle") as workspace:
         build_within(Job(workspace, {"a": 9.0, "b": 0.0}), EXPORTED)  # type: ignore[arg-type]
         assert "budget" not in workspace.records
+
+
+def test_a_files_own_ranges_are_not_recovered_but_said_to_lose(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "bundle") as workspace:
+        job = Job(workspace, {"a": 9.0, "b": 0.0})
+        job.imported = Imported("NNCF", {}, {}, (), ())
+        climb = climbed(job)
+    assert climb is not None
+    assert len(climb.rungs) == 1
+    assert "Calibrate anew: --recovery fast" in climb.ended
 
 
 def test_a_model_that_cannot_be_followed_is_said_to_be_one(known: Any, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from edgeres.bundle import verify
 from edgeres.errors import ExportError
 from edgeres.export import adopt_onnx, answers_of
 from edgeres.imported import amax_of, range_notes
-from edgeres.inspection import inspect_bundle, inspect_file
+from edgeres.inspection import grouped, inspect_bundle, inspect_file
 from edgeres.quantize import lint
 from edgeres.recipe import dossier
 
@@ -438,6 +438,17 @@ def test_layers_that_the_file_leaves_in_float_stay_there(graph: Graph, tmp_path:
     assert lint(onnx.load(out / "model.int8.onnx")) == []
 
 
+def test_weights_alone_are_nothing_to_keep(graph: Graph, tmp_path: Path) -> None:
+    text = """net (float[N,3,32,32] x) => (float[N,4] y) {
+        w = DequantizeLinear <axis = 0> (q1, s1, z4) c = Conv (x, w) r = Relu (c) p = GlobalAveragePool (r)
+        y = Flatten (p) }"""
+    source = tmp_path / "theirs.onnx"
+    onnx.save(graph(text, {"q1": rounded(W1), "s1": steps(W1), "z4": np.zeros(4, np.int8)}), source)
+    out = build(source, tmp_path / "bundle", validation=None)
+    assert {layer["precision"] for layer in inspect_bundle(out)["plan"] if layer["type"] == "Conv"} == {"int8"}
+    assert "it is calibrated anew" in " ".join(verify(out).warnings)
+
+
 def test_inspect_explains_a_quantized_file(ort_file: Callable[[str], Path], save: Callable[..., Path]) -> None:
     facts = inspect_file(ort_file("default"))
     assert "ONNX Runtime" in facts["quantized_by"]
@@ -457,3 +468,15 @@ def test_inspect_explains_a_quantized_file(ort_file: Callable[[str], Path], save
     facts = inspect_file(save(text, values, 19))
     weights = next(value for value in facts["ranges"].values() if value["role"] == "weight")
     assert (weights["channels"], weights["axis"]) == (4, 0)
+
+
+def test_breaches_of_a_kind_are_told_in_one_sentence(ort_file: Callable[[str], Path]) -> None:
+    problems = inspect_file(ort_file("default"))["lint"]
+    said = grouped(problems)
+    assert len(said) < len(problems) / 2
+    (zeros,) = [text for text in said if "a zero point is not zero" in text]
+    count = sum("a zero point is not zero" in problem for problem in problems)
+    assert f" and {count - 3} more: a zero point" in zeros
+    assert grouped(["opset 21 is too new", "a: wrong", "b: wrong", "c: else"]) == (
+        ["opset 21 is too new", "a, b: wrong", "c: else"]
+    )

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from edgeres import artifacts
 from edgeres.artifacts import (
     Attribution,
+    Benchmark,
+    BoardState,
     Bundle,
     CalibrationTable,
     Change,
@@ -28,17 +30,20 @@ from edgeres.artifacts import (
     Finding,
     Hygiene,
     Imported,
+    Latency,
     LayerCost,
     LayerError,
     LayerPlan,
     LayerSummary,
     Manifest,
+    Memory,
     Preprocessing,
     QuantizationErrors,
     QuantizedModel,
     Report,
     Rung,
     SampleSet,
+    Speedup,
     StageRecord,
     TensorRange,
     from_data,
@@ -151,6 +156,11 @@ manifests = st.builds(
 )
 findings = st.builds(Finding, words, words, words, whole, many(words))
 comparisons = st.builds(Comparison, words, numbers, numbers, numbers, numbers, st.booleans())
+latencies = st.builds(Latency, words, whole, whole, *[numbers] * 7, many(numbers))
+speedups = st.builds(Speedup, words, words, whole, numbers, st.none() | st.tuples(numbers, numbers), whole, words)
+memories = st.builds(Memory, st.none() | whole, st.none() | whole)
+spreads = st.dictionaries(words, st.tuples(numbers, numbers, numbers), max_size=3)
+states = st.builds(BoardState, whole, spreads, spreads)
 NOUNS: Dict[type, Any] = {
     Finding: findings,
     Comparison: comparisons,
@@ -187,6 +197,23 @@ NOUNS: Dict[type, Any] = {
     Rung: rungs,
     Climb: st.builds(Climb, many(rungs), whole, many(layer_costs), words),
     Manifest: manifests,
+    Latency: latencies,
+    Speedup: speedups,
+    Memory: memories,
+    BoardState: states,
+    Benchmark: st.builds(
+        Benchmark,
+        *[words] * 4,
+        st.tuples(whole, whole, whole),
+        st.none() | whole,
+        st.dictionaries(words, words, max_size=3),
+        many(latencies),
+        many(speedups),
+        st.dictionaries(words, memories, max_size=3),
+        st.none() | whole,
+        many(states),
+        many(words),
+    ),
     Bundle: st.builds(Bundle, words, manifests),
 }
 IDS = [kind.__name__ for kind in NOUNS]

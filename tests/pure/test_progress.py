@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from edgeres.progress import Progress, counted
+from edgeres.terminal import TerminalProgress
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 samples"), (1, "1 sample"), (1000, "1,000 samples")])
@@ -29,3 +32,17 @@ def test_progress_is_silent_unless_overridden(capfd: pytest.CaptureFixture) -> N
     assert isinstance(watcher, Watcher)
     assert watcher.warnings == ["", "no weights"]
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("unrest", "threads"), [(False, 0), (True, 1)])
+def test_a_bar_without_unrest_has_no_thread(unrest: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nothing but the caller's own work runs while it is timed."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes anything for a terminal
+    progress, before = TerminalProgress(unrest), threading.active_count()
+    progress.stage("bench", "digits")
+    try:
+        assert threading.active_count() - before == threads
+        progress.advance(1, 2)
+    finally:
+        progress.stop()
+    assert threading.active_count() == before

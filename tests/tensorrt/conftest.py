@@ -25,7 +25,7 @@ import pytest
 
 import edgeres
 from edgeres import errors, models, targets
-from edgeres.architectures import ARCHITECTURES
+from edgeres.architectures import ARCHITECTURES, Architecture
 from edgeres.backends.tensorrt import BuildRequest, BuildResult
 from edgeres.calibrate import choose, observe
 from edgeres.export import export_module
@@ -179,16 +179,17 @@ def rtx(tmp_path_factory: pytest.TempPathFactory) -> Rtx:
 
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Quantized]:
-    """Return ``quantized(name, activations, size)``: a network by its name in the catalogue, made once per session.
+    """Return ``quantized(net, activations, size)``: a network by its name in the catalogue, or by its description, made
+    once per session.
 
     ``activations`` are ``symmetric``, or ``shifted`` to the full int8 range; ``size`` is the image's, in pixels, by
     default the network's own.
     """
 
     @cache
-    def make(name: str, activations: str, size: int) -> Quantized:
-        exported = export_module(models.create(name, seed=1).eval(), (size, size))
-        folder = tmp_path_factory.mktemp(name)
+    def make(net: Architecture, activations: str, size: int) -> Quantized:
+        exported = export_module(models.create(net, seed=1).eval(), (size, size))
+        folder = tmp_path_factory.mktemp(net.name)
         source = folder / "model.fp32.onnx"
         source.write_bytes(exported.content)
         fp32 = onnx.load(source)
@@ -200,7 +201,11 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Quantiz
         onnx.save(write_int8(fp32, placement, ranges), path)
         return Quantized(path, size, exported, fp32, placement)
 
-    return lambda name, activations="symmetric", size=0: make(name, activations, size or ARCHITECTURES[name].size)
+    def quantize(net: str | Architecture, activations: str = "symmetric", size: int = 0) -> Quantized:
+        described = ARCHITECTURES[net] if isinstance(net, str) else net
+        return make(described, activations, size or described.size)
+
+    return quantize
 
 
 @pytest.fixture(scope="session")
