@@ -337,7 +337,7 @@ def validate(
 @click.option(
     "--warmup", type=click.FloatRange(0), default=0.5, help="Seconds for each model and batch size. Default: 0.5."
 )
-@click.option("--threads", type=click.IntRange(1), help="Of the CPU's engines. Default: one per core.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Of the CPU's engines. Default: one per core.")
 @click.option("--frames", type=Size(), help="Also from uint8 camera frames of this size, with preprocessing.")
 @click.option("--against", metavar="BUNDLE", help="Another bundle's engine for the same backend, to compare with.")
 @click.option("--alone", is_flag=True, help="Without the float twin: clocks and power are then the engine's alone.")
