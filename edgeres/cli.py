@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, TypeVar
 
 import click
+import msgspec
 
 import edgeres
 from edgeres.errors import EdgeresError, printable
@@ -24,6 +26,8 @@ from edgeres.errors import EdgeresError, printable
 F = TypeVar("F", bound=Callable[..., Any])
 
 OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 70, 130, 143
+LONGEST = 1e6  # seconds that a measurement may be asked to take
+UNTOUCHED = "an earlier bundle is untouched, and a build goes on where it stopped"
 WORST = 10  # layers that `inspect` shows to people; --json has all
 VERDICT_CODES = {"pass": OK, "unlabelled": OK, "fail": FAILED, "inconclusive": UNDECIDED}
 
@@ -80,6 +84,16 @@ class Batch(Parameter):
         if len(numbers) not in (1, 3):
             self.fail(f"{value!r} is not three numbers such as 1,8,32", param, ctx)
         return numbers * 3 if len(numbers) == 1 else numbers
+
+
+class Seconds(click.FloatRange):
+    """A time that can end: NaN is in no range, and yet no range refuses it."""
+
+    def convert(self, value: Any, param: Optional[click.Parameter], context: Optional[click.Context]) -> float:
+        seconds = float(super().convert(value, param, context))
+        if not math.isfinite(seconds) or seconds > LONGEST:
+            self.fail(f"{value} is not a number of seconds up to {LONGEST}.", param, context)
+        return seconds
 
 
 class Sizes(Parameter):
@@ -330,13 +344,9 @@ def validate(
 @click.argument("bundle")
 @click.option("--backend", default="auto", help="Which of the bundle's engines, or its target; default: the first.")
 @click.option("--batch", "batches", type=Sizes(), help="Batch sizes. Default: 1,8,32, as far as the engine takes them.")
-@click.option(
-    "--seconds", type=click.FloatRange(0, min_open=True), default=5.0, help="For each batch size. Default: 5."
-)
+@click.option("--seconds", type=Seconds(0, min_open=True), default=5.0, help="For each batch size. Default: 5.")
 @click.option("--runs", type=click.IntRange(1), help="Calls of each model that count, in place of --seconds.")
-@click.option(
-    "--warmup", type=click.FloatRange(0), default=0.5, help="Seconds for each model and batch size. Default: 0.5."
-)
+@click.option("--warmup", type=Seconds(0), default=0.5, help="Seconds for each model and batch size. Default: 0.5.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of the CPU's engines. Default: one per core.")
 @click.option("--frames", type=Size(), help="Also from uint8 camera frames of this size, with preprocessing.")
 @click.option("--against", metavar="BUNDLE", help="Another bundle's engine for the same backend, to compare with.")
@@ -620,7 +630,8 @@ def _absolute(path: Optional[str]) -> Optional[str]:
 
 
 def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    finite = msgspec.json.decode(msgspec.json.encode(data))  # JSON has no NaN and no infinity: they are null
+    click.echo(json.dumps(finite, indent=2, ensure_ascii=False))
 
 
 @contextlib.contextmanager
@@ -663,18 +674,18 @@ def _exit_code(arguments: Optional[List[str]]) -> int:
         problem.show()
         return USAGE
     except (KeyboardInterrupt, click.Abort):
-        click.echo(
-            "interrupted; an earlier bundle is untouched, and the next build goes on where this one stopped", err=True
-        )
+        click.echo(f"interrupted; {UNTOUCHED}", err=True)
         return INTERRUPTED
     except EdgeresError as problem:
         click.echo(f"error: {printable(str(problem))}", err=True)
         return FAILED
     except _Terminated:
-        click.echo(
-            "terminated; an earlier bundle is untouched, and the next build goes on where this one stopped", err=True
-        )
+        click.echo(f"terminated; {UNTOUCHED}", err=True)
         return TERMINATED
+    except MemoryError as problem:
+        asked = f" ({problem})" if str(problem) else ""
+        click.echo(f"error: not enough memory{asked}. Take smaller batches, frames or an input size.", err=True)
+        return FAILED
     except Exception:
         traceback.print_exc()
         click.echo("this is a bug in edgeres; please report it with the lines above", err=True)

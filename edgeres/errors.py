@@ -120,8 +120,12 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+MOST_TOLD = 40  # problems in one message; another network's weights have hundreds, all for one reason
+
+
 def numbered(where: str, problems: List[str]) -> str:
     """Join a place and what is wrong there into one message; several problems stand on lines of their own."""
     if len(problems) == 1:
         return f"{where}: {problems[0]}"
-    return "\n".join([f"{where}: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
+    more = [f"  … and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
+    return "\n".join([f"{where}: {len(problems)} problems", *(f"  - {one}" for one in problems[:MOST_TOLD]), *more])

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgeres.architectures import ARCHITECTURES, Architecture
-from edgeres.errors import ModelError
+from edgeres.errors import EdgeresError, ModelError
 from edgeres.models.checkpoints import load_weights
 from edgeres.models.resnet import ResNet
 
@@ -75,6 +75,8 @@ def from_callable(spec: str, num_classes: int | None = None, seed: int | None = 
                 if seed is not None:
                     torch.default_generator.manual_seed(seed)
                 model = make(**arguments)
+        except EdgeresError:
+            raise  # it says all there is to say: an Architecture whose parts do not fit together
         except (Exception, SystemExit) as problem:
             called = ", ".join(f"{key}={value}" for key, value in arguments.items())
             raise ModelError(
