@@ -69,6 +69,7 @@ def _changes(taken: Taken) -> tuple[str, ...]:
     for names, words in (
         (taken.biases, "the quantized bias of {} is float again"),
         (taken.relus, "the ReLU that a Q stood for by its cut at zero is written again behind {}"),
+        (taken.clips, "a Q does more than round there: its cut is written as a Clip behind {}"),
         (taken.unlike_weights, "weights are not symmetric int8 per output channel, and are rounded anew, in {}"),
         (taken.unusable, "no range of int8 per tensor fits {}"),
     ):

@@ -25,6 +25,7 @@ from edgeres.artifacts import FileGrid, Imported, TensorRange
 from edgeres.bundle import verify
 from edgeres.errors import ExportError
 from edgeres.export import adopt_onnx, answers_of
+from edgeres.export import probe as probing
 from edgeres.imported import amax_of, range_notes
 from edgeres.inspection import grouped, inspect_bundle, inspect_file
 from edgeres.quantize import lint
@@ -184,17 +185,17 @@ def test_ranges_are_said_as_tensorrt_reads_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "scale", "op"),
-    [(0, 0.02, "Relu"), (0, 6 / 255, "Clip"), (-3, 0.02, None)],
+    ("low", "scale", "gain", "op"),
+    [(0, 0.02, 1, "Relu"), (0, 6 / 255, 9, "Clip"), (-128, 0.02, 1, None)],
     ids=["ReLU", "ReLU6", "none"],
 )
 def test_what_a_q_cuts_off_comes_back(
-    low: int, scale: float, op: str | None, save: Callable[..., Path], exact: Exact
+    low: int, scale: float, gain: int, op: str | None, save: Callable[..., Path], exact: Exact
 ) -> None:
     """ONNX Runtime's quantizer drops a ReLU in front of a Q that cuts at zero; the float network needs it."""
     text = """net (float[N,3,8,8] x) => (float[N,n] y) {
         c = Conv (x, w) q = QuantizeLinear (c, s, z) d = DequantizeLinear (q, s, z) y = Flatten (d) }"""
-    path = save(text, {"w": 9 * W1, "s": np.float32(scale), "z": np.int8(-128 - low)})
+    path = save(text, {"w": gain * W1, "s": np.float32(scale), "z": np.int8(-128 - low)})
     model = onnx.load_model_from_string(adopt_onnx(path, None).content)
     assert [node.op_type for node in model.graph.node] == ["Conv", *([op] if op else []), "Flatten"]
     theirs, ours = exact(onnx.load(path), X), exact(model, X)
@@ -205,6 +206,43 @@ def test_what_a_q_cuts_off_comes_back(
         assert ours.min() == theirs.min() == 0
     if op == "Clip":
         np.testing.assert_allclose(ours.max(), theirs.max(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-1, 1), (0, 6), (-0.7, 0.9)])
+@pytest.mark.parametrize("kind", [QuantType.QUInt8, QuantType.QInt8], ids=["uint8", "int8"])
+def test_activations_that_onnx_runtime_drops_come_back(
+    low: float, high: float, kind: QuantType, graph: Graph, exact: Exact, tmp_path: Path
+) -> None:
+    text = """net (float[N,3,8,8] input) => (float[N,4] y) { a = Conv <pads = [1, 1, 1, 1]> (input, w, b1)
+        c = Clip (a, low, high) d = Conv <pads = [1, 1, 1, 1]> (c, w2) p = GlobalAveragePool (d) y = Flatten (p) }"""
+    values = {"w": 6 * W1, "b1": B1, "w2": W2, "low": np.float32(low), "high": np.float32(high)}
+    net, path = graph(text, values), tmp_path / "theirs.onnx"
+    onnx.save(net, tmp_path / "fp32.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the quantizer's own
+        quantize_static(tmp_path / "fp32.onnx", path, Digits(X), quant_format=QuantFormat.QDQ, activation_type=kind)
+    assert "Clip" not in {node.op_type for node in onnx.load(path).graph.node}
+    found = adopt_onnx(path, None)
+    assert sqnr_db(exact(net, X), exact(onnx.load_model_from_string(found.content), X)) > 25
+    assert any("answers like the file" in note for note in found.notes)
+
+
+def test_a_network_that_answers_unlike_its_file_is_refused(save: Callable[..., Path]) -> None:
+    """A Q that cuts off all that reaches it is no activation of any net."""
+    text = """net (float[N,3,8,8] x) => (float[N,n] y) { e = Exp (x) t = Mul (e, ten)
+        q = QuantizeLinear (t, s, z) d = DequantizeLinear (q, s, z) y = Flatten (d) }"""
+    path = save(text, {"ten": np.float32(10), "s": np.float32(0.001), "z": np.int8(0)})
+    with pytest.raises(ExportError, match=r"does not answer like the file itself \(SQNR -.*Start from the FP32 model"):
+        adopt_onnx(path, None)
+
+
+def test_a_file_that_does_not_run_as_it_is_says_so(monkeypatch: pytest.MonkeyPatch, save: Callable[..., Path]) -> None:
+    def broken(content: bytes | str, optimized: bool = True) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(probing, "open_session", broken)
+    found = adopt_onnx(save(*nncf()), None)
+    assert any("NOT COMPARED" in note and "no kernel" in note for note in found.notes)
 
 
 def test_a_relu_that_is_there_is_not_written_twice(save: Callable[..., Path]) -> None:
