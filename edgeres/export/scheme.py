@@ -50,6 +50,10 @@ class Scheme:
         """Whether it cuts at zero, in every channel."""
         return self.first != self.last and bool((self.zero == self.first).all())
 
+    def fits(self, dims: list[int]) -> bool:
+        """Whether there is one scale, or one for each place along the axis of a tensor of that shape."""
+        return self.scale.size == 1 or (bool(dims) and dims[self.axis % len(dims)] == self.scale.size)
+
     def same(self, other: Scheme) -> bool:
         """Whether both stand for the same numbers; one scale may be a scalar here and a list of one there."""
         return np.array_equal(self.scale.reshape(-1), other.scale.reshape(-1)) and np.array_equal(

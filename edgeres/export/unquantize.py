@@ -26,13 +26,15 @@ from edgeres.export.scheme import DOMAINS, DQ, Q, Scheme, attribute, real, schem
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MOVERS = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity")
 """Operators that may stand between Q and DQ: they move integers as they would move the numbers behind these."""
+KEEPERS = (*MOVERS, "Relu", "Clip", "Pad", "Concat", "Dropout")
+"""Operators whose outputs lie on the grids of their inputs: a layer behind them computes with what the file quantized."""
 ALWAYS = ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Sqrt", "Exp", "Softplus")
 UNBOUNDED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "BatchNormalization")
 """Operators behind which a cut is that of an activation which the file no longer has."""
 SIX = 6.0
 OF_ALL = (
     *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "Concat", "Add", "Mul", "Identity"),
-    *("Slice", "Pad", "Dropout", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Resize"),
+    *("Slice", "Pad", "Dropout", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze"),
 )
 
 
@@ -51,6 +53,7 @@ class Taken:
     unlike_weights: list[str] = field(default_factory=list)
     relus: list[str] = field(default_factory=list)
     clips: list[str] = field(default_factory=list)
+    several: list[str] = field(default_factory=list)
     unusable: list[str] = field(default_factory=list)
     foreign: bool = False
 
@@ -99,6 +102,7 @@ class _Work:
         self.model, self.saturated = model, saturated
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.inputs = {value.name for value in model.graph.input}
+        self.images = set(self.inputs)  # and what only moves them
         self.readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
         for node in model.graph.node:
             for index, name in enumerate(node.input):
@@ -130,13 +134,21 @@ class _Work:
             return
         if node.op_type in WEIGHTED and not self.quantized.issuperset(node.input[:2]):
             self.taken.float_layers.append(node.name)
-        if node.op_type in MOVERS and node.input[0] in self.quantized:
+        if node.op_type in KEEPERS and self.quantized.issuperset(data_of(node)):
             self.quantized.update(node.output)
+        if node.op_type in MOVERS and node.input[0] in self.images:
+            self.images.update(node.output)
         node.input[:] = [self.alias.get(name, name) for name in node.input]
         if whole:
             source, scheme = self.integers[whole[0]]
-            node.input[0] = source
             self.integers[node.output[0]] = (node.output[0], scheme)
+            if source in self.constants and node.op_type == "Transpose":  # weights turned between their Q and DQ
+                values = numpy_helper.to_array(self.constants[source])
+                self.add_constant(
+                    numpy_helper.from_array(values.transpose(permutation(node, values.ndim)), node.output[0])
+                )
+                return
+            node.input[0] = source
         self.note_sign(node)
         self.kept.append(node)
 
@@ -156,11 +168,22 @@ class _Work:
             self.integers[node.output[0]] = (source, scheme)
             return
         if grid is None:
+            if scheme.from_zero and source not in self.positive and source not in self.images:
+                source = self.restored(source, 0.0, np.inf)
             self.taken.unusable.append(f"{source} ({'per channel' if scheme.scale.size > 1 else scheme.kind})")
         else:
             source = self.restored(source, *self.ends(source, grid, node.input[0]))
-            self.taken.activations[source] = grid
+            self.note_grid(source, grid)
         self.integers[node.output[0]] = (source, scheme)
+
+    def note_grid(self, source: str, grid: FileGrid) -> None:
+        """Keep a tensor's grid; of several the one that reaches furthest, as :func:`edgeres.quantize.pairs` shows."""
+        known = self.taken.activations.setdefault(source, grid)
+        if known == grid:
+            return
+        if max(grid.high, -grid.low) * grid.scale > max(known.high, -known.low) * known.scale:
+            self.taken.activations[source] = grid
+        self.taken.several.append(f"{source} (steps {known.scale:.3g} and {grid.scale:.3g})")
 
     def ends(self, source: str, grid: FileGrid, written: str) -> tuple[float, float]:
         """Return where a Q's cut stands for that of an activation, (low, high); infinite where it does not.
@@ -176,7 +199,7 @@ class _Work:
         known = bare and (whole(grid) or (low, high) == (0, SIX))
         if known or written in self.saturated:
             return low, high
-        cuts = grid.low == 0 and source not in self.positive and source not in self.inputs
+        cuts = grid.low == 0 and source not in self.positive and source not in self.images
         return (0.0 if cuts else -np.inf), np.inf
 
     def restored(self, source: str, low: float, high: float) -> str:
@@ -206,7 +229,7 @@ class _Work:
 
     def dequantizer(self, node: onnx.NodeProto, scheme: Scheme) -> None:
         """DQ gives back what Q took, or makes a constant of stored integers."""
-        found = self.integers.get(node.input[0])
+        found, blocked = self.integers.get(node.input[0]), attribute(node, "block_size", 0)
         if found is not None:
             source, written = found
             if not scheme.same(written):
@@ -225,9 +248,13 @@ class _Work:
         self.alias[node.output[0]] = source
         self.quantized.add(node.output[0])
         if source in self.constants:
-            self.constant_read(node.output[0], scheme, scheme.axis)
+            dims = list(self.constants[source].dims)
+            if not (blocked or scheme.fits(dims)):
+                self.problems.append(f"{node.op_type} {node.name}: its scale does not fit what it dequantizes")
+                return
+            self.constant_read(node.output[0], scheme, scheme.axis % max(len(dims), 1), len(dims))
 
-    def constant_read(self, tensor: str, scheme: Scheme, axis: int) -> None:
+    def constant_read(self, tensor: str, scheme: Scheme, axis: int, rank: int) -> None:
         """Note what reads a dequantized constant: weights keep their steps where these are legal, biases none."""
         for reader, index in self.readers.get(tensor, []):
             if reader.op_type in ("Conv", "ConvTranspose", "Gemm") and index == 2:
@@ -237,8 +264,9 @@ class _Work:
                     self.taken.weights[reader.name] = scheme.scale.reshape(-1)
                 else:
                     self.taken.unlike_weights.append(reader.name)
-            elif reader.op_type == "Transpose":  # how a linear layer's weights are turned; of a matrix, the axes swap
-                self.constant_read(reader.output[0], scheme, 1 - axis)
+            elif reader.op_type == "Transpose":  # how a linear layer's weights are turned
+                turned = permutation(reader, rank)
+                self.constant_read(reader.output[0], scheme, turned.index(axis) if axis in turned else axis, rank)
 
     def add_constant(self, tensor: onnx.TensorProto) -> None:
         self.model.graph.initializer.append(tensor)
@@ -251,8 +279,7 @@ class _Work:
             tensor = self.constants.get(name)
             return name in self.positive if tensor is None else bool((numpy_helper.to_array(tensor) >= 0).all())
 
-        data = node.input[:1] if node.op_type not in ("Concat", "Add", "Mul") else node.input
-        sure = node.op_type in ALWAYS or (node.op_type in OF_ALL and all(map(never, data)))
+        sure = node.op_type in ALWAYS or (node.op_type in OF_ALL and all(map(never, data_of(node))))
         if node.op_type == "Clip" and len(node.input) > 1 and node.input[1]:
             sure = never(node.input[1])
         if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
@@ -278,6 +305,16 @@ def _name_outputs(model: onnx.ModelProto, work: _Work) -> None:
         node.input[:] = [rename.get(name, name) for name in node.input]
         node.output[:] = [rename.get(name, name) for name in node.output]
     work.taken.activations = {rename.get(name, name): grid for name, grid in work.taken.activations.items()}
+
+
+def data_of(node: onnx.NodeProto) -> list[str]:
+    """Return the inputs of a node that are values, and no shapes, limits or indices."""
+    return list(node.input if node.op_type in ("Concat", "Add", "Mul") else node.input[:1])
+
+
+def permutation(node: onnx.NodeProto, rank: int) -> list[int]:
+    """Return how a Transpose turns a tensor of so many dimensions."""
+    return list(attribute(node, "perm", 0) or reversed(range(rank)))
 
 
 def whole(grid: FileGrid) -> bool:
