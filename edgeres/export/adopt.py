@@ -30,7 +30,7 @@ from edgeres.export.opset import AGAIN, to_opset
 from edgeres.export.probe import Probed, judged, probe
 from edgeres.export.unquantize import Taken, is_pair_part, unquantize
 from edgeres.export.unread import check_integers, check_operators, named
-from edgeres.export.widen import widen
+from edgeres.export.widen import is_bfloat, widen
 from edgeres.toolmarks import tool_of
 
 TOLERANCE = 1e-4
@@ -119,6 +119,11 @@ def _load(source: Path) -> onnx.ModelProto:
         raise ExportError(f"{source} holds no operators: it is empty or not an ONNX model. Export it again.")
     if model.functions:
         model = inliner.inline_local_functions(model)
+    if is_bfloat(model):
+        raise ExportError(
+            f"{source} is in bfloat16, which onnxruntime does not compute on a CPU, so nothing made of it could be "
+            "compared with it. Export it in float32: model.float()."
+        )
     check_integers(model, str(source))
     choose_branches(model)
     control = [node for node in model.graph.node if node.op_type in ("If", "Loop", "Scan")]

@@ -27,7 +27,7 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MOVERS = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity")
 """Operators that may stand between Q and DQ: they move integers as they would move the numbers behind these."""
 KEEPERS = (*MOVERS, "Relu", "Clip", "Pad", "Concat", "Dropout")
-"""Operators whose outputs lie on the grids of their inputs: a layer behind them computes with what the file quantized."""
+"""Operators whose outputs lie on the grids of their inputs: a layer behind them computes with quantized numbers."""
 ALWAYS = ("Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs", "Sqrt", "Exp", "Softplus")
 UNBOUNDED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "BatchNormalization")
 """Operators behind which a cut is that of an activation which the file no longer has."""

@@ -180,6 +180,7 @@ def test_ranges_are_said_as_tensorrt_reads_them() -> None:
     assert one(0.5, 0, 255, False) == (255 * 0.5, False)
     assert one(0.5, -100, 155, True) == (155 * 0.5, False)
     assert one(0.5, -200, 55, False) == (200 * 0.5, False)
+    assert one(0.5, -8, 7, True) == (8 * 0.5, False)  # int4: steps that int8 can halve, not a reach that it lacks
     assert one(0.01, -32768, 32767, False) == (32768 * 0.01, False)
     own = Imported("", {"t": FileGrid(0.5, 0, 255)}, {}, (), ())
     told = range_notes(own, {"t": described(X), "u": described(X)})
@@ -567,6 +568,28 @@ def test_a_build_keeps_the_files_own_ranges_and_weights(
     again = build(source, tmp_path / "anew", method="mse", recovery="none")
     assert {value["method"] for value in inspect_bundle(again)["ranges"].values()} == {"mse"}
     assert "calibrated anew" in " ".join(verify(again).warnings)
+
+
+def test_a_comparison_that_fails_ends_no_build(
+    ort_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(source: Path, images: np.ndarray) -> np.ndarray:
+        raise ExportError(f"{source} does not run in onnxruntime: no kernel. Export it again.")
+
+    monkeypatch.setattr("edgeres.export.answers_of", fails)
+    digits = dossier() / "digits"
+    edgeres.build(model=str(ort_file("default")), precision="int8", mean=(0, 0, 0), std=(0.1, 0.1, 0.1),
+                  calibration=str(digits / "calibration"), calibration_count=8, out=tmp_path / "bundle")  # fmt: skip
+    told = " ".join(verify(tmp_path / "bundle").warnings)
+    assert "could not be compared: " in told
+    assert "no kernel" in told
+    assert re.search(r"of the calibration values are outside the file's input range, .*--std", told), told
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_fixed_batch_is_filled_with_images(count: int, save: Callable[..., Path], exact: Exact) -> None:
+    path = save("net (float[4,3,8,8] x) => (float[4,192] y) { y = Flatten (x) }", {})
+    np.testing.assert_array_equal(answers_of(path, X[:count]), X[:count].reshape(count, -1))
 
 
 def test_a_legal_file_comes_back_bit_for_bit(graph: Graph, exact: Exact, tmp_path: Path) -> None:
