@@ -114,16 +114,16 @@ def _load(source: Path) -> onnx.ModelProto:
     except (DecodeError, ValueError, onnx.checker.ValidationError) as problem:
         reason = first_line(problem).rstrip(".")
         raise ExportError(f"{source} cannot be read as ONNX: {reason}. Export or copy it again.") from None
-    check_model(model, source.name)
-    if not model.graph.node:
-        raise ExportError(f"{source} holds no operators: it is empty or not an ONNX model. Export it again.")
-    if model.functions:
-        model = inliner.inline_local_functions(model)
     if is_bfloat(model):
         raise ExportError(
             f"{source} is in bfloat16, which onnxruntime does not compute on a CPU, so nothing made of it could be "
             "compared with it. Export it in float32: model.float()."
         )
+    check_model(model, source.name)
+    if not model.graph.node:
+        raise ExportError(f"{source} holds no operators: it is empty or not an ONNX model. Export it again.")
+    if model.functions:
+        model = inliner.inline_local_functions(model)
     check_integers(model, str(source))
     choose_branches(model)
     control = [node for node in model.graph.node if node.op_type in ("If", "Loop", "Scan")]

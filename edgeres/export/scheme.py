@@ -112,4 +112,4 @@ def attribute(node: onnx.NodeProto, name: str, default: int) -> Any:
 
 
 def _name(kind: int) -> str:
-    return onnx.TensorProto.DataType.Name(kind).lower()
+    return str(onnx.TensorProto.DataType.Name(kind)).lower()

@@ -32,7 +32,7 @@ def ranges_of(graph: Graph) -> dict[str, dict[str, Any]]:
 
 def _reach(pair: dict[str, Any]) -> float:
     """Return how far a range reaches; of several on one tensor the one that reaches furthest is kept and shown."""
-    return max(abs(pair[end] or 0.0) for end in ("minimum", "maximum"))
+    return max(abs(float(pair[end] or 0.0)) for end in ("minimum", "maximum"))
 
 
 def kind_of(graph: Graph, node: onnx.NodeProto) -> str:
