@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Collection, Dict, FrozenSet, List, Optional, T
 
 import numpy as np
 
+from edgeres import files
 from edgeres.affine import QMAX
-from edgeres.artifacts import ExportedModel, Imported, TensorRange
+from edgeres.artifacts import ExportedModel, FileGrid, Imported, TensorRange
+from edgeres.errors import EdgeresError
 from edgeres.progress import counted
 from edgeres.recipe import Recipe
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from edgeres.pipeline import Build
 
 SHOWN = 3  # names in a sentence
+FAR_DB = 10.0  # below it the answers differ by a third
+OUTSIDE = 0.01  # of the values of calibration images; calibration itself cuts off less
 IMAGES = 32  # that the file and what was made of it are compared on
 REASON = "the file leaves it in float"
 
@@ -46,7 +50,8 @@ def fate(recipe: Recipe, found: Imported) -> str:
     if recipe.precision != "int8":
         return f"the model is {made}; its Q/DQ are taken out ({what})"
     if _keeps(recipe, found):
-        return f"the model is {made}: {what} are kept. To calibrate anew: --recovery fast, or --method mse"
+        anew = "To calibrate anew: --method mse, or --recovery fast (--recovery none alone keeps them)"
+        return f"the model is {made}: {what} are kept. {anew}"
     return f"the model is {made}; its Q/DQ are taken out ({what}), and it is calibrated anew"
 
 
@@ -55,8 +60,8 @@ def amax_of(
 ) -> Tuple[Dict[str, float], FrozenSet[str]]:
     """Return the ``amax`` of each tensor that the file has a range for, and which of these are shifted.
 
-    Symmetric int8 stays as it is, and so does, shifted, what begins at zero. Any other range, or one that may not be
-    shifted, becomes the symmetric one that just reaches as far.
+    Symmetric int8 stays as it is, and so does, shifted, what begins at zero in 8 bits. Any other range (int4,
+    int16, another zero point), or one that may not be shifted, becomes the symmetric one that just reaches as far.
 
     Args:
         tensors: what will be quantized.
@@ -70,8 +75,8 @@ def amax_of(
             continue
         if grid.low == 0 and name in allowed:
             shifted.add(name)
-        symmetric = grid.high <= QMAX and -grid.low <= QMAX + 1
-        given[name] = grid.scale * (QMAX if symmetric and grid.low else max(grid.high, -grid.low))
+        symmetric = grid.high == QMAX and QMAX <= -grid.low <= QMAX + 1
+        given[name] = grid.scale * (QMAX if symmetric else max(grid.high, -grid.low))
     return given, frozenset(shifted)
 
 
@@ -98,23 +103,62 @@ def range_notes(found: Imported, ranges: Dict[str, TensorRange]) -> List[str]:
     return said
 
 
-def likeness(job: Build, name: str) -> str:
-    """Return in words how the file and the int8 model made of it answer the same calibration images."""
+def likeness(job: Build, name: str, entry: str) -> List[str]:
+    """Return in words how the file and what was made of it answer the same calibration images.
+
+    A comparison that fails is told, and ends no build: what was made of the file does not depend on it.
+
+    Args:
+        name: the int8 model, in the build's folder.
+        entry: the tensor of the images.
+    """
     from edgeres.export import answers_of
     from edgeres.judge import open_file
     from edgeres.validation import compare, decibels
 
     assert job.calibration is not None
     assert job.recipe.model.onnx is not None
+    assert job.imported is not None
     samples = job.calibration.subset(min(IMAGES, len(job.calibration)))
     images = np.concatenate(list(samples.batches(job.recipe.preprocessing, IMAGES)))
-    theirs = answers_of(job.recipe.model.onnx, images)
-    ours = open_file(job.workspace.folder / name, "int8")(images)
-    found = compare(theirs, ours, None, max_drop_pp=0.0, backend="cpu", precision="int8")
-    return (
-        f"the file and {name} choose the same class for {100 * found.agreement:.1f} % of "
-        f"{counted(len(images), 'calibration sample')} (SQNR {decibels(found.sqnr_db)})"
+    said = _outside(images, job.imported.activations.get(entry))
+    try:
+        theirs = answers_of(job.recipe.model.onnx, images)
+        made = ((files.FP32_MODEL, "fp32"), (name, "int8"))
+        found = {
+            which: compare(
+                theirs, open_file(job.workspace.folder / which, kind)(images), None,
+                max_drop_pp=0.0, backend="cpu", precision=kind,
+            )
+            for which, kind in made
+        }  # fmt: skip
+    except EdgeresError as problem:
+        return [*said, f"the file and {name} could not be compared: {problem}"]
+    same, plain = found[name], found[files.FP32_MODEL]
+    said.append(
+        f"the file and {name} choose the same class for {100 * same.agreement:.1f} % of "
+        f"{counted(len(images), 'calibration sample')} (SQNR {decibels(same.sqnr_db)})"
     )
+    if plain.sqnr_db is not None and plain.sqnr_db < FAR_DB:
+        said.append(
+            f"FAR FROM THE FILE: the float network that edgeres finds in it answers those samples differently (SQNR "
+            f"{decibels(plain.sqnr_db)}); compare the accuracy of both before you use it"
+        )
+    return said
+
+
+def _outside(images: np.ndarray, grid: Optional[FileGrid]) -> List[str]:
+    """Return a warning where images leave the grid that the file puts them on: their mean or std is another."""
+    if grid is None:
+        return []
+    low, high = grid.low * grid.scale, grid.high * grid.scale
+    share = float(((images < low - grid.scale) | (images > high + grid.scale)).mean())
+    if share <= OUTSIDE:
+        return []
+    return [
+        f"{100 * share:.1f} % of the calibration values are outside the file's input range, {low:.3g} to {high:.3g}: "
+        "check --mean and --std against what the file was made with"
+    ]
 
 
 def _few(names: List[str]) -> str:

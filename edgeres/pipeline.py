@@ -403,7 +403,8 @@ class Build:
                     content, layers, twin = recovered
                 if own is not None:
                     self.workspace.write(name, content)
-                    self.warn(imported.likeness(self, name))
+                    for text in imported.likeness(self, name, exported.input_name):
+                        self.warn(text)
                 return explanation.explained(self, self._write_int8(content, layers, twin.ranges), exported, twin)
 
         record = self.stage("quantize", inputs, precision, work)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from edgeres.export.adopt import adopt_onnx, answers_of
+from edgeres.export.adopt import adopt_onnx
+from edgeres.export.answers import answers_of
 from edgeres.export.external import files_of
 from edgeres.export.torch_module import export_module
 

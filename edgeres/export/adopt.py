@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from onnx import TensorProto, inliner
 
 from edgeres.errors import ExportError, first_line
+from edgeres.export.answers import batch_of, one_by_one, open_session
 from edgeres.export.exported import Exported
 from edgeres.export.fold import (
     RANDOM,
@@ -27,9 +27,10 @@ from edgeres.export.fold import (
 from edgeres.export.imported import imported, weights_of
 from edgeres.export.layout import channels_first
 from edgeres.export.opset import AGAIN, to_opset
+from edgeres.export.probe import Probed, judged, probe
 from edgeres.export.unquantize import Taken, is_pair_part, unquantize
 from edgeres.export.unread import check_integers, check_operators, named
-from edgeres.export.widen import widen
+from edgeres.export.widen import is_bfloat, widen
 from edgeres.toolmarks import tool_of
 
 TOLERANCE = 1e-4
@@ -55,10 +56,11 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
     theirs, notes = model.SerializeToString(), []
     if halved := widen(model):
         notes.append("it computes in half precision, and is written in float32: its numbers, with more digits")
-    taken = _taken_apart(model, source) if any(map(is_pair_part, model.graph.node)) else None
-    original = theirs if taken is None else model.SerializeToString()
+    turned = channels_first(model)
+    apart = _taken_apart(model, source, size, seed) if any(map(is_pair_part, model.graph.node)) else None
+    original = theirs if apart is None else model.SerializeToString()
     before = weights_of(model)
-    if channels_first(model):
+    if channels_first(model) or turned:
         notes.append("its images are (N, h, w, 3); edgeres feeds (N, 3, h, w), and its Transpose is gone")
     height, width = _image_size(model, source, size)
     model = to_opset(model, str(source))
@@ -69,11 +71,13 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
     _forget_origin(model)
     check_model(model, source.name)
     check_operators(model, str(source))
-    probe = np.random.default_rng(seed).standard_normal((2, 3, height, width)).astype(np.float32)
-    tolerance = HALF_TOLERANCE if halved and taken is None else TOLERANCE
-    error, classes = _compare(original, model.SerializeToString(), probe, source, tolerance)
+    images = np.random.default_rng(seed).standard_normal((2, 3, height, width)).astype(np.float32)
+    tolerance = HALF_TOLERANCE if halved and apart is None else TOLERANCE
+    error, classes = _compare(original, model.SerializeToString(), images, source, tolerance)
     known = None
-    if taken is not None:
+    if apart is not None:
+        taken, probed = apart
+        notes.append(judged(probed, model.SerializeToString(), source.name))
         known = imported(taken, before, model, _tool(onnx.load_model_from_string(theirs)))
         notes.extend(known.changes)
     modules = {node.name: node.name for node in model.graph.node}
@@ -81,16 +85,17 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
     return dataclasses.replace(exported, imported=known, notes=tuple(f"{source.name}: {note}" for note in notes))
 
 
-def _taken_apart(model: onnx.ModelProto, source: Path) -> Taken:
-    """Take the Q/DQ out of a model, in place."""
+def _taken_apart(model: onnx.ModelProto, source: Path, size: tuple[int, int] | None, seed: int) -> tuple[Taken, Probed]:
+    """Take the Q/DQ out of a model, in place, and what a run with them found before."""
     name_nodes(model)
     drop_identities(model)
     fold_constants(model)  # scales and zero points, where they are Constant nodes
-    taken = unquantize(model, str(source))
+    found = probe(model, size, seed)
+    taken = unquantize(model, str(source), found.saturated)
     drop_identities(model)
     fold_constants(model)  # what turned or reshaped dequantized weights
     check_model(model, f"{source.name} without its Q/DQ")
-    return taken
+    return taken, found
 
 
 def _tool(model: onnx.ModelProto) -> str:
@@ -109,6 +114,11 @@ def _load(source: Path) -> onnx.ModelProto:
     except (DecodeError, ValueError, onnx.checker.ValidationError) as problem:
         reason = first_line(problem).rstrip(".")
         raise ExportError(f"{source} cannot be read as ONNX: {reason}. Export or copy it again.") from None
+    if is_bfloat(model):
+        raise ExportError(
+            f"{source} is in bfloat16, which onnxruntime does not compute on a CPU, so nothing made of it could be "
+            "compared with it. Export it in float32: model.float()."
+        )
     check_model(model, source.name)
     if not model.graph.node:
         raise ExportError(f"{source} holds no operators: it is empty or not an ONNX model. Export it again.")
@@ -187,14 +197,13 @@ def _forget_origin(model: onnx.ModelProto) -> None:
 
 
 def _compare(
-    before: bytes, after: bytes, probe: np.ndarray, source: Path, tolerance: float = TOLERANCE
+    before: bytes, after: bytes, images: np.ndarray, source: Path, tolerance: float = TOLERANCE
 ) -> tuple[float, int]:
     """Return the largest relative difference of ours from the user's file, alone and in a batch; and the classes."""
     try:
-        old = _session(before)
-        name, batch = old.get_inputs()[0].name, old.get_inputs()[0].shape[0]
-        copies = batch if isinstance(batch, int) else 1  # a file that fixes its batch gets the same sample so often
-        wanted = _answers(old, probe, copies)
+        old = open_session(before)
+        name, copies = old.get_inputs()[0].name, batch_of(old)  # a fixed batch gets the same sample so often
+        wanted = one_by_one(old, images, copies)
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
         reason = first_line(problem).rstrip(".")
         raise ExportError(f"{source} does not run in onnxruntime: {reason}. Export it again.") from None
@@ -208,8 +217,8 @@ def _compare(
         raise ExportError(f"{source} answers NaN or infinite on standard normal images: check its weights")
     ours = f"edgeres cannot bring {source} into its own form"
     try:
-        new = _session(after)
-        same = _answers(new, probe, copies)
+        new = open_session(after)
+        same = one_by_one(new, images, copies)
     except Exception as problem:
         raise ExportError(f"{ours} ({first_line(problem).rstrip('.')}). {AGAIN}") from None
     error = _difference(same, wanted)
@@ -217,8 +226,8 @@ def _compare(
         raise ExportError(f"{ours}: its answers would change by {error:.1e}. {AGAIN}")
     dynamic = "Export a dynamic batch: dynamic_axes={'input': {0: 'batch'}, 'output': {0: 'batch'}}"
     try:
-        got = new.run(None, {name: probe})[0]
-        alone = new.run(None, {name: probe[:1]})[0]
+        got = new.run(None, {name: images})[0]
+        alone = new.run(None, {name: images[:1]})[0]
     except Exception as problem:
         only = "one image" if copies == 1 else f"{copies} images"
         raise ExportError(f"{source} runs for {only} only ({first_line(problem).rstrip('.')}). {dynamic}") from None
@@ -235,41 +244,8 @@ def _compare(
     return error, wanted.shape[1]
 
 
-def _answers(session: ort.InferenceSession, probe: np.ndarray, copies: int) -> np.ndarray:
-    """Return what a file says of images, float32 ``(n, 3, H, W)``, each alone, in the type and layout that it takes."""
-    entry = session.get_inputs()[0]
-    x = probe.astype(np.float16) if "float16" in entry.type else probe
-    x = x.transpose(0, 2, 3, 1) if entry.shape[-1] == 3 and entry.shape[1] != 3 else x
-    return np.concatenate([session.run(None, {entry.name: np.repeat(one[None], copies, 0)})[0][:1] for one in x])
-
-
-def answers_of(source: Path, images: np.ndarray) -> np.ndarray:
-    """Return the logits of a user's own file as it is, float32 ``(n, classes)``, nothing fused or optimized.
-
-    Args:
-        images: float32 ``(n, 3, H, W)``, normalized; they are fed one by one, in the type and layout that it takes.
-
-    Raises:
-        ExportError: it does not run.
-    """
-    try:
-        session = _session(str(source), optimized=False)
-        batch = session.get_inputs()[0].shape[0]
-        return _answers(session, images, batch if isinstance(batch, int) else 1).astype(np.float32)
-    except Exception as problem:  # onnxruntime's exceptions share no base but Exception
-        raise ExportError(f"{source} does not run in onnxruntime: {first_line(problem)}. Export it again.") from None
-
-
 def _difference(got: np.ndarray, wanted: np.ndarray) -> float:
     """Return max |got − wanted| / max |wanted|; infinite where the shapes differ."""
     if got.shape != wanted.shape:
         return float("inf")
     return float(np.abs(got - wanted).max()) / max(float(np.abs(wanted).max()), float(np.finfo(np.float32).tiny))
-
-
-def _session(content: bytes | str, optimized: bool = True) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    if not optimized:  # ONNX Runtime's own int8 kernels saturate on some processors
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4  # what fails here is told by the exception
-    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -27,14 +27,18 @@ def check_operators(model: onnx.ModelProto, where: str) -> None:
         ExportError: names every one, with its node; ``where`` names the model.
     """
     outputs = {value.name for value in model.graph.output}
-    nodes = [node for node in model.graph.node if node.domain in ("", "ai.onnx")]
+    read, live = set(outputs), []
+    for node in reversed(model.graph.node):  # what no output depends on is dropped later
+        if read.intersection(node.output):
+            read.update(name for name in node.input if name)
+            live.append(node)
+    nodes = [node for node in reversed(live) if node.domain in ("", "ai.onnx")]
     found = [node for node in nodes if node.op_type in UNREAD]
     if found:
         raise ExportError(
             f"{where} has operators that no TensorRT reads: {named(found)}. Export it without them: lists of tensors, "
             "text and results whose size depends on the values have no place in an engine."
         )
-    read = {name for node in model.graph.node for name in node.input} | outputs
     indices = [node for node in nodes if node.op_type == "MaxPool" and read.intersection(node.output[1:])]
     if indices:
         raise ExportError(

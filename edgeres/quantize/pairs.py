@@ -24,17 +24,29 @@ def ranges_of(graph: Graph) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for node in graph.nodes:
         stored = node.op_type == "DequantizeLinear" and node.input[0] in graph.initializers
-        if stored or (node.op_type == "QuantizeLinear" and node.input[0] not in found):
-            found[node.input[0]] = _pair(graph, node)
+        if stored or node.op_type == "QuantizeLinear":
+            pair = _pair(graph, node)
+            found[node.input[0]] = max(found.get(node.input[0], pair), pair, key=_reach)  # of equals, the first
     return found
+
+
+def _reach(pair: dict[str, Any]) -> float:
+    """Return how far a range reaches; of several on one tensor the one that reaches furthest is kept and shown."""
+    return max(abs(float(pair[end] or 0.0)) for end in ("minimum", "maximum"))
 
 
 def kind_of(graph: Graph, node: onnx.NodeProto) -> str:
     """Return the type of the integers that a Q makes or a DQ reads, such as ``int8``; uint8 where nothing says it."""
-    stored = [name for name in (*node.input[2:3], node.input[0]) if name in graph.initializers]
-    if stored and (len(node.input) > 2 or node.op_type == "DequantizeLinear"):
-        return _name(graph.initializers[stored[0]].data_type)
-    given = int(str(attribute(node, "output_dtype", 0)))
+    zero = graph.initializers.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    if zero is not None:
+        return _name(zero.data_type)
+    given = int(str(attribute(node, "output_dtype", 0))) if node.op_type == "QuantizeLinear" else 0
+    if node.op_type == "DequantizeLinear":
+        if node.input[0] in graph.initializers:
+            return _name(graph.initializers[node.input[0]].data_type)
+        written = next((each for each in graph.nodes if node.input[0] in each.output), None)
+        if written is not None and written.op_type == "QuantizeLinear":
+            return kind_of(graph, written)
     return _name(given) if given else "uint8"
 
 
@@ -46,7 +58,7 @@ def _pair(graph: Graph, node: onnx.NodeProto) -> dict[str, Any]:
     kind, scale = kind_of(graph, node), graph.constant(node.input[1])
     zero = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1)
     facts: dict[str, Any] = {"role": _role(graph, node), "type": kind}
-    if scale is None or zero is None:
+    if scale is None or zero is None or zero.size not in (1, scale.size):
         return {**facts, "channels": None, "axis": None, "scale": None, "zero_point": None,
                 "minimum": None, "maximum": None}  # fmt: skip
     steps, zeros = scale.astype(np.float64).reshape(-1), zero.astype(np.float64).reshape(-1)

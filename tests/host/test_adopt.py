@@ -290,6 +290,28 @@ def test_half_precision_is_written_in_float32(
     np.testing.assert_allclose(exact(model, X), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_stored_in_half_precision_are_no_half_precision(adopt: Callable[..., Exported]) -> None:
+    body = BODY.replace("Conv (x, w)", "Conv (x, v)").replace("{", "{ v = Cast <to = 1> (w)", 1)
+    found = adopt(f"net (float[N,3,8,8] x) => (float[N,5] y) {body}", weights={"w": WEIGHTS["w"].astype(np.float16)})
+    assert found.notes == ()
+    assert found.max_relative_error <= 1e-5
+
+
+def test_bfloat16_is_refused_by_name(adopt: Callable[..., Exported]) -> None:
+    body = BODY.replace("Conv (x, w)", "Conv (u, w)").replace("{", "{ h = Cast <to = 16> (x) u = Cast <to = 1> (h)", 1)
+    refused(lambda: adopt(f"net (float[N,3,8,8] x) => (float[N,5] y) {body}"), "is in bfloat16, which onnxruntime")
+
+
+def test_operators_that_no_output_needs_are_not_refused(adopt: Callable[..., Exported], tmp_path: Path) -> None:
+    text = """net (float[N,3,8,8] x) => (float[N,192] y) { d = Det (x) e = DequantizeLinear (n, s, n)
+        p = MaxPool <kernel_shape = [1, 1]> (x) c = Clip (p, , s) y = Flatten (c) }"""
+    adopt(text, weights={"n": np.int8(0), "s": np.float32(1)})
+    model = onnx.load(tmp_path / "theirs.onnx")
+    next(node for node in model.graph.node if node.op_type == "MaxPool").output.append("")
+    onnx.save(model, tmp_path / "theirs.onnx")
+    assert adopt_onnx(tmp_path / "theirs.onnx", None).num_classes == 192
+
+
 def test_pooling_indices_that_nobody_reads_are_left_out(adopt: Callable[..., Exported]) -> None:
     text = "net (float[N,3,8,8] x) => (float[N,n] y) { p, i = MaxPool <kernel_shape = [2, 2]> (x) y = Flatten (p) }"
     (pool, _) = onnx.load_model_from_string(adopt(text).content).graph.node

@@ -25,9 +25,13 @@ from edgeres.artifacts import FileGrid, Imported, TensorRange
 from edgeres.bundle import verify
 from edgeres.errors import ExportError
 from edgeres.export import adopt_onnx, answers_of
+from edgeres.export import probe as probing
+from edgeres.export.unquantize import unquantize
 from edgeres.imported import amax_of, range_notes
 from edgeres.inspection import grouped, inspect_bundle, inspect_file
 from edgeres.quantize import lint
+from edgeres.quantize.graph import Graph as Graphs
+from edgeres.quantize.pairs import kind_of
 from edgeres.recipe import dossier
 
 Graph = Callable[..., onnx.ModelProto]
@@ -176,6 +180,7 @@ def test_ranges_are_said_as_tensorrt_reads_them() -> None:
     assert one(0.5, 0, 255, False) == (255 * 0.5, False)
     assert one(0.5, -100, 155, True) == (155 * 0.5, False)
     assert one(0.5, -200, 55, False) == (200 * 0.5, False)
+    assert one(0.5, -8, 7, True) == (8 * 0.5, False)  # int4: steps that int8 can halve, not a reach that it lacks
     assert one(0.01, -32768, 32767, False) == (32768 * 0.01, False)
     own = Imported("", {"t": FileGrid(0.5, 0, 255)}, {}, (), ())
     told = range_notes(own, {"t": described(X), "u": described(X)})
@@ -184,17 +189,17 @@ def test_ranges_are_said_as_tensorrt_reads_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "scale", "op"),
-    [(0, 0.02, "Relu"), (0, 6 / 255, "Clip"), (-3, 0.02, None)],
+    ("low", "scale", "gain", "op"),
+    [(0, 0.02, 1, "Relu"), (0, 6 / 255, 9, "Clip"), (-128, 0.02, 1, None)],
     ids=["ReLU", "ReLU6", "none"],
 )
 def test_what_a_q_cuts_off_comes_back(
-    low: int, scale: float, op: str | None, save: Callable[..., Path], exact: Exact
+    low: int, scale: float, gain: int, op: str | None, save: Callable[..., Path], exact: Exact
 ) -> None:
     """ONNX Runtime's quantizer drops a ReLU in front of a Q that cuts at zero; the float network needs it."""
     text = """net (float[N,3,8,8] x) => (float[N,n] y) {
         c = Conv (x, w) q = QuantizeLinear (c, s, z) d = DequantizeLinear (q, s, z) y = Flatten (d) }"""
-    path = save(text, {"w": 9 * W1, "s": np.float32(scale), "z": np.int8(-128 - low)})
+    path = save(text, {"w": gain * W1, "s": np.float32(scale), "z": np.int8(-128 - low)})
     model = onnx.load_model_from_string(adopt_onnx(path, None).content)
     assert [node.op_type for node in model.graph.node] == ["Conv", *([op] if op else []), "Flatten"]
     theirs, ours = exact(onnx.load(path), X), exact(model, X)
@@ -205,6 +210,43 @@ def test_what_a_q_cuts_off_comes_back(
         assert ours.min() == theirs.min() == 0
     if op == "Clip":
         np.testing.assert_allclose(ours.max(), theirs.max(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-1, 1), (0, 6), (-0.7, 0.9)])
+@pytest.mark.parametrize("kind", [QuantType.QUInt8, QuantType.QInt8], ids=["uint8", "int8"])
+def test_activations_that_onnx_runtime_drops_come_back(
+    low: float, high: float, kind: QuantType, graph: Graph, exact: Exact, tmp_path: Path
+) -> None:
+    text = """net (float[N,3,8,8] input) => (float[N,4] y) { a = Conv <pads = [1, 1, 1, 1]> (input, w, b1)
+        c = Clip (a, low, high) d = Conv <pads = [1, 1, 1, 1]> (c, w2) p = GlobalAveragePool (d) y = Flatten (p) }"""
+    values = {"w": 6 * W1, "b1": B1, "w2": W2, "low": np.float32(low), "high": np.float32(high)}
+    net, path = graph(text, values), tmp_path / "theirs.onnx"
+    onnx.save(net, tmp_path / "fp32.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the quantizer's own
+        quantize_static(tmp_path / "fp32.onnx", path, Digits(X), quant_format=QuantFormat.QDQ, activation_type=kind)
+    assert "Clip" not in {node.op_type for node in onnx.load(path).graph.node}
+    found = adopt_onnx(path, None)
+    assert sqnr_db(exact(net, X), exact(onnx.load_model_from_string(found.content), X)) > 25
+    assert any("answers like the file" in note for note in found.notes)
+
+
+def test_a_network_that_answers_unlike_its_file_is_refused(save: Callable[..., Path]) -> None:
+    """A Q that cuts off all that reaches it is no activation of any net."""
+    text = """net (float[N,3,8,8] x) => (float[N,n] y) { e = Exp (x) t = Mul (e, ten)
+        q = QuantizeLinear (t, s, z) d = DequantizeLinear (q, s, z) y = Flatten (d) }"""
+    path = save(text, {"ten": np.float32(10), "s": np.float32(0.001), "z": np.int8(0)})
+    with pytest.raises(ExportError, match=r"does not answer like the file itself \(SQNR -.*Start from the FP32 model"):
+        adopt_onnx(path, None)
+
+
+def test_a_file_that_does_not_run_as_it_is_says_so(monkeypatch: pytest.MonkeyPatch, save: Callable[..., Path]) -> None:
+    def broken(content: bytes | str, optimized: bool = True) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(probing, "open_session", broken)
+    found = adopt_onnx(save(*nncf()), None)
+    assert any("NOT COMPARED" in note and "no kernel" in note for note in found.notes)
 
 
 def test_a_relu_that_is_there_is_not_written_twice(save: Callable[..., Path]) -> None:
@@ -289,6 +331,125 @@ def test_grids_that_int8_cannot_say(kind: str, words: str | None, save: Callable
         mean = X.mean((2, 3))
         wanted = np.concatenate([mean, mean[:, :1]], 1) @ (rounded(FC) * np.float32(0.02)).T
         np.testing.assert_allclose(exact(model, X), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_of_two_grids_on_one_tensor_the_one_that_reaches_furthest_is_kept(save: Callable[..., Path]) -> None:
+    text = """net (float[N,3,8,8] x) => (float[N,4] y) { r = Relu (x)
+        q = QuantizeLinear (r, s, z) d = DequantizeLinear (q, s, z)
+        q2 = QuantizeLinear (r, s2, z) d2 = DequantizeLinear (q2, s2, z)
+        w = DequantizeLinear <axis = 0> (q1, s1, z4) c = Conv (d, w) e = Conv (d2, w)
+        a = Add (c, e) p = GlobalAveragePool (a) y = Flatten (p) }"""
+    values = {"q1": rounded(W1), "s1": steps(W1), "z4": np.zeros(4, np.int8), "z": np.int8(0)}
+    for first, second in ((0.02, 0.01), (0.01, 0.02)):
+        path = save(text, {**values, "s": np.float32(first), "s2": np.float32(second)})
+        own = adopt_onnx(path, None).imported
+        assert own is not None
+        assert own.activations["r"].scale == np.float32(0.02)
+        assert f"r (steps {first} and {second})" in " ".join(own.changes)
+        assert inspect_file(path)["ranges"]["r"]["scale"] == np.float32(0.02)
+
+
+def test_of_two_steps_on_shared_weights_those_that_reach_furthest_are_kept(save: Callable[..., Path]) -> None:
+    text = """net (float[N,3,8,8] x) => (float[N,4] y) {
+        q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z)
+        v = QuantizeLinear (w, s1, z) v1 = DequantizeLinear (v, s1, z)
+        u = QuantizeLinear (w, s2, z) u1 = DequantizeLinear (u, s2, z)
+        c = Conv (d, u1) e = Conv (d, v1) a = Add (c, e) p = GlobalAveragePool (a) y = Flatten (p) }"""
+    values = {"w": W1, "s": np.float32(1 / 64), "s1": np.float32(0.01), "s2": np.float32(0.02), "z": np.int8(0)}
+    own = adopt_onnx(save(text, values), None).imported
+    assert own is not None
+    assert own.weights == {"w": (float(np.float32(0.02)),) * 4}
+    assert "w (steps up to 0.02 and 0.01)" in " ".join(own.changes)
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [
+        "u = QuantizeLinear <axis = -2> (w, k, z) t = Transpose <perm = [1, 0]> (u) "
+        "v = DequantizeLinear <axis = -1> (t, k, z)",
+        "u = QuantizeLinear <axis = -2> (w, k, z) t = DequantizeLinear <axis = -2> (u, k, z) v = Transpose (t)",
+    ],
+    ids=["integers", "numbers"],
+)
+def test_turned_weights_keep_their_steps(turned: str, save: Callable[..., Path]) -> None:
+    text = f"""net (float[N,3,8,8] x) => (float[N,4] y) {{ p = GlobalAveragePool (x) g = Flatten (p)
+        q = QuantizeLinear (g, s, z0) d = DequantizeLinear (q, s, z0) {turned} y = MatMul (d, v) }}"""
+    values = {"w": W1[:, :, 0, 0], "k": steps(W1), "z": np.zeros(4, np.int8), "s": np.float32(1 / 32), "z0": np.int8(0)}
+    own = adopt_onnx(save(text, values), None).imported
+    assert own is not None
+    assert list(own.weights.values()) == [tuple(map(float, values["k"]))]
+    assert own.float_layers == ()
+
+
+@pytest.mark.parametrize("between", ["Pad (d, pads)", "Relu (d)", "Clip (d, low)", "Concat <axis = 1> (d, d)"])
+def test_layers_behind_what_keeps_a_grid_are_quantized(between: str, save: Callable[..., Path]) -> None:
+    text = f"""net (float[N,3,8,8] x) => (float[N,4] y) {{
+        q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) m = {between}
+        v = DequantizeLinear (w, s, z) c = Conv (m, v) p = GlobalAveragePool (c) y = Flatten (p) }}"""
+    weights = rounded(np.concatenate([W1, W1], 1) if "Concat" in between else W1)
+    values = {"s": np.float32(1 / 64), "z": np.int8(0), "w": weights, "low": np.float32(-1)}
+    own = adopt_onnx(save(text, {**values, "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])}), None).imported
+    assert own is not None
+    assert own.float_layers == ()
+    assert own.activations["m"] == own.activations["x"]
+
+
+@pytest.mark.parametrize("order", ["turned first", "quantized first", "open"])
+def test_images_with_channels_last_keep_their_range_and_get_no_relu(order: str, save: Callable[..., Path]) -> None:
+    size, turn = ("h, w0, c" if order == "open" else "8, 8, 3"), "Transpose <perm = [0, 3, 1, 2]>"
+    pair = "q = QuantizeLinear ({}, s, u) d = DequantizeLinear (q, s, u)"
+    head = f"t = {turn} (x) {pair.format('t')}" if order != "quantized first" else f"{pair.format('x')} t = {turn} (d)"
+    text = f"""net (float[N,{size}] x) => (float[N,4] y) {{ {head} v = DequantizeLinear (w, s, z)
+        c = Conv ({"t" if order == "quantized first" else "d"}, v) p = GlobalAveragePool (c) y = Flatten (p) }}"""
+    path = save(text, {"s": np.float32(1 / 255), "u": np.uint8(0), "z": np.int8(0), "w": rounded(W1)})
+    if order == "open":
+        model = onnx.load(path)
+        prepared = unquantize(model, "theirs")
+        assert not prepared.relus
+        return
+    found = adopt_onnx(path, None)
+    assert found.imported is not None
+    assert found.imported.activations["x"] == FileGrid(float(np.float32(1 / 255)), 0, 255)
+    kinds = [node.op_type for node in onnx.load_model_from_string(found.content).graph.node]
+    assert kinds == ["Conv", "GlobalAveragePool", "Flatten"]
+
+
+def test_a_cut_at_zero_in_every_channel_is_a_relu(save: Callable[..., Path], exact: Exact) -> None:
+    text = """net (float[N,3,8,8] x) => (float[N,n] y) { c = Conv (x, w) q = QuantizeLinear <axis = 1> (c, s, z)
+        d = DequantizeLinear <axis = 1> (q, s, z) y = Flatten (d) }"""
+    path = save(text, {"w": W1, "s": np.float32([0.02, 0.03, 0.04, 0.05]), "z": np.zeros(4, np.uint8)})
+    ours = exact(onnx.load_model_from_string(adopt_onnx(path, None).content), X)
+    np.testing.assert_allclose(ours, exact(onnx.load(path), X), atol=0.03)
+
+
+def test_scales_that_do_not_fit_the_weights_are_refused(save: Callable[..., Path], graph: Graph) -> None:
+    text = """net (float[N,3,8,8] x) => (float[N,4] y) { u = QuantizeLinear <axis = 0> (w, s, z)
+        v = DequantizeLinear <axis = 0> (u, s, z) c = Conv (x, v) p = GlobalAveragePool (c) y = Flatten (p) }"""
+    path = save(text, {"w": W1, "s": np.float32([0.1, 0.2]), "z": np.zeros(2, np.int8)})
+    with pytest.raises(ExportError, match="DequantizeLinear_1: its scale does not fit"):
+        adopt_onnx(path, None)
+    path = save(text, {"w": W1, "s": steps(W1), "z": np.zeros(2, np.int8)})
+    with pytest.raises(ExportError, match="it has 4 scales and 2 zero points"):
+        adopt_onnx(path, None)
+    assert inspect_file(path)["ranges"]["w"]["scale"] is None
+
+
+def test_a_scale_may_be_a_number_here_and_a_list_of_one_there(save: Callable[..., Path]) -> None:
+    text = """net (float[N,3,8,8] x) => (float[N,192] y) { q = QuantizeLinear (x, s, ) d = DequantizeLinear (q, t)
+        y = Flatten (d) }"""
+    path = save(text.replace("s, )", "s)"), {"s": np.float32([0.02]), "t": np.float32(0.02)})
+    own = adopt_onnx(path, None).imported
+    assert own is not None
+    assert own.activations["x"].scale == np.float32(0.02)
+
+
+def test_a_type_that_the_output_says_is_read_by_inspect(save: Callable[..., Path]) -> None:
+    text = """net (float[N,3,8,8] x) => (float[N,4] y) { u = QuantizeLinear <output_dtype = 3> (w, s)
+        v = DequantizeLinear (u, s) c = Conv (x, v) p = GlobalAveragePool (c) y = Flatten (p) }"""
+    model = onnx.load(save(text, {"w": W1, "s": np.float32(0.01)}, 21))
+    model.graph.node[0].input.append("")
+    whole = Graphs(model)
+    assert [kind_of(whole, node) for node in whole.nodes[:2]] == ["int8", "int8"]
 
 
 class Digits(CalibrationDataReader):  # type: ignore[misc]
@@ -407,6 +568,28 @@ def test_a_build_keeps_the_files_own_ranges_and_weights(
     again = build(source, tmp_path / "anew", method="mse", recovery="none")
     assert {value["method"] for value in inspect_bundle(again)["ranges"].values()} == {"mse"}
     assert "calibrated anew" in " ".join(verify(again).warnings)
+
+
+def test_a_comparison_that_fails_ends_no_build(
+    ort_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(source: Path, images: np.ndarray) -> np.ndarray:
+        raise ExportError(f"{source} does not run in onnxruntime: no kernel. Export it again.")
+
+    monkeypatch.setattr("edgeres.export.answers_of", fails)
+    digits = dossier() / "digits"
+    edgeres.build(model=str(ort_file("default")), precision="int8", mean=(0, 0, 0), std=(0.1, 0.1, 0.1),
+                  calibration=str(digits / "calibration"), calibration_count=8, out=tmp_path / "bundle")  # fmt: skip
+    told = " ".join(verify(tmp_path / "bundle").warnings)
+    assert "could not be compared: " in told
+    assert "no kernel" in told
+    assert re.search(r"of the calibration values are outside the file's input range, .*--std", told), told
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_fixed_batch_is_filled_with_images(count: int, save: Callable[..., Path], exact: Exact) -> None:
+    path = save("net (float[4,3,8,8] x) => (float[4,192] y) { y = Flatten (x) }", {})
+    np.testing.assert_array_equal(answers_of(path, X[:count]), X[:count].reshape(count, -1))
 
 
 def test_a_legal_file_comes_back_bit_for_bit(graph: Graph, exact: Exact, tmp_path: Path) -> None:
