@@ -31,6 +31,7 @@ from edgeres.export.probe import Probed, judged, probe
 from edgeres.export.unquantize import Taken, is_pair_part, unquantize
 from edgeres.export.unread import check_integers, check_operators, named
 from edgeres.export.widen import is_bfloat, widen
+from edgeres.preprocess import LARGEST_SIDE
 from edgeres.toolmarks import tool_of
 
 TOLERANCE = 1e-4
@@ -176,7 +177,13 @@ def _image_size(model: onnx.ModelProto, source: Path, size: tuple[int, int] | No
             f"{source} is made for {made_for} pixels, not for {size[0]}×{size[1]}. "
             "Leave out --input-size, or export it for that size."
         )
-    return size if size is not None else (int(fixed[0] or 0), int(fixed[1] or 0))
+    height, width = size if size is not None else (int(fixed[0] or 0), int(fixed[1] or 0))
+    if max(height, width) > LARGEST_SIDE:
+        raise ExportError(
+            f"{source} takes images of {height}×{width} pixels, and a side has {LARGEST_SIDE} at most here. "
+            "Export it for a smaller size."
+        )
+    return height, width
 
 
 def _free_batch(model: onnx.ModelProto) -> None:
@@ -213,6 +220,8 @@ def _compare(
             f"{source} must answer (N, classes) for any batch, in floating point; it answers {wanted.dtype} {shape}. "
             "Export a module that returns logits."
         )
+    if not wanted.size:
+        raise ExportError(f"{source} answers nothing: its output is of shape {wanted.shape}. Export it again.")
     if not np.isfinite(wanted).all():
         raise ExportError(f"{source} answers NaN or infinite on standard normal images: check its weights")
     ours = f"edgeres cannot bring {source} into its own form"

@@ -72,6 +72,8 @@ def scheme_of(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], w
     if any(name not in constants for name in names):
         return "its scale or zero point is computed"
     scale = numpy_helper.to_array(constants[names[0]]).astype(np.float32)
+    if not scale.size:
+        return "it has no scale at all"
     if not (np.isfinite(scale).all() and (scale > 0).all()):
         return "a scale is zero, negative or not finite"
     if len(names) > 1:

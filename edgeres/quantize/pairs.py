@@ -58,7 +58,7 @@ def _pair(graph: Graph, node: onnx.NodeProto) -> dict[str, Any]:
     kind, scale = kind_of(graph, node), graph.constant(node.input[1])
     zero = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1)
     facts: dict[str, Any] = {"role": _role(graph, node), "type": kind}
-    if scale is None or zero is None or zero.size not in (1, scale.size):
+    if scale is None or not scale.size or zero is None or zero.size not in (1, scale.size):
         return {**facts, "channels": None, "axis": None, "scale": None, "zero_point": None,
                 "minimum": None, "maximum": None}  # fmt: skip
     steps, zeros = scale.astype(np.float64).reshape(-1), zero.astype(np.float64).reshape(-1)

@@ -471,3 +471,22 @@ def test_initializers_among_the_inputs_are_no_inputs(tmp_path: Path, graph: Grap
 def test_the_same_file_gives_the_same_bytes(adopt: Callable[..., Exported]) -> None:
     text = f"net (float[1,3,8,8] x) => (float[1,5] y) {BODY}"
     assert adopt(text).content == adopt(text).content
+
+
+REFUSED_AT_ONCE = {
+    "a side of a trillion pixels": ("float[N, 3, 1099511627776, 1099511627776] x", "8192 at most"),
+    "no classes": ("float[N, 3, 8, 8] x", "answers nothing"),
+}
+
+
+@pytest.mark.parametrize(("images", "words"), REFUSED_AT_ONCE.values(), ids=[*REFUSED_AT_ONCE])
+def test_sizes_that_no_net_has_are_refused(images: str, words: str, graph: Graph, tmp_path: Path) -> None:
+    model = graph(
+        f"net ({images}) => (float[N, K] y) {{ p = GlobalAveragePool (x) f = Flatten (p) y = MatMul (f, w) }}",
+        {"w": np.zeros((3, 0), np.float32)},
+        valid=False,
+    )
+    path = tmp_path / "net.onnx"
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match=words):
+        adopt_onnx(path, None)
