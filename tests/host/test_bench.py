@@ -125,7 +125,8 @@ def test_a_closed_pipe_is_no_failure(place: Path) -> None:
 
 def test_an_interrupt_ends_it(place: Path) -> None:
     code = (
-        "import sys; from edgeres import cli, twins; turns = twins.take_turns\n"
+        "import signal, sys; from edgeres import cli, twins; turns = twins.take_turns\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "def told(*arguments):\n"
         "    print('begun', file=sys.stderr, flush=True)\n"
         "    return turns(*arguments)\n"
@@ -136,7 +137,10 @@ def test_an_interrupt_ends_it(place: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    try:
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
 

@@ -38,11 +38,14 @@ def test_progress_is_silent_unless_overridden(capfd: pytest.CaptureFixture) -> N
 def test_a_bar_without_unrest_has_no_thread(unrest: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that nothing but the caller's own work runs while it is timed."""
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes anything for a terminal
-    progress, before = TerminalProgress(unrest), threading.active_count()
+    progress, before = TerminalProgress(unrest), set(threading.enumerate())
     progress.stage("bench", "digits")
     try:
-        assert threading.active_count() - before == threads
+        started = set(threading.enumerate()) - before
+        assert len(started) == threads
         progress.advance(1, 2)
     finally:
         progress.stop()
-    assert threading.active_count() == before
+    for thread in started:
+        thread.join(30)  # it is told to end, and does so a moment later
+        assert not thread.is_alive()
