@@ -147,7 +147,8 @@ def _weight_warnings(source: Source, target: str) -> Tuple[str, ...]:
         return ()
     return (
         "the model came quantized, and a DLA up to TensorRT 10.7 rounds weights to steps of its own: its answers may "
-        "differ from the verdict's. Where the bundle was built: edgeres build BUNDLE --target dla0 --backend tensorrt",
+        "differ from the verdict's. Where the bundle was built: "
+        f"edgeres quantize BUNDLE --backend tensorrt --target {target}",
     )
 
 

@@ -21,7 +21,7 @@ A message says what is wrong, where, and what to do next. Anything else that esc
 
 from __future__ import annotations
 
-from typing import Any, Iterable, List, Tuple, Type
+from typing import Any, Iterable, List, Sequence, Tuple, Type
 
 
 class EdgeresError(Exception):
@@ -129,3 +129,9 @@ def numbered(where: str, problems: List[str]) -> str:
         return f"{where}: {problems[0]}"
     more = [f"  … and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
     return "\n".join([f"{where}: {len(problems)} problems", *(f"  - {one}" for one in problems[:MOST_TOLD]), *more])
+
+
+def few(names: Sequence[str], shown: int = 3) -> str:
+    """Return names as words: the first ones, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -15,14 +15,13 @@ import numpy as np
 from edgeres import files
 from edgeres.affine import QMAX
 from edgeres.artifacts import ExportedModel, FileGrid, Imported, TensorRange
-from edgeres.errors import EdgeresError
+from edgeres.errors import EdgeresError, few
 from edgeres.progress import counted
 from edgeres.recipe import Recipe
 
 if TYPE_CHECKING:
     from edgeres.pipeline import Build
 
-SHOWN = 3  # names in a sentence
 FAR_DB = 10.0  # below it the answers differ by a third
 OUTSIDE = 0.01  # of the values of calibration images; calibration itself cuts off less
 IMAGES = 32  # that the file and what was made of it are compared on
@@ -97,9 +96,9 @@ def range_notes(found: Imported, ranges: Dict[str, TensorRange]) -> List[str]:
             rescaled.append(f"{name} (step {grid.scale:.3g} to {chosen.scale:.3g})")
     said = []
     if rescaled:
-        said.append(f"{counted(len(rescaled), 'range')} of the file are said in other steps: {_few(rescaled)}")
+        said.append(f"{counted(len(rescaled), 'range')} of the file are said in other steps: {few(rescaled)}")
     if missing:
-        said.append(f"the file has no range for {_few(missing)}; calibrated here")
+        said.append(f"the file has no range for {few(missing)}; calibrated here")
     return said
 
 
@@ -159,8 +158,3 @@ def _outside(images: np.ndarray, grid: Optional[FileGrid]) -> List[str]:
         f"{100 * share:.1f} % of the calibration values are outside the file's input range, {low:.3g} to {high:.3g}: "
         "check --mean and --std against what the file was made with"
     ]
-
-
-def _few(names: List[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
 from edgeres.artifacts import FileGrid, Imported
+from edgeres.errors import few
 from edgeres.export.unquantize import KEEPERS, Taken, data_of, weights_axis
-
-SHOWN = 3
 
 
 def weights_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -82,9 +79,3 @@ def _changes(taken: Taken, several: list[str]) -> tuple[str, ...]:
         if names:
             said.append(words.format(few(names)))
     return tuple(said)
-
-
-def few(names: Sequence[str]) -> str:
-    """Return names as words: the first few, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx
 
-from edgeres.errors import ExportError
+from edgeres.errors import ExportError, few
 
 INTEGER = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
 UNREAD = (
@@ -85,6 +85,5 @@ def named(nodes: list[onnx.NodeProto]) -> str:
         by_type.setdefault(node.op_type, []).append(node.name or node.output[0])
     words = []
     for op_type, names in by_type.items():
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        words.append(f"{op_type} ({', '.join(names[:SHOWN])}{more})")
+        words.append(f"{op_type} ({few(names, SHOWN)})")
     return ", ".join(words)

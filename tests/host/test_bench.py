@@ -153,3 +153,16 @@ def test_a_robot_needs_neither_torch_nor_onnx(place: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "option", [("--seconds", "nan"), ("--seconds", "inf"), ("--warmup", "nan"), ("--threads", "9999")], ids="=".join
+)
+def test_numbers_that_nothing_can_take_are_refused(option: tuple[str, str], place: Path) -> None:
+    done = edgeres("bench", BUNDLE, *option, cwd=place, code=2)
+    assert option[0] in done.stderr
+
+
+def test_a_batch_beyond_memory_is_a_sentence(place: Path) -> None:
+    done = edgeres("bench", BUNDLE, "--batch", "9999999999999", "--runs", "1", cwd=place, code=1)
+    assert "not enough memory" in done.stderr

@@ -365,3 +365,16 @@ def test_a_callable_is_not_asked_for_no_classes(builders: str) -> None:
     with pytest.raises(ModelError, match="at least one class, not 0"):
         models.from_callable(f"{builders}:headed", 0)
     assert builders not in sys.modules, f"nothing is imported from {os.getcwd()} for a request that cannot be met"
+
+
+def misfit() -> nn.Module:
+    """For ``package.module:callable``: parts that do not fit together, two of them."""
+    return models.create(msgspec.structs.replace(ARCHITECTURES["resnet18"], shortcut="Z", stem="none"))
+
+
+def test_what_an_architecture_says_of_itself_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+    with pytest.raises(ModelError, match=r"2 problems") as caught:
+        models.from_callable(f"{Path(__file__).stem}:misfit")
+    assert "shortcut" in str(caught.value)
+    assert "make it callable so" not in str(caught.value)

@@ -32,7 +32,8 @@ def orin(root: Path) -> Path:
             "class/hwmon/hwmon3/in2_label": "VDD_CPU_CV\n",
             "class/hwmon/hwmon3/in2_input": "19912\n",
             "class/hwmon/hwmon3/curr2_input": "120\n",
-            "class/hwmon/hwmon3/in4_input": "1\n",  # a shunt's voltage, of which there is no current
+            "class/hwmon/hwmon3/curr4_input": "760\n",  # the driver's sum of all currents
+            "class/hwmon/hwmon3/in4_input": "1\n",  # and the first shunt's voltage: no rail of their own
             "class/hwmon/hwmon4/name": "ina3221\n",
             "class/hwmon/hwmon4/in1_label": "NC\n",
             "class/hwmon/hwmon4/in1_input": "0\n",

@@ -11,7 +11,7 @@ import pytest
 
 import edgeres
 from edgeres import errors
-from edgeres.errors import EdgeresError, numbered
+from edgeres.errors import MOST_TOLD, EdgeresError, few, numbered
 
 CLASSES = {
     name: kind
@@ -82,3 +82,11 @@ def test_a_missing_package_names_the_command_that_installs_it() -> None:
     assert "onnx" in message
     assert "building a bundle" in message
     assert "pip install 'edgeres[host]'" in message
+
+
+def test_a_long_list_is_cut_and_says_by_how_much() -> None:
+    lines = numbered("net.pth", [f"problem {i}" for i in range(MOST_TOLD + 7)]).splitlines()
+    assert lines[0] == f"net.pth: {MOST_TOLD + 7} problems"
+    assert lines[-1] == "  … and 7 more"
+    assert len(lines) == MOST_TOLD + 2
+    assert (few(["a", "b"]), few(["a", "b", "c", "d"])) == ("a, b", "a, b, c and 1 more")

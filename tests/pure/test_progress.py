@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
 
+from edgeres import cli
 from edgeres.progress import Progress, counted
 from edgeres.terminal import TerminalProgress
 
@@ -49,3 +51,8 @@ def test_a_bar_without_unrest_has_no_thread(unrest: bool, threads: int, monkeypa
     for thread in started:
         thread.join(30)  # it is told to end, and does so a moment later
         assert not thread.is_alive()
+
+
+def test_json_has_no_numbers_that_json_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._print_json({"scale": [float("nan"), float("inf"), 0.5], "name": "ü"})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"scale": [None, None, 0.5], "name": "ü"}
