@@ -118,11 +118,12 @@ def validate(
     backend: str = "auto",
     max_drop: Optional[float] = None,
     policy: Optional[str] = None,
+    baseline: Optional[Report] = None,
 ) -> Report:
     """Return the comparison of a bundle's engine with FP32; see :func:`edgeres.judge.validate_bundle`."""
     from edgeres.judge import validate_bundle
 
-    return validate_bundle(bundle, images, labels, backend=backend, max_drop=max_drop, policy=policy)
+    return validate_bundle(bundle, images, labels, backend=backend, max_drop=max_drop, policy=policy, baseline=baseline)
 
 
 def _plain(value: Any) -> Any:
