@@ -226,13 +226,15 @@ class Classifier:
 
 def _judged(lately: _Counts, seconds: float, verdict: str) -> Tuple[int, str]:
     """Return the level of a period, and a sentence for people."""
-    went = f"{lately.answered} of {lately.received} images answered in {seconds:.1f} s, {lately.dropped} left out"
+    went = f"{lately.received} images came in {seconds:.1f} s, {lately.answered} answered, {lately.dropped} left out"
     bad = lately.refused + lately.failed
     if bad:
         level = ERROR if lately.failed or not lately.answered else WARN
         return level, f"{went}, {bad} not answered: {lately.problem}"
     if not lately.received:
         return WARN, f"no image came in {seconds:.1f} s"
+    if not lately.answered:
+        return WARN, f"{went}: the engine has been at one image all the time"
     if verdict == "fail":
         return WARN, f"{went}; the bundle's verdict is fail: it loses more accuracy than its budget"
     return OK, went
