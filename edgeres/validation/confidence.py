@@ -12,8 +12,8 @@ import numpy as np
 BINS = 15  # as in Guo et al. 2017
 FEW = 5  # of "top-5"
 
-# Logits widened to float64 at a time: 32 MiB per array, however many samples there are.
-CHUNK_VALUES = 1 << 22
+# Logits widened to float64 at a time: 8 MiB per array, however many samples there are.
+CHUNK_VALUES = 1 << 20
 
 
 class Sureness(NamedTuple):
