@@ -412,6 +412,32 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it there; the bundle stays as it is.")
+@click.option("--bench", type=click.Path(path_type=Path), help="What `bench --out` kept. Default: BUNDLE.bench.json.")
+@click.option("--open", "show", is_flag=True, help="Show it in the browser.")
+def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool) -> int:
+    """The page about a bundle, report.html: verdict, changed answers, layers, latency; one file, no network, no script.
+
+    A build writes it; this makes it anew, for the samples' pictures, a benchmark or an older bundle, and binds it.
+    """
+    from edgeres.files import PAGE, write_atomic
+    from edgeres.reporting import page_of, report_bundle
+
+    if out is None:
+        report_bundle(bundle, bench)
+    elif bundle.resolve() in out.resolve().parents:
+        raise click.UsageError(f"--out {out} lies in the bundle. Without --out the page goes there, and is bound.")
+    else:
+        write_atomic(out, page_of(bundle, bench))
+    place = (out or bundle / PAGE).absolute()
+    click.echo(printable(str(place)))
+    if show and click.launch(str(place)):
+        click.echo("there is no browser that this machine can open it with", err=True)
+    return OK
+
+
+@cli.command()
 @click.argument("path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
 def inspect(path: Path, as_json: bool) -> int:
