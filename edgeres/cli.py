@@ -413,7 +413,9 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it there; the bundle stays as it is.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it there; the bundle stays as it is."
+)
 @click.option("--bench", type=click.Path(path_type=Path), help="What `bench --out` kept. Default: BUNDLE.bench.json.")
 @click.option("--open", "show", is_flag=True, help="Show it in the browser.")
 def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool) -> int:

@@ -11,7 +11,16 @@ import msgspec
 import numpy as np
 
 from edgeres import files
-from edgeres.artifacts import Benchmark, Bundle, CalibrationTable, Manifest, QuantizedModel, Report, from_data, from_json
+from edgeres.artifacts import (
+    Benchmark,
+    Bundle,
+    CalibrationTable,
+    Manifest,
+    QuantizedModel,
+    Report,
+    from_data,
+    from_json,
+)
 from edgeres.bundle import read_verified, verify
 from edgeres.errors import BundleError, EdgeresError, MissingPackageError, SampleError
 from edgeres.files import PAGE
@@ -119,8 +128,8 @@ def page_of(bundle: Path, bench: Optional[Path] = None) -> bytes:
 
 
 def benchmark_of(bundle: Path, manifest: Manifest, chosen: Optional[Path] = None) -> Optional[Benchmark]:
-    """Return what ``bench`` measured of a bundle: in the file ``chosen``, or else in ``NAME.bench.json`` beside it, where
-    that is of one of its engines. None: there is nothing.
+    """Return what ``bench`` measured of a bundle: in the file ``chosen``, or else in ``NAME.bench.json`` beside it,
+    where that is of one of its engines. None: there is nothing.
 
     Raises:
         BundleError: the chosen file cannot be read, or is of another engine.
@@ -131,12 +140,16 @@ def benchmark_of(bundle: Path, manifest: Manifest, chosen: Optional[Path] = None
     except OSError as problem:
         if chosen is None:
             return None
-        raise BundleError(f"cannot read {place}: {problem.strerror}. Write it: edgeres bench {bundle} --out FILE") from None
+        raise BundleError(
+            f"cannot read {place}: {problem.strerror}. Write it: edgeres bench {bundle} --out FILE"
+        ) from None
     if any(found.engine_sha256 == engine.file.sha256 for engine in manifest.engines):
         return found
     if chosen is None:
         return None
-    raise BundleError(f"{place} was measured of another engine than {bundle} holds. Measure again: edgeres bench {bundle}")
+    raise BundleError(
+        f"{place} was measured of another engine than {bundle} holds. Measure again: edgeres bench {bundle}"
+    )
 
 
 def judged_samples(manifest: Manifest) -> Optional[Samples]:
@@ -198,7 +211,7 @@ def _with_pictures(folder: Path, manifest: Manifest, shown: List[Flip]) -> Tuple
     for flip in shown:
         try:
             chosen = samples.at([places[flip.name]])
-            if chosen.sha256()[0] != str(reference["sha256"][flip.index]):
+            if chosen.sha256()[0] != str(reference["sha256"][flip.position]):
                 raise SampleError("changed")
             content, kind, size = picture(chosen, 0, SIDE)
         except MissingPackageError:

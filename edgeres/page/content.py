@@ -27,7 +27,7 @@ class Flip(NamedTuple):
     is, else ``other``. ``picture`` is a data URI of an image of ``size`` (width, height) in pixels, or empty.
     """
 
-    index: int
+    position: int
     name: str
     label: str
     before: str
@@ -54,7 +54,7 @@ class Pair(NamedTuple):
 
     before: str
     after: str
-    count: int
+    samples: int
     lost: int
     gained: int
 
@@ -129,8 +129,8 @@ class Contents(NamedTuple):
         git = _table(made.get("git"))
         told = {
             "model": _listed(recipe.get("model")),
-            "input": f"{frame.size[0]}×{frame.size[1]} pixels, short side resized to {frame.resize}; mean {frame.mean}, "
-            f"std {frame.std}, {frame.color}",
+            "input": f"{frame.size[0]}×{frame.size[1]} pixels, short side resized to {frame.resize}; "
+            f"mean {frame.mean}, std {frame.std}, {frame.color}",
             "calibration": _listed(recipe.get("calibration")),
             "calibration samples": self.table.samples.digest if self.table is not None else "",
             "quantization": _listed(recipe.get("quantization")),
@@ -147,9 +147,7 @@ class Contents(NamedTuple):
         return [(name, text) for name, text in told.items() if text]
 
 
-def flips(
-    reference: Dict[str, np.ndarray], answers: np.ndarray, logits: Optional[np.ndarray]
-) -> List[Flip]:
+def flips(reference: Dict[str, np.ndarray], answers: np.ndarray, logits: Optional[np.ndarray]) -> List[Flip]:
     """Return every sample whose answer changed: what was lost first, and the surest first among these.
 
     Args:
@@ -177,7 +175,7 @@ def flips(
             )
         )
     order = ("lost", "gained", "other")
-    return sorted(found, key=lambda flip: (order.index(flip.kind), -flip.sure_before, flip.index))
+    return sorted(found, key=lambda flip: (order.index(flip.kind), -flip.sure_before, flip.position))
 
 
 def pairs(found: Sequence[Flip]) -> List[Pair]:
@@ -189,7 +187,7 @@ def pairs(found: Sequence[Flip]) -> List[Pair]:
         Pair(before, after, len(kinds), kinds.count("lost"), kinds.count("gained"))
         for (before, after), kinds in counts.items()
     ]
-    return sorted(listed, key=lambda pair: (-pair.count, pair.before, pair.after))
+    return sorted(listed, key=lambda pair: (-pair.samples, pair.before, pair.after))
 
 
 def class_name(label: int, names: Optional[np.ndarray]) -> str:

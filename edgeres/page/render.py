@@ -29,13 +29,17 @@ def render(contents: Contents) -> bytes:
     """Return the page, UTF-8; equal contents give equal bytes."""
     style = (PLACE / STYLE).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
-    text = _environment().get_template(TEMPLATE).render(
-        page=contents,
-        manifest=contents.manifest,
-        report=contents.manifest.report,
-        plots=plots,
-        style=Markup(style),  # noqa: S704 # our own file
-        digest=digest,
+    text = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            page=contents,
+            manifest=contents.manifest,
+            report=contents.manifest.report,
+            plots=plots,
+            style=Markup(style),  # our own file
+            digest=digest,
+        )
     )
     return text.encode("utf-8")
 
@@ -61,7 +65,7 @@ def _shown(value: Any) -> Any:
 
 def _flags(text: str) -> Markup:
     """Return text in which the command line's flags are set as code, so that no line breaks within them."""
-    return Markup(FLAG.sub(r"<code>\g<0></code>", str(escape(_shown(text)))))  # noqa: S704 # escaped before
+    return Markup(FLAG.sub(r"<code>\g<0></code>", str(escape(_shown(text)))))  # escaped before
 
 
 def _percent(value: Optional[float], digits: int = 2) -> str:
