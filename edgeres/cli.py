@@ -440,6 +440,32 @@ def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool)
 
 
 @cli.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option(
+    "--json", "as_json", is_flag=True, help="As one JSON object on stdout, with every tensor, layer and sample."
+)
+def diff(first: Path, second: Path, as_json: bool) -> int:
+    """How two bundles differ: recipe, ranges, layers, accuracy (paired by sample), latency, answers.
+
+    It informs and is no gate: exit code 0 however different they are. The gate is `validate --baseline`.
+    """
+    from edgeres.difference import difference, tables, words
+    from edgeres.terminal import show_rows
+
+    found = difference(first, second)
+    if as_json:
+        _print_json(found)
+        return OK
+    click.echo(printable(f"first:  {first}\nsecond: {second}"))
+    for table in tables(found):
+        show_rows(table.columns, table.rows, table.title)
+    for text in words(found):
+        click.echo(printable(text))
+    return OK
+
+
+@cli.command()
 @click.argument("path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
 def inspect(path: Path, as_json: bool) -> int:

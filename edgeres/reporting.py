@@ -20,6 +20,7 @@ from edgeres.artifacts import (
     Report,
     from_data,
     from_json,
+    to_json,
 )
 from edgeres.bundle import read_verified, verify
 from edgeres.errors import BundleError, EdgeresError, MissingPackageError, SampleError
@@ -54,7 +55,8 @@ def page(folder: Path, manifest: Manifest, measured: Optional[Benchmark] = None)
         from edgeres.page.render import render
     except ImportError:
         raise MissingPackageError.for_extra("jinja2", PAGE, "report") from None
-    manifest = without_page(manifest)
+    # As it is read from the file: a build's own still has tuples where JSON has lists.
+    manifest = from_json(to_json(without_page(manifest)), Manifest, files.MANIFEST)
     contents = Contents(manifest, model=_model(manifest), errors=layer_errors(folder, manifest), measured=measured)
     content = _read(folder, manifest, files.TABLE)
     if content is not None:

@@ -23,6 +23,7 @@ from edgeres.artifacts import (
     summaries,
 )
 from edgeres.errors import printable
+from edgeres.files import PAGE
 from edgeres.inspection import layer_errors, repairs, worst_errors
 from edgeres.progress import Progress, counted
 from edgeres.validation import advice, baseline_headline, decibels, fallen_words, headline
@@ -120,6 +121,8 @@ def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
     if bundle.report is not None:
         show_report(bundle.report, *repairs(place, bundle.manifest))
     out.print(printable(f"bundle: {bundle.path}"))
+    if any(ref.path == PAGE for ref in bundle.manifest.files):
+        out.print(printable(f"report: {place / PAGE}"))
 
 
 def show_ladder(climb: Climb) -> None:

@@ -117,10 +117,10 @@ class Contents(NamedTuple):
 
     @property
     def float_layers(self) -> List[LayerPlan]:
-        """The layers that are not in int8 where the model is."""
+        """The layers that stay in float where the model is int8."""
         if self.model is None or self.model.precision != "int8":
             return []
-        return [layer for layer in self.model.layers if layer.precision != "int8"]
+        return [layer for layer in self.model.layers if layer.precision == "float"]
 
     @property
     def origin(self) -> List[Tuple[str, str]]:

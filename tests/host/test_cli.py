@@ -86,6 +86,41 @@ def test_a_ruined_build_fails_and_so_does_its_gate(place: Path) -> None:
     assert "fell" in done.stdout
 
 
+def test_a_build_writes_its_page_and_binds_it(place: Path) -> None:
+    """The same build, all of it reused or nothing, has the same page; `report` finds nothing to change."""
+    bundle = place / "build/digits-int8"
+    page = (bundle / "report.html").read_bytes()
+    assert "report.html" in [ref.path for ref in verify(bundle).files]
+    assert verify(bundle).report is not None
+    assert b"pass" in page[: page.index(b"</header>")]
+    edgeres("build", cwd=place)
+    assert (bundle / "report.html").read_bytes() == page
+    before = (bundle / "manifest.json").read_bytes()
+    done = edgeres("report", "build/digits-int8", cwd=place)
+    assert done.stdout.strip() == str(bundle / "report.html")
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert (bundle / "report.html").read_bytes() == page
+
+
+def test_diff_informs_and_is_no_gate(place: Path) -> None:
+    """The oracle is the logits that the two bundles hold; on their CPU the engine answers what the model means."""
+    names = ("build/digits-int8", "ruined")
+    found = json.loads(edgeres("diff", *names, "--json", cwd=place).stdout)
+    answers = [np.load(place / name / "quantized.npz")["logits"].argmax(1) for name in names]
+    reference = np.load(place / "ruined/reference.npz")
+    changed = np.flatnonzero(answers[0] != answers[1])
+    assert [row["name"] for row in found["answers"]] == reference["names"][changed].tolist()
+    right = [int(np.sum(one == reference["labels"])) for one in answers]
+    assert found["accuracy"]["drop_pp"] == pytest.approx(100 * (right[0] - right[1]) / len(reference["labels"]))
+    assert found["recipe"]["calibration.samples"][1].endswith("grey.npy")
+    assert len(found["ranges"]) >= 8
+    out = edgeres("diff", *names, cwd=place).stdout
+    assert f"(20 of {len(changed)}; all: --json)" in out
+    assert "The second loses" in out
+    assert "\x1b" not in out
+    edgeres("diff", names[0], "nowhere", cwd=place, code=1)
+
+
 def test_a_baseline_is_written_by_hand_and_compared_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = ("validate", "build/digits-int8", "--max-drop", "1", "--baseline", "accepted.json")
     assert "--update-baseline" in edgeres(*gate, cwd=place, code=1).stderr  # there is none yet
