@@ -94,6 +94,17 @@ def without_page(manifest: Manifest) -> Manifest:
     return msgspec.structs.replace(manifest, files=tuple(ref for ref in manifest.files if ref.path != PAGE))
 
 
+def page_loss(before: Manifest, after: Manifest) -> Tuple[str, ...]:
+    """Return what to say where a bundle had a page that :func:`with_page` could not make anew."""
+    had, has = (any(ref.path == PAGE for ref in manifest.files) for manifest in (before, after))
+    if not had or has:
+        return ()
+    return (
+        f"{PAGE} told of the bundle as it was, and is left out. Make it again: edgeres report BUNDLE, with "
+        "pip install 'edgeres[report]'",
+    )
+
+
 def report_bundle(bundle: Path, bench: Optional[Path] = None) -> Bundle:
     """Return a bundle whose page is made anew, with the samples' pictures and a benchmark as far as they are at hand.
 

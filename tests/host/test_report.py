@@ -47,7 +47,7 @@ from edgeres.errors import BundleError, MissingPackageError
 from edgeres.judge import judge, reference_content
 from edgeres.page import Contents, plots
 from edgeres.page.render import render
-from edgeres.reporting import page_of, report_bundle, with_page
+from edgeres.reporting import page_loss, page_of, report_bundle, with_page
 from edgeres.samples import open_samples
 
 HOSTILE = "<script>alert('x')</script>\"'&\u202e\x1b"
@@ -430,6 +430,8 @@ def test_without_jinja2_no_page_is_left_that_may_not_hold(
     bound = msgspec.structs.replace(manifest, files=(*manifest.files, files.content_ref(files.PAGE, b"old")))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert with_page(tmp_path, bound) == manifest
+    assert "edgeres[report]" in page_loss(bound, manifest)[0]
+    assert page_loss(manifest, manifest) == page_loss(bound, bound) == ()
     monkeypatch.setitem(sys.modules, "edgeres.page.render", None)
     with pytest.raises(MissingPackageError, match=r"edgeres\[report\]"):
         page_of(place)
