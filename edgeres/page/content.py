@@ -16,6 +16,7 @@ from edgeres.artifacts import (
     QuantizedModel,
     TensorRange,
     summaries,
+    to_data,
 )
 
 
@@ -125,12 +126,11 @@ class Contents(NamedTuple):
     @property
     def origin(self) -> List[Tuple[str, str]]:
         """Where the bundle comes from: name and text."""
-        recipe, made, frame = self.manifest.recipe, self.manifest.provenance, self.manifest.preprocessing
+        recipe, made = self.manifest.recipe, self.manifest.provenance
         git = _table(made.get("git"))
         told = {
             "model": _listed(recipe.get("model")),
-            "input": f"{frame.size[0]}×{frame.size[1]} pixels, short side resized to {frame.resize}; "
-            f"mean {frame.mean}, std {frame.std}, {frame.color}",
+            "input": _listed(to_data(self.manifest.preprocessing)),
             "calibration": _listed(recipe.get("calibration")),
             "calibration samples": self.table.samples.digest if self.table is not None else "",
             "quantization": _listed(recipe.get("quantization")),
@@ -208,7 +208,9 @@ def _table(value: Any) -> Dict[str, Any]:
 def _listed(value: Any) -> str:
     """Return such a table in a line, without what nobody set."""
     said = ((key, item) for key, item in _table(value).items() if item not in (None, "", [], ()))
-    return ", ".join(f"{key} {' '.join(map(str, item)) if isinstance(item, list) else item}" for key, item in said)
+    return ", ".join(
+        f"{key} {' '.join(map(str, item)) if isinstance(item, (list, tuple)) else item}" for key, item in said
+    )
 
 
 def _share(logits: np.ndarray, answer: int) -> float:
