@@ -66,6 +66,7 @@ OPTIONS = {
     "version_compatible": "engine.version_compatible",
     "hardware_compatible": "engine.hardware_compatible",
     "strict": "engine.strict",
+    "engine_input": "engine.input",
 }
 """The flags of ``edgeres build`` and the recipe's keys that they override."""
 

@@ -303,6 +303,9 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``model_sha256`` is of the ONNX that it was compiled from, ``activation_range`` is that one's; ``layers`` are the
     builder's own report, and ``not_as_planned`` says which of them are not what was planned. ``warnings`` is all that
     was said when it was made, and goes when it goes.
+
+    ``input`` is what it takes: ``float32``, normalized ``(N, 3, h, w)``, or ``uint8`` ``(N, h, w, 3)``, pixels in the
+    network's channel order, not normalized. ``whole_pixels``: what is not whole pixels it would round to such.
     """
 
     target: str
@@ -316,6 +319,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_range: str = "symmetric"
     not_as_planned: Tuple[str, ...] = ()
     warnings: Tuple[str, ...] = ()
+    input: str = "float32"
+    whole_pixels: bool = False
 
     @property
     def summary(self) -> Optional[LayerSummary]:

@@ -207,6 +207,12 @@ ENGINE_OPTIONS = (
         help="An engine for other GPUs too (not Jetson).",
     ),
     click.option("--strict/--no-strict", default=None, help="Refuse an engine with a layer that is not as planned."),
+    click.option(
+        "--engine-input",
+        type=click.Choice(["auto", "uint8", "float32"]),
+        help="What TensorRT's engine takes: pixels, a quarter of the bytes, or normalized numbers. Default: auto, "
+        "uint8 where any normalized input is then still answered alike.",
+    ),
 )
 
 
@@ -585,7 +591,8 @@ def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
     from edgeres.recipe import engine_section
     from edgeres.terminal import TerminalProgress, show_engine
 
-    section = engine_section(read_manifest(bundle).recipe.get("engine", {}), options)
+    given = {edgeres.OPTIONS[name].partition(".")[2]: value for name, value in options.items()}
+    section = engine_section(read_manifest(bundle).recipe.get("engine", {}), given)
     progress = TerminalProgress()
     progress.stage("compile", str(bundle))
     try:

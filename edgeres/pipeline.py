@@ -475,6 +475,7 @@ class Build:
         inputs = {
             "models": [to_data(ref) for ref in (exported.file, model.file, model.mixed) if ref is not None],
             "precision": model.precision,
+            "preprocessing": to_data(self.recipe.preprocessing),
             "engine": to_data(section),
             "backend": backend,
             "target": target,
@@ -485,7 +486,8 @@ class Build:
             inputs["once"] = os.urandom(16).hex()  # a GPU, its driver and its library may change unseen by any hash
 
         def work() -> Made:
-            source = Source(self.workspace.folder, exported, model, "equalize" in self.workspace.records)
+            equalized = "equalize" in self.workspace.records
+            source = Source(self.workspace.folder, exported, model, equalized, self.recipe.preprocessing)
             engine, warnings = compile_engine(
                 source, section, lambda _, done, total: self.progress.advance(done, total)
             )

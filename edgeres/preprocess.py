@@ -257,16 +257,21 @@ def _band(start: int, stop: int, taps: np.ndarray, last: np.ndarray, weights: np
 
 def _normalize(planes: np.ndarray, preprocessing: Preprocessing, result: np.ndarray) -> None:
     """Write planes uint8 (…, 3, h, w), RGB, into ``result``, float32 (…, 3, h, w) in the network's channel order."""
-    table = _table(tuple(preprocessing.mean), tuple(preprocessing.std))
+    table = normalized_pixels(preprocessing)
     for channel in range(3):
         source = channel if preprocessing.color == "rgb" else 2 - channel
         # Any mode but "raise" spares take a copy of its output; no uint8 is out of range. 0.6 of the time of indexing.
         np.take(table[channel], planes[..., source, :, :], out=result[..., channel, :, :], mode="clip")
 
 
+def normalized_pixels(preprocessing: Preprocessing) -> np.ndarray:
+    """Return float32 (3, 256): what each pixel value becomes in each of the network's channels."""
+    return _table(tuple(preprocessing.mean), tuple(preprocessing.std))
+
+
 @lru_cache(maxsize=16)
 def _table(mean: Tuple[float, ...], std: Tuple[float, ...]) -> np.ndarray:
-    """Return float32 (3, 256): what each pixel value becomes in each of the network's channels.
+    """Return float32 (3, 256), normalized.
 
     Each step is rounded to float32, as torch's ``x.float().div(255).sub(mean).div(std)`` rounds it.
     """

@@ -33,6 +33,7 @@ ACTIVATION_RANGES = ("auto", "symmetric", "shifted")
 GROUPED = ("auto", "int8", "float")
 RECOVERIES = ("auto", "none", "fast", "full")
 POLICIES = ("ci", "point")
+ENGINE_INPUTS = ("auto", "uint8", "float32")
 BACKENDS = ("auto", "cpu", "tensorrt", "tensorrt-rtx")
 LARGEST_BATCH = (1 << 31) - 1
 LARGEST_WORKSPACE = (1 << 43) - 1  # in MiB; in bytes it has 63 bits
@@ -108,7 +109,8 @@ class EngineSection(msgspec.Struct, frozen=True):
     For TensorRT: ``batch`` is (min, opt, max); ``workspace_mib`` limits the builder's scratch memory;
     ``optimization_level`` is 0…5; ``timing_cache`` is a file that speeds up the next build; ``gpu_fallback`` lets
     layers that a DLA does not have run on the GPU; ``strict`` refuses an engine with a layer that does not run as
-    planned.
+    planned. ``input`` is what the engine takes: ``uint8`` pixels, a quarter of the bytes, normalized ``float32``, or
+    ``auto``: pixels where that takes nothing away from normalized input (int8 nets that read exact pixels; not on DLAs).
     """
 
     backend: str = "auto"
@@ -121,6 +123,7 @@ class EngineSection(msgspec.Struct, frozen=True):
     version_compatible: bool = False
     hardware_compatible: bool = False
     strict: bool = False
+    input: str = "auto"
 
 
 SECTIONS: Dict[str, type] = {
@@ -405,6 +408,10 @@ def _engine_mistakes(engine: EngineSection) -> List[str]:
         )
     if engine.optimization_level is not None and not 0 <= engine.optimization_level <= 5:
         problems.append(f"engine.optimization_level: {engine.optimization_level} is not between 0 and 5")
+    if engine.input not in ENGINE_INPUTS:
+        problems.append(f"engine.input: {engine.input!r} is not one of {', '.join(ENGINE_INPUTS)}")
+    elif engine.input == "uint8" and (engine.target or "").startswith("dla"):
+        problems.append("engine.input: an engine for a DLA takes float32; leave out, or say float32")
     return problems
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack, suppress
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Type
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from edgeres.errors import BackendError
 
 
 class Tensors(NamedTuple):
-    """An engine's input ``(N, *shape)`` and output ``(N, classes)``, and the least and the largest N that it takes."""
+    """An engine's input ``(N, *shape)`` and output ``(N, classes)``, and the least and the largest N that it takes;
+    ``dtype`` is the input's: float32 for normalized images, uint8 for pixels."""
 
     input: str
     output: str
@@ -32,6 +33,7 @@ class Tensors(NamedTuple):
     classes: int
     least: int
     largest: int
+    dtype: Type[np.generic] = np.float32
 
 
 def open_session(
@@ -114,7 +116,7 @@ class Session:
         """Return the logits of a batch of any size, computed in pieces that the engine takes.
 
         Args:
-            batch: float32 ``(N, 3, h, w)``, normalized.
+            batch: float32 ``(N, 3, h, w)``, normalized; or what ``tensors`` says: uint8 ``(N, h, w, 3)``, any strides.
 
         Returns:
             float32 ``(N, K)``.
@@ -166,12 +168,12 @@ class Session:
         self._changed.notify_all()
 
     def _check(self, batch: np.ndarray) -> None:
-        shape = self.tensors.shape
-        if isinstance(batch, np.ndarray) and batch.dtype == np.float32 and batch.ndim == 4 and batch.shape[1:] == shape:
+        shape, kind = self.tensors.shape, self.tensors.dtype
+        if isinstance(batch, np.ndarray) and batch.dtype == kind and batch.ndim == 4 and batch.shape[1:] == shape:
             return
         found = f"{batch.dtype} {batch.shape}" if isinstance(batch, np.ndarray) else type(batch).__name__
         wanted = ", ".join(str(size) for size in shape)
-        raise BackendError(f"this engine takes float32 (N, {wanted}), not {found}. Prepare frames as its recipe says.")
+        raise BackendError(f"this engine takes {kind.__name__} (N, {wanted}), not {found}. Prepare frames as its recipe says.")
 
     def _take(self, call: object) -> _Lane:
         """Return a lane that is now the call's own; wait for one."""
@@ -238,7 +240,7 @@ class _Engine:
             raise BackendError(f"{words(self._trt)} failed at opening this plan: {said}. {mend}")
 
     def tensors(self) -> Tensors:
-        """Return what goes in and out, if it is one batch of float32 images and one of float32 logits."""
+        """Return what goes in and out, if it is one batch of images, float32 or uint8, and one of float32 logits."""
         engine, trt = self._engine, self._trt
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         entering = member(trt.TensorIOMode, "INPUT")
@@ -247,17 +249,19 @@ class _Engine:
         if len(inputs) != 1 or len(outputs) != 1:
             raise self._foreign(f"inputs {inputs} and outputs {outputs} instead of one of each")
         types = [engine.get_tensor_dtype(name) for name in (*inputs, *outputs)]
-        if any(kind != member(trt.DataType, "FLOAT") for kind in types):
-            raise self._foreign(f"types {types[0]} and {types[1]} instead of float32")
+        floats, pixels = member(trt.DataType, "FLOAT"), member(trt.DataType, "UINT8")
+        if types[0] not in (floats, pixels) or types[1] != floats:
+            raise self._foreign(f"types {types[0]} and {types[1]} instead of float32 (or uint8) and float32")
+        dtype: Type[np.generic] = np.uint8 if types[0] == pixels else np.float32
         least = largest = frames = tuple(engine.get_tensor_shape(inputs[0]))
         if -1 in frames:
             least, _, largest = (tuple(shape) for shape in engine.get_tensor_profile_shape(inputs[0], 0))
         logits = tuple(engine.get_tensor_shape(outputs[0]))
         if len(frames) != 4 or least[1:] != largest[1:] or not 1 <= least[0] <= largest[0]:
-            raise self._foreign(f"an input of {least} to {largest} instead of (N, 3, h, w)")
+            raise self._foreign(f"an input of {least} to {largest} instead of (N, 3, h, w) or (N, h, w, 3)")
         if len(logits) != 2 or logits[1] < 1:
             raise self._foreign(f"an output of {logits} instead of (N, K)")
-        return Tensors(inputs[0], outputs[0], largest[1:], logits[1], least[0], largest[0])
+        return Tensors(inputs[0], outputs[0], largest[1:], logits[1], least[0], largest[0], dtype)
 
     def create_context(self) -> Any:
         """Return an execution context; its activations take memory on the GPU."""
@@ -298,8 +302,8 @@ class _Lane:
         held.callback(device.destroy_stream, self._stream)
         shapes = ((tensors.largest, *tensors.shape), (tensors.largest, tensors.classes))
         buffers: List[Tuple[np.ndarray, int]] = []
-        for shape in shapes:
-            host = device.pinned(shape)
+        for shape, kind in zip(shapes, (tensors.dtype, np.float32)):
+            host = device.pinned(shape, kind)
             held.callback(device.free_pinned, host)
             address = device.allocate(host.nbytes)
             held.callback(device.free, address)
@@ -347,7 +351,7 @@ class _Lane:
         if rows != self._rows:
             self._reshape(rows)
         self._frames[:count] = batch
-        self._frames[count:rows] = 0.0
+        self._frames[count:rows] = 0
         self._device.upload(self._frames_address, self._frames[:rows], self._stream)
         if not self._context.execute_async_v3(self._stream):
             raise self._engine.failed(f"running a batch of {rows}")

@@ -64,7 +64,7 @@ class Tiny:
             ILogger=Logger,
             Runtime=lambda logger: Runtime(self, logger),
             TensorIOMode=SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT"),
-            DataType=SimpleNamespace(FLOAT="FLOAT", HALF="HALF"),
+            DataType=SimpleNamespace(FLOAT="FLOAT", HALF="HALF", UINT8="UINT8"),
         )
 
     def answer(self, name: str, otherwise: Any) -> Any:
@@ -280,9 +280,9 @@ class HostDevice:
         self.memory_held.pop(address)
         self._ask("free")
 
-    def pinned(self, shape: tuple[int, ...]) -> np.ndarray:
+    def pinned(self, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> np.ndarray:
         self._ask("pinned")
-        array = np.full(shape, np.nan, np.float32)
+        array = np.full(shape, np.nan if dtype is np.float32 else 0xA5, dtype)
         self.pinned_held[array.ctypes.data] = array
         return array
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ContextManager, Protocol, Tuple
+from typing import ContextManager, Protocol, Tuple, Type
 
 import numpy as np
 
@@ -88,8 +88,8 @@ class Device(Protocol):
     def free(self, address: int) -> None:
         """Free what ``allocate`` gave."""
 
-    def pinned(self, shape: Tuple[int, ...]) -> np.ndarray:
-        """Return a float32 array in page-locked host memory, which copies need to be asynchronous; values undefined."""
+    def pinned(self, shape: Tuple[int, ...], dtype: Type[np.generic] = np.float32) -> np.ndarray:
+        """Return an array in page-locked host memory, which copies need to be asynchronous; values undefined."""
 
     def free_pinned(self, array: np.ndarray) -> None:
         """Free what ``pinned`` gave; nobody may touch it, nor a view of it, any more."""

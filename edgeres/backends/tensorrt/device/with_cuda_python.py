@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from contextlib import ExitStack, contextmanager
-from typing import Any, Dict, Iterator, Set, Tuple
+from typing import Any, Dict, Iterator, Set, Tuple, Type
 
 import numpy as np
 
@@ -86,11 +86,11 @@ class CudaPythonDevice:
         _ask("freeing memory", cuda.cuMemFree(address))
         self._memory.remove(address)  # not before: close() tries again
 
-    def pinned(self, shape: Tuple[int, ...]) -> np.ndarray:
-        count = int(np.prod(shape))
-        address = int(_ask(f"allocating page-locked memory for {shape}", cuda.cuMemHostAlloc(4 * count, 0)))
+    def pinned(self, shape: Tuple[int, ...], dtype: Type[np.generic] = np.float32) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = int(_ask(f"allocating page-locked memory for {shape}", cuda.cuMemHostAlloc(size, 0)))
         self._pinned.add(address)
-        return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
 
     def free_pinned(self, array: np.ndarray) -> None:
         self._free_host(array.ctypes.data)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import atexit
 import threading
 from contextlib import contextmanager, suppress
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator, Tuple, Type
 
 import numpy as np
 import pycuda.driver as cuda
@@ -91,9 +91,9 @@ class PycudaDevice:
         with _asking("freeing memory"):
             self._memory.pop(address).free()
 
-    def pinned(self, shape: Tuple[int, ...]) -> np.ndarray:
+    def pinned(self, shape: Tuple[int, ...], dtype: Type[np.generic] = np.float32) -> np.ndarray:
         with _asking(f"allocating page-locked memory for {shape}"):
-            array: np.ndarray = cuda.pagelocked_empty(shape, np.float32)
+            array: np.ndarray = cuda.pagelocked_empty(shape, dtype)
         self._pinned[array.ctypes.data] = array.base
         return array
 
