@@ -44,6 +44,8 @@ OPTIONS = {
     "resize": "input.resize",
     "mean": "input.mean",
     "std": "input.std",
+    "fit": "input.fit",
+    "pad": "input.pad",
     "calibration": "calibration.samples",
     "calibration_count": "calibration.count",
     "method": "calibration.method",
@@ -104,11 +106,13 @@ def build(
     return run(wanted, None if out is None else FilePath(out), progress=progress)
 
 
-def load(bundle: Path, *, backend: str = "auto", threads: Optional[int] = None) -> LoadedEngine:
+def load(
+    bundle: Path, *, backend: str = "auto", threads: Optional[int] = None, frames: str = "rgb"
+) -> LoadedEngine:
     """Return a bundle's engine, verified; see :func:`edgeres.runtime.load`."""
     from edgeres.runtime import load as open_bundle
 
-    return open_bundle(bundle, backend, threads)
+    return open_bundle(bundle, backend, threads, frames)
 
 
 def validate(

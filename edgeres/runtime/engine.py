@@ -13,8 +13,8 @@ import numpy as np
 from edgeres.artifacts import Engine, Manifest
 from edgeres.bundle import Folder, read_manifest, verify_and_read
 from edgeres.errors import BackendError, BundleError, MissingPackageError, numbered
-from edgeres.preprocess import output_shape, prepare_batch, problems
-from edgeres.runtime.frames import as_array, check_frames, room_for
+from edgeres.preprocess import COLORS, output_shape, problems
+from edgeres.runtime.frames import as_array, check_frames, engine_input, room_for
 from edgeres.runtime.profile import Profile, WarmUp, latency
 from edgeres.runtime.stream import Stages, answers
 
@@ -31,14 +31,15 @@ class OpenEngine(Protocol):
         """How many calls it computes side by side to advantage; more are answered too, and gain nothing."""
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        """Return logits float32 ``(N, K)`` of float32 ``(N, 3, h, w)``."""
+        """Return logits float32 ``(N, K)`` of what its record says that it takes: float32 ``(N, 3, h, w)``, or uint8
+        ``(N, h, w, 3)``, of any strides."""
 
     def close(self) -> None:
         """Free the engine."""
 
 
 class _Prepared(NamedTuple):
-    """An item of a stream, ready for the engine: float32 ``(N, 3, h, w)``, and what its answer is to look like."""
+    """An item of a stream, as the engine takes it, and what its answer is to look like."""
 
     batch: np.ndarray
     single: bool
@@ -52,8 +53,9 @@ class LoadedEngine:
     ``manifest`` is the bundle's, ``record`` says which engine runs and what it was built for.
     """
 
-    def __init__(self, runner: OpenEngine, manifest: Manifest, record: Engine) -> None:
+    def __init__(self, runner: OpenEngine, manifest: Manifest, record: Engine, frames: str = "rgb") -> None:
         self._runner = runner
+        self._flipped = frames == "bgr"
         self.manifest = manifest
         self.record = record
         self._shape = output_shape(manifest.preprocessing)
@@ -73,33 +75,37 @@ class LoadedEngine:
         """Return the logits of some frames.
 
         Args:
-            frames: uint8 ``(N, H, W, 3)``, RGB camera frames of any size, which are resized, cropped and normalized as
-                at calibration; or float32 ``(N, 3, h, w)``, normalized already. A NumPy array, or what shares one with
-                NumPy, such as another library's tensor on the CPU (DLPack).
+            frames: uint8 ``(N, H, W, 3)``, camera frames of any size, RGB (or as :func:`load` was told), which are
+                resized, cropped and normalized as at calibration; or float32 ``(N, 3, h, w)``, normalized already, in
+                the network's channel order. A NumPy array, or what shares one with NumPy, such as another library's
+                tensor on the CPU (DLPack). An engine that takes pixels (``record.input``) gets back those that
+                normalized input was made of: what it would have rounded it to, or nothing else than pixels.
             out: float32 ``(N, K)``, contiguous: the logits are written into it. After an error it may hold some.
 
         Returns:
             float32 ``(N, K)``; ``out`` where that is given.
 
         Raises:
-            BackendError: the frames are neither, ``out`` is no such array, or the engine is closed.
+            BackendError: the frames are neither, ``out`` is no such array, or the engine is closed; or it takes
+                pixels, does not round to them itself, and normalized input was made of something else.
             SampleError: frames of that size do not cover the crop.
         """
         array = as_array(frames)
         check_frames(array, self._shape)
         count, step = len(array), self._step
         if count > step:
-            return self._joined((self._normalized(array[i : i + step]) for i in range(0, count, step)), count, out)
-        logits = self._runner(self._normalized(array))
+            return self._joined((self._taken(array[i : i + step]) for i in range(0, count, step)), count, out)
+        logits = self._runner(self._taken(array))
         if out is None:
             return logits
         room_for(out, logits.shape)[:] = logits
         return out
 
-    def _normalized(self, frames: np.ndarray) -> np.ndarray:
-        if frames.dtype == np.uint8:
-            return prepare_batch(frames, self.manifest.preprocessing)
-        return np.ascontiguousarray(frames)
+    def _taken(self, frames: np.ndarray) -> np.ndarray:
+        """Return what the engine takes."""
+        if self._flipped and frames.dtype == np.uint8:
+            frames = frames[..., ::-1]
+        return engine_input(frames, self.manifest.preprocessing, self.record)
 
     def _joined(self, batches: Iterator[np.ndarray], count: int, out: Optional[np.ndarray] = None) -> np.ndarray:
         """Return the logits of ``count`` frames, which come in batches that the engine takes."""
@@ -158,7 +164,7 @@ class LoadedEngine:
         single = array.ndim == 3
         frames = array[np.newaxis] if single else array
         check_frames(frames, self._shape)
-        return _Prepared(self._normalized(frames), single, paired, tag)
+        return _Prepared(self._taken(frames), single, paired, tag)
 
     def _answered(self, prepared: _Prepared) -> Any:
         logits = self._computed(prepared.batch)
@@ -214,7 +220,7 @@ class LoadedEngine:
             start = perf_counter()
             array = as_array(given)
             check_frames(array, self._shape)
-            batch = self._normalized(array)
+            batch = self._taken(array)
             between = perf_counter()
             self._computed(batch)
             times.append((between - start, perf_counter() - between))
@@ -234,17 +240,19 @@ class LoadedEngine:
 
 
 def load_with(
-    bundle: Folder, backend: str, threads: Optional[int], also: Tuple[str, ...]
+    bundle: Folder, backend: str, threads: Optional[int], also: Tuple[str, ...], frames: str = "rgb"
 ) -> Tuple[LoadedEngine, Dict[str, bytes]]:
     """Return a bundle's engine as :func:`load` does, and the bytes of those files of ``also`` that the bundle has, all
     from one reading: a bundle that is exchanged meanwhile cannot mix with its successor."""
+    if frames not in COLORS:
+        raise BackendError(f"frames is {frames!r}: choose one of {', '.join(COLORS)}")
     record = _choose(bundle, read_manifest(bundle), backend)
     manifest, contents = verify_and_read(bundle, (record.file.path, *also))
     if record != _choose(bundle, manifest, backend) or record.file.path not in contents:
         raise BundleError(f"{bundle} changed while it was being read. Load it again.")
     check_preprocessing(bundle, manifest)
     runner = open_record(contents[record.file.path], record, threads, os.fspath(bundle))
-    return LoadedEngine(runner, manifest, record), contents
+    return LoadedEngine(runner, manifest, record, frames), contents
 
 
 def open_record(content: bytes, record: Engine, threads: Optional[int] = None, place: str = "BUNDLE") -> OpenEngine:
@@ -282,7 +290,9 @@ def check_preprocessing(bundle: Folder, manifest: Manifest) -> None:
         raise BundleError(numbered(f"{bundle}: preprocessing", wrong) + "\nBuild it again.")
 
 
-def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None) -> LoadedEngine:
+def load(
+    bundle: Folder, backend: str = "auto", threads: Optional[int] = None, frames: str = "rgb"
+) -> LoadedEngine:
     """Return a bundle's engine, after every file of the bundle has been checked against its manifest.
 
     Args:
@@ -290,13 +300,15 @@ def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None) -
         backend: ``auto`` (the bundle's own first engine), or the backend or the target of one (``tensorrt``, ``dla0``);
             there is never a silent change to another.
         threads: for one operator; None leaves it to the backend.
+        frames: the channel order of your camera's frames: ``rgb``, or ``bgr`` as OpenCV has them. The network's own is
+            in its recipe, and they need not be the same.
 
     Raises:
         BundleError: there is no bundle, or it has no engine of that backend.
         IntegrityError: a file is not the one that the manifest binds; nothing was opened.
-        BackendError: the engine cannot be opened.
+        BackendError: the engine cannot be opened, or there is no such channel order.
     """
-    return load_with(bundle, backend, threads, ())[0]
+    return load_with(bundle, backend, threads, (), frames)[0]
 
 
 def _choose(bundle: Folder, manifest: Manifest, backend: str) -> Engine:

@@ -86,7 +86,7 @@ def test_a_batch_of_any_size(bench: Bench, count: int, dynamic: bool) -> None:
 
 def test_what_it_says_of_itself(bench: Bench) -> None:
     session = bench.open()
-    assert session.tensors == ("frames", "logits", SHAPE, CLASSES, 2, 4)
+    assert session.tensors == ("frames", "logits", SHAPE, CLASSES, 2, 4, np.float32)
     assert session.contexts == 2
     session.close()
 

@@ -20,7 +20,7 @@ from edgeres.artifacts import Preprocessing
 from edgeres.backends.tensorrt.records import BuildRequest
 from edgeres.backends.tensorrt.wire import Content, Field, field, fields, numbers
 from edgeres.errors import BackendError
-from edgeres.preprocess import normalized_pixels
+from edgeres.preprocess import MIDDLE, normalized_pixels
 
 # Field numbers. Source: onnx/onnx.proto, whose numbers never change.
 GRAPH = 7  # of a ModelProto
@@ -29,8 +29,6 @@ NODE_INPUT, NODE_OUTPUT, NODE_NAME, OPERATOR, ATTRIBUTE = 1, 2, 3, 4, 5
 DIMS, DATA_TYPE, TENSOR_NAME, RAW_DATA = 1, 2, 8, 9
 FLOAT, UINT8, INT32 = 1, 2, 6  # of a TensorProto's data types
 INT, INTS = 2, 7  # of an AttributeProto's types
-MIDDLE = 128.0
-"""What is subtracted from a pixel that int8 is to hold."""
 
 
 class Frames(NamedTuple):
