@@ -20,10 +20,11 @@ from edgeres.resample import resample
 COLORS = ("rgb", "bgr")
 FITS = ("crop", "letterbox")
 PAD = (114, 114, 114)
-"""What a letterbox is filled with where nobody says: the grey of Ultralytics' LetterBox, near the mean of photographs."""
+"""What fills a letterbox where nobody says: the grey of Ultralytics' LetterBox, near the mean of photographs."""
 MIDDLE = 128.0
 """The pixel that int8 holds as zero."""
 LARGEST_SIDE = 8192  # pixels: more is a typing mistake, and would ask for gigabytes per frame
+
 
 class Window(NamedTuple):
     """The crop, in pixels of the resized frame: ``frame`` is that frame's (height, width). In a letterbox, where the

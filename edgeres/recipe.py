@@ -113,7 +113,7 @@ class EngineSection(msgspec.Struct, frozen=True):
     ``optimization_level`` is 0…5; ``timing_cache`` is a file that speeds up the next build; ``gpu_fallback`` lets
     layers that a DLA does not have run on the GPU; ``strict`` refuses an engine with a layer that does not run as
     planned. ``input`` is what the engine takes: ``uint8`` pixels, a quarter of the bytes, normalized ``float32``, or
-    ``auto``: pixels where that takes nothing away from normalized input (int8 nets that read exact pixels; not on DLAs).
+    ``auto``: pixels where any normalized input is then still answered alike (int8 nets that read exact pixels).
     """
 
     backend: str = "auto"

@@ -1,6 +1,6 @@
 """Resampling as Pillow's ``resize(..., BILINEAR)`` does it, bit for bit, in NumPy alone: across first, then down, as
-Pillow up to 11 goes. Newer ones go down first in tall frames (Pillow 13: more than about twice as tall as wide), which may
-move a pixel by one of 255 steps; here the order is fixed, so that a frame means the same on every machine.
+Pillow up to 11 goes. Newer ones go down first in tall frames (Pillow 13: more than about twice as tall as wide), which
+may move a pixel by one of 255 steps; here the order is fixed, so that a frame means the same on every machine.
 """
 
 from __future__ import annotations

@@ -260,8 +260,7 @@ def show_manifest(path: str, manifest: Manifest) -> None:
     if frame.fit == "letterbox":
         how = f"of whole frames in a letterbox of {frame.pad}"
     facts: Dict[str, Any] = {
-        "input": f"{frame.size[0]}×{frame.size[1]} pixels, {how}; "
-        f"{frame.color}, mean {frame.mean}, std {frame.std}",
+        "input": f"{frame.size[0]}×{frame.size[1]} pixels, {how}; {frame.color}, mean {frame.mean}, std {frame.std}",
         "engines": ", ".join(f"{e.target} ({e.precision}, takes {e.input}, {e.built_for})" for e in manifest.engines)
         or "none",
         "made with": tools,

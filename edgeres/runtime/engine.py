@@ -290,9 +290,7 @@ def check_preprocessing(bundle: Folder, manifest: Manifest) -> None:
         raise BundleError(numbered(f"{bundle}: preprocessing", wrong) + "\nBuild it again.")
 
 
-def load(
-    bundle: Folder, backend: str = "auto", threads: Optional[int] = None, frames: str = "rgb"
-) -> LoadedEngine:
+def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None, frames: str = "rgb") -> LoadedEngine:
     """Return a bundle's engine, after every file of the bundle has been checked against its manifest.
 
     Args:

@@ -100,7 +100,7 @@ def engine_input(frames: np.ndarray, preprocessing: Preprocessing, record: Engin
     pixels, distance = pixels_of(frames, preprocessing)
     if distance > NEAR and not record.whole_pixels:
         raise BackendError(
-            f"this engine takes pixels, and the input lies up to {distance:.3g} steps from any. Give it uint8 frames, or "
+            f"this engine takes pixels, and the input is up to {distance:.3g} steps from any. Give it uint8 frames, or "
             "compile one that takes normalized input: edgeres compile BUNDLE --engine-input float32"
         )
     return pixels

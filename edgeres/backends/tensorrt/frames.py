@@ -1,10 +1,10 @@
 """An ONNX file that takes normalized input becomes one that takes the pixels themselves: a quarter of the bytes.
 
 What is put in front gives the very numbers of :mod:`edgeres.preprocess`, whatever a compiler makes of arithmetic: each
-pixel is looked up in the same table. Where the network reads whole pixels all the same (:mod:`edgeres.quantize.pixels`),
-what undoes the normalization goes, and p − 128 is all that is computed; that this is the same is shown for every pixel
-value before it is done. TensorRT wants a Cast first behind a uint8 input. The Transpose comes last: in front of the
-arithmetic it cost TensorRT for RTX 1.7 a kernel of its own on ResNet-50.
+pixel is looked up in the same table. Where the network reads whole pixels anyway (:mod:`edgeres.quantize.pixels`), what
+undoes the normalization goes, and p − 128 is all that is computed; that this is the same is shown for every pixel value
+before it is done. TensorRT wants a Cast first behind a uint8 input. The Transpose comes last: in front of the arithmetic
+it cost TensorRT for RTX 1.7 a kernel of its own on ResNet-50.
 
 onnx is not needed, for a robot that compiles its engine does not have it.
 """
@@ -133,8 +133,8 @@ def _read(graph: Content) -> _Graph:
 
 
 def _undone(graph: _Graph, tensor: str, preprocessing: Preprocessing) -> Tuple[_Node, ...]:
-    """Return the nodes that undo the normalization in front of a QuantizeLinear, where this then reads p − 128 for every
-    pixel p in every channel; none where it does not."""
+    """Return the nodes that undo the normalization in front of a QuantizeLinear, where this then rounds to p − 128 for
+    every pixel p in every channel; none where it does not."""
     values = normalized_pixels(preprocessing).reshape(1, 3, 256, 1)
     chain: List[_Node] = []
     while True:

@@ -33,9 +33,7 @@ def create_network(trt: Any, builder: Any, record: Record) -> Any:
     return network
 
 
-def parse(
-    trt: Any, network: Any, logger: Any, path: str, record: Record, content: Optional[bytes] = None
-) -> Any:
+def parse(trt: Any, network: Any, logger: Any, path: str, record: Record, content: Optional[bytes] = None) -> Any:
     """Read an ONNX file into ``network``; return the parser, which must live as long as the network.
 
     Args:

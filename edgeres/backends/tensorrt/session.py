@@ -173,7 +173,9 @@ class Session:
             return
         found = f"{batch.dtype} {batch.shape}" if isinstance(batch, np.ndarray) else type(batch).__name__
         wanted = ", ".join(str(size) for size in shape)
-        raise BackendError(f"this engine takes {kind.__name__} (N, {wanted}), not {found}. Prepare frames as its recipe says.")
+        raise BackendError(
+            f"this engine takes {kind.__name__} (N, {wanted}), not {found}. Prepare frames as its recipe says."
+        )
 
     def _take(self, call: object) -> _Lane:
         """Return a lane that is now the call's own; wait for one."""

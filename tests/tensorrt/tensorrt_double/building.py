@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import onnx
+
 from tensorrt_double.acts import ACTS, acts, alive, dims
 from tensorrt_double.script import Crash, Layer, ParseError, Tensor
 from tensorrt_double.shapes import host_memory, is_buffer
@@ -153,7 +154,7 @@ def _parse(double: Double, this: Any, model: Any, path: str | None = None) -> bo
     for error in errors:
         double.log(logger, "ERROR", f"[{error.file}:{error.line}] {error.desc}")
     this._state["errors"] = errors
-    if is_buffer(model) and bytes(model[:1]) == b"\x08":  # an ONNX file, which begins with its version, says what it takes
+    if is_buffer(model) and bytes(model[:1]) == b"\x08":  # the file itself; it begins with its version
         script.inputs = _inputs(model)
     if not errors:
         network._state["inputs"] = tuple(_tensor(double, tensor, True) for tensor in script.inputs)
