@@ -202,7 +202,7 @@ def _entrants(
     if len(set(shapes.values())) > 1:
         words = "; ".join(f"{name}: {shape}" for name, shape in shapes.items())
         raise BackendError(f"engines of different input shapes cannot be compared ({words}). Name another --against.")
-    (name, engine), *_ = engines.items()
+    (first, engine), *_ = engines.items()
     frame = engine.manifest.preprocessing
     frames = _noise(max(batches), size or _ready(frame))
     floats = prepare_batch(frames, frame)
@@ -211,7 +211,7 @@ def _entrants(
         takes = floats if one.record.input == "float32" else _noise(len(floats), _ready(one.manifest.preprocessing))
         entrants.append(Entrant(name, one, {n: takes[:n] for n in batches}))
     if size is not None:
-        entrants.append(Entrant(f"{name} from {size[0]}×{size[1]} frames", engine, {n: frames[:n] for n in batches}))
+        entrants.append(Entrant(f"{first} from {size[0]}×{size[1]} frames", engine, {n: frames[:n] for n in batches}))
     return entrants
 
 

@@ -86,6 +86,11 @@ def test_every_function_of_a_device(run: Run) -> None:
     assert report["left"] == {}
 
 
+def test_pixels_are_a_quarter_of_the_bytes(run: Run) -> None:
+    frames = 4 * 3 * 4 * 5
+    assert run("pixels") == {"copied": [frames, 4 * frames], "right": [True, True], "left": {}}
+
+
 def test_eight_threads_answer_as_one(run: Run, package: str) -> None:
     report = run("threads")
     assert report["wrong"] == []

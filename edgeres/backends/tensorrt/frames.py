@@ -3,8 +3,8 @@
 What is put in front gives the very numbers of :mod:`edgeres.preprocess`, whatever a compiler makes of arithmetic: each
 pixel is looked up in the same table. Where the network reads whole pixels anyway (:mod:`edgeres.quantize.pixels`), what
 undoes the normalization goes, and p − 128 is all that is computed; that this is the same is shown for every pixel value
-before it is done. TensorRT wants a Cast first behind a uint8 input. The Transpose comes last: in front of the arithmetic
-it cost TensorRT for RTX 1.7 a kernel of its own on ResNet-50.
+before it is done. TensorRT wants a Cast first behind a uint8 input. The Transpose comes last: in front of the
+arithmetic it cost TensorRT for RTX 1.7 a kernel of its own on ResNet-50.
 
 onnx is not needed, for a robot that compiles its engine does not have it.
 """
@@ -24,10 +24,11 @@ from edgeres.preprocess import MIDDLE, normalized_pixels
 
 # Field numbers. Source: onnx/onnx.proto, whose numbers never change.
 GRAPH = 7  # of a ModelProto
-NODE, INITIALIZER, INPUT = 1, 5, 11  # of a GraphProto
+NODE, INITIALIZER, INPUT, OUTPUT = 1, 5, 11, 12  # of a GraphProto
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, OPERATOR, ATTRIBUTE = 1, 2, 3, 4, 5
 DIMS, DATA_TYPE, TENSOR_NAME, RAW_DATA = 1, 2, 8, 9
 FLOAT, UINT8, INT32 = 1, 2, 6  # of a TensorProto's data types
+INFO_NAME = 1  # of a ValueInfoProto
 INT, INTS = 2, 7  # of an AttributeProto's types
 
 
@@ -57,6 +58,9 @@ class _Graph(NamedTuple):
 
     def readers(self, tensor: str) -> List[_Node]:
         return [node for node in self.nodes if tensor in node.inputs]
+
+    def is_output(self, tensor: str) -> bool:
+        return any(part.number == OUTPUT and _name_in(part.content, INFO_NAME) == tensor for part in self.parts)
 
     def constant(self, name: str) -> Optional[np.ndarray]:
         """Return an initializer of float32; None where it is none."""
@@ -93,7 +97,7 @@ def with_frames(model: Content, input_name: str, preprocessing: Preprocessing) -
         (whole,) = (part for part in outer if part.number == GRAPH)
         graph = _read(whole.content)
         (given,) = (part for part in graph.parts if part.number == INPUT)
-        if _name_in(given.content, 1) != input_name:
+        if _name_in(given.content, INFO_NAME) != input_name:
             raise ValueError("its input has another name")
         batch = _batch(given.content)
         undone = _undone(graph, input_name, preprocessing)
@@ -139,7 +143,7 @@ def _undone(graph: _Graph, tensor: str, preprocessing: Preprocessing) -> Tuple[_
     chain: List[_Node] = []
     while True:
         readers = graph.readers(tensor)
-        if len(readers) != 1:
+        if len(readers) != 1 or graph.is_output(tensor):
             return ()
         constants = [graph.constant(name) for name in readers[0].inputs if name != tensor]
         if readers[0].operator == "QuantizeLinear":
@@ -210,7 +214,7 @@ def _values(tensor: Content) -> Optional[np.ndarray]:
 def _value_info(name: str, batch: bytes, size: Tuple[int, int]) -> bytes:
     """Return the ValueInfoProto of uint8 ``(batch, h, w, 3)``; ``batch`` is a dimension of the file's own."""
     dims = field(1, batch) + b"".join(field(1, field(1, side)) for side in (*size, 3))
-    return field(1, name) + field(2, field(1, field(1, UINT8) + field(2, dims)))
+    return field(INFO_NAME, name) + field(2, field(1, field(1, UINT8) + field(2, dims)))
 
 
 def _batch(info: Content) -> bytes:

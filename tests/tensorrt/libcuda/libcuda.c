@@ -97,7 +97,7 @@ static Context primary[8];
 static Block *blocks;
 static Stream *streams;
 static Event *events;
-static long pushes, pops, contexts_created, on_default_stream, pageable_copies, freed_in_flight, strangers, device_bytes;
+static long pushes, pops, contexts_created, on_default_stream, pageable_copies, freed_in_flight, strangers, device_bytes, uploaded_bytes;
 
 static __thread Context *stack[MAX_DEPTH];
 static __thread int depth;
@@ -395,6 +395,7 @@ long double_count(const char *name) {
             {"freed_in_flight", freed_in_flight},
             {"strangers", strangers},
             {"depth", depth},
+            {"uploaded_bytes", uploaded_bytes},
         };
         for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) {
             if (!strcmp(name, plain[i].name)) {
@@ -641,6 +642,7 @@ CUresult cuMemFreeHost(void *start) {
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t size, void *stream) {
     IN_CONTEXT("cuMemcpyHtoDAsync")
+    uploaded_bytes += (long)size;
     code = copy((void *)(uintptr_t)to, from, size, stream, from);
     END
 }

@@ -152,6 +152,24 @@ def threads(package: str) -> Any:
     return {"wrong": wrong[:5], "exact": exact, "made": made, "seconds": seconds, "left": left(), **counts("retained")}
 
 
+def pixels(package: str) -> Any:
+    """An engine that takes pixels, given them in other strides; what is copied to the GPU, beside normalized input."""
+    device = open_with(package)
+    copied, right = [], []
+    for types in (("UINT8", "FLOAT"), ("FLOAT", "FLOAT")):
+        tiny = Tiny(enqueue)
+        tiny.types = types
+        session = open_tiny(tiny, device)
+        dtype = np.uint8 if types[0] == "UINT8" else np.float32
+        batch = np.random.default_rng(1).integers(0, 256, (4, *SHAPE)).astype(dtype)
+        before = counts("uploaded_bytes")["uploaded_bytes"]
+        right.append(np.array_equal(session(batch[..., ::-1]), logits(batch[..., ::-1].astype(np.float32))))
+        copied.append(counts("uploaded_bytes")["uploaded_bytes"] - before)
+        session.close()
+    device.close()
+    return {"copied": copied, "right": right, "left": left()}
+
+
 def live(package: str, tiny: Tiny) -> BackendError | None:
     """Open a device and a session, run it, close both, and return the first error; what still runs must run right."""
     errors: list[BackendError] = []

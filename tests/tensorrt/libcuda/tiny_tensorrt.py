@@ -210,7 +210,8 @@ class Context(Mortal):
 
             def work() -> None:
                 time.sleep(tiny.seconds)
-                view(target, (rows, CLASSES))[:] = logits(view(source, (rows, *SHAPE)))
+                dtype = np.uint8 if tiny.types[0] == "UINT8" else np.float32
+                view(target, (rows, CLASSES))[:] = logits(view(source, (rows, *SHAPE), dtype))
                 tiny.executed += 1
 
             return tiny.enqueue(stream, work)
@@ -218,10 +219,10 @@ class Context(Mortal):
             self.busy.release()
 
 
-def view(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the float32 array at an address."""
-    count = int(np.prod(shape))
-    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
+def view(address: int, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> np.ndarray:
+    """Return the array at an address."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
 
 
 class HostDevice:
@@ -292,11 +293,15 @@ class HostDevice:
 
     def upload(self, address: int, array: np.ndarray, stream: int) -> None:
         self._ask("upload")
-        self.streams[stream].append(lambda: view(address, array.shape).__setitem__(slice(None), array))
+        self.streams[stream].append(
+            lambda: view(address, array.shape, array.dtype.type).__setitem__(slice(None), array)
+        )
 
     def download(self, array: np.ndarray, address: int, stream: int) -> None:
         self._ask("download")
-        self.streams[stream].append(lambda: array.__setitem__(slice(None), view(address, array.shape)))
+        self.streams[stream].append(
+            lambda: array.__setitem__(slice(None), view(address, array.shape, array.dtype.type))
+        )
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> bool:
         """Put what an execution context does on a stream."""
