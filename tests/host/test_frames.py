@@ -40,6 +40,11 @@ conv (float[batch, 3, {h}, {w}] input) => (float[batch, 4] logits)
 }}
 """
 
+SUM = """
+<ir_version: 8, opset_import: ["" : 17]>
+sum (float[2, 3, 9, 7] input, float[2, 3, 9, 7] more) => (float[2, 3, 9, 7] seen) { seen = Add (input, more) }
+"""
+
 IMAGENET = Preprocessing((9, 7))
 
 PREPROCESSINGS = st.builds(
@@ -202,23 +207,16 @@ def test_all_else_in_the_file_stays() -> None:
 @pytest.mark.parametrize("damage", ["empty", "text", "half", "other name", "no graph", "two inputs"])
 def test_another_file_is_refused(damage: str) -> None:
     content = source(THROUGH, (9, 7))
-    two = parser.parse_model(content_of_two()).SerializeToString()
     given = {
         "empty": b"",
         "text": b"hello, this is text",
         "half": content[: len(content) // 2],
         "no graph": content[:2],
+        "two inputs": parser.parse_model(SUM).SerializeToString(),
     }
     name = "images" if damage == "other name" else "input"
     with pytest.raises(BackendError, match="Build it again"):
-        with_frames(given.get(damage, two if damage == "two inputs" else content), name, IMAGENET)
-
-
-def content_of_two() -> str:
-    return """
-<ir_version: 8, opset_import: ["" : 17]>
-sum (float[2, 3, 9, 7] input, float[2, 3, 9, 7] more) => (float[2, 3, 9, 7] seen) { seen = Add (input, more) }
-"""
+        with_frames(given.get(damage, content), name, IMAGENET)
 
 
 @pytest.mark.parametrize("whole", [True, False])
