@@ -110,7 +110,7 @@ class Fed:
     """A runner for normalized input, whatever the engine of a record takes; see :func:`engine_input`."""
 
     def __init__(self, runner: Any, record: Engine, preprocessing: Preprocessing) -> None:
-        self.largest: Optional[int] = runner.largest
+        self.largest: Optional[int] = getattr(runner, "largest", None)
         self._runner, self._record, self._preprocessing = runner, record, preprocessing
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
