@@ -58,6 +58,20 @@ def test_the_engine_answers_what_the_onnx_means(bundle: Path, frames: np.ndarray
     assert (got.argmax(1) == wanted.argmax(1)).mean() >= 0.97
 
 
+def test_pixels_on_the_gpu_are_what_normalized_input_is(bundle: Path, frames: np.ndarray, tmp_path: Path) -> None:
+    """The engine takes uint8; one that is compiled for float32 answers the same frames alike."""
+    from edgeres.compilation import compile_bundle
+    from edgeres.recipe import engine_section
+
+    other = Path(shutil.copytree(bundle, tmp_path / "floats"))
+    compile_bundle(other, engine_section({}, {"backend": "tensorrt", "input": "float32"}), lambda *_: None)
+    with edgeres.load(bundle, backend="tensorrt") as pixels, edgeres.load(other, backend="tensorrt") as floats:
+        assert (pixels.record.input, floats.record.input) == ("uint8", "float32")
+        got, wanted = pixels(frames), floats(frames)
+    noise = np.square(got.astype(np.float64) - wanted).sum()
+    assert noise == 0 or 10 * np.log10(np.square(wanted.astype(np.float64)).sum() / noise) >= 40
+
+
 def test_the_engine_keeps_the_accuracy(bundle: Path) -> None:
     pytest.importorskip("PIL", reason="reads the digits: pip install 'edgeres[images]'")
     report = edgeres.validate(bundle, backend="tensorrt")

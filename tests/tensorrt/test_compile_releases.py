@@ -243,7 +243,7 @@ def test_ranges_of_an_equalized_model_never_go_beside_the_plain_one(
 def test_a_net_of_whole_pixels_takes_them(
     recovered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    """From the builder's input to the answer to a frame, on every release; the bundle's other files stay as they were."""
+    """From the builder's input to the answer to a frame, on every release; the bundle's other files stay."""
     shutil.copytree(recovered, tmp_path / "bundle")
     bench = Bench(tmp_path / "bundle", monkeypatch)
     double = bench.install(version)

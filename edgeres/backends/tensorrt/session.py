@@ -352,7 +352,7 @@ class _Lane:
         rows = max(count, self._tensors.least)
         if rows != self._rows:
             self._reshape(rows)
-        self._frames[:count] = batch
+        _copy(batch, self._frames[:count])
         self._frames[count:rows] = 0
         self._device.upload(self._frames_address, self._frames[:rows], self._stream)
         if not self._context.execute_async_v3(self._stream):
@@ -368,6 +368,15 @@ class _Lane:
 
     def _forget(self) -> None:
         self._context = None
+
+
+def _copy(batch: np.ndarray, target: np.ndarray) -> None:
+    """Copy a batch; reversed channels one by one, for which NumPy needs a fifth of the time."""
+    if batch.strides[-1] >= 0:
+        target[:] = batch
+        return
+    for channel in range(batch.shape[-1]):
+        target[..., channel] = batch[..., channel]
 
 
 def _free(device: Device, held: ExitStack) -> None:
