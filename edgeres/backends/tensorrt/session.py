@@ -302,10 +302,9 @@ class _Lane:
         self._tensors = tensors
         self._stream = device.create_stream()
         held.callback(device.destroy_stream, self._stream)
-        shapes = ((tensors.largest, *tensors.shape), (tensors.largest, tensors.classes))
         buffers: List[Tuple[np.ndarray, int]] = []
-        for shape, kind in zip(shapes, (tensors.dtype, np.float32)):
-            host = device.pinned(shape, kind)
+        for shape, dtype in ((tensors.shape, tensors.dtype), ((tensors.classes,), np.float32)):
+            host = device.pinned((tensors.largest, *shape), dtype)
             held.callback(device.free_pinned, host)
             address = device.allocate(host.nbytes)
             held.callback(device.free, address)
