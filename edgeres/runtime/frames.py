@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, Union
 
 import numpy as np
 
+from edgeres.device_arrays import HOST_DEVICES, DeviceArray
 from edgeres.errors import BackendError, first_line
 
-HOST_DEVICES = (1, 3)  # DLPack's kDLCPU, and kDLCUDAHost: pinned memory, which the processor reads like any other
+AnyArray = Union[np.ndarray, DeviceArray]
 
 SMALL = 10_000  # numbers; OpenBLAS spreads longer products over threads, which would disturb the engine's
 
@@ -83,15 +84,30 @@ def room_for(out: Optional[np.ndarray], shape: Tuple[int, ...]) -> np.ndarray:
         return np.empty(shape, np.float32)
     if not isinstance(out, np.ndarray):
         raise BackendError(f"out is a {type(out).__name__}: give a float32 array {shape}")
+    _check_room(out, shape, out.flags.c_contiguous, out.flags.writeable)
+    return out
+
+
+def check_device_room(out: DeviceArray, shape: Tuple[int, ...]) -> None:
+    """Refuse an array on a GPU into which logits float32 of that shape cannot be written.
+
+    Raises:
+        BackendError: with everything that is wrong with it.
+    """
+    if out.copied:
+        raise BackendError("out gives out a copy of itself, so nothing would arrive in it. Give an array that shares")
+    _check_room(out, shape, True, not out.read_only)
+
+
+def _check_room(out: AnyArray, shape: Tuple[int, ...], contiguous: bool, writeable: bool) -> None:
     wrong = []
     if out.shape != shape:
         wrong.append(f"its shape is {out.shape}")
     if out.dtype != np.float32:
         wrong.append(f"it is {out.dtype}")
-    if not out.flags.c_contiguous:
+    if not contiguous:
         wrong.append("it is not C-contiguous")
-    if not out.flags.writeable:
+    if not writeable:
         wrong.append("it is read-only")
     if wrong:
         raise BackendError(f"out must be a writable, contiguous float32 array {shape}; {', '.join(wrong)}")
-    return out
