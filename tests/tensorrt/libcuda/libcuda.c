@@ -1069,6 +1069,9 @@ static CUresult find(const char *symbol, void **function, int version) {
     if (version < 12000 && !strcmp(symbol, "cuGetProcAddress")) {
         newest = 2;
     }
+    if (version >= 12000 && !strcmp(symbol, "cuGraphInstantiate")) {
+        symbol = "cuGraphInstantiateWithFlags"; /* CUDA 11's had a log */
+    }
     for (size_t i = newest; i < sizeof suffixes / sizeof *suffixes && !*function; i++) {
         snprintf(name, sizeof name, "%s%s", symbol, suffixes[i]);
         *function = dlsym(self, name);
