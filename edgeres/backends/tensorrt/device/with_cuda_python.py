@@ -13,7 +13,9 @@ import numpy as np
 from edgeres.backends.tensorrt.device.interface import Graph, choose, failure, no_driver
 from edgeres.errors import BackendError
 
-if importlib.util.find_spec("cuda.bindings") is not None:
+OLD = importlib.util.find_spec("cuda.bindings") is None
+
+if not OLD:
     from cuda.bindings import driver as cuda
 else:  # the same functions, where cuda-python had them up to 12.5: the last for Python 3.8, and so for JetPack 5
     from cuda import cuda
@@ -126,11 +128,11 @@ class CudaPythonDevice:
         self._streams.remove(stream)
 
     def synchronize(self, stream: int) -> None:
-        _ask("waiting for the GPU", cuda.cuStreamSynchronize(stream))
+        _ask("waiting for the GPU", _wait("cuStreamSynchronize", ctypes.c_void_p(stream)))
 
     def synchronize_all(self) -> None:
         with _one_waits_or_records:
-            _ask("waiting for all work of the GPU", cuda.cuCtxSynchronize())
+            _ask("waiting for all work of the GPU", _wait("cuCtxSynchronize"))
 
     def capture(self, stream: int, work: Callable[[], None]) -> Graph:
         recorded: Tuple[Any, ...] = ()
@@ -220,6 +222,17 @@ class _CudaGraph:
 
     def destroy(self) -> None:
         self._device.destroy_graph(self._graph)
+
+
+def _wait(name: str, *given: ctypes.c_void_p) -> Tuple[Any, ...]:
+    """Return what a function of the driver that waits answers; other Python threads go on meanwhile.
+
+    The cuda-python of CUDA 11 keeps Python's lock while it waits, so the driver is asked without it there.
+    """
+    if OLD:
+        return (cuda.CUresult(getattr(ctypes.CDLL("libcuda.so.1"), name)(*given)),)
+    answer: Tuple[Any, ...] = getattr(cuda, name)(*(handle.value or 0 for handle in given))
+    return answer
 
 
 def _instantiate(recording: Any) -> Tuple[Any, ...]:
