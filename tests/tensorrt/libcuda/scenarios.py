@@ -123,6 +123,13 @@ class Other:
         }  # fmt: skip
         return device_array(owner)
 
+    def allocate_and_free(self) -> bool:
+        """Whether both are allowed, as they are while another thread captures for itself."""
+        address = ctypes.c_uint64()
+        with self:
+            good = driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(8)) == 0
+            return good and driver.cuMemFree_v2(address) == 0
+
     def write(self, array: DeviceArray, values: np.ndarray) -> None:
         """Begin to write, and do not wait for it."""
         with self:
@@ -364,11 +371,21 @@ def recorded(package: str) -> Any:
         except BaseException as problem:
             wrong.append(repr(problem))
 
+    def allocate() -> None:
+        while not over.wait(0.0001):
+            if not other.allocate_and_free():
+                wrong.append("another library could not allocate")
+
+    over = threading.Event()
+    allocating = threading.Thread(target=allocate)
+    allocating.start()
     workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
+    over.set()
+    allocating.join()
     report = {"wrong": wrong[:5], "state": session.cuda_graphs, "executed": tiny.executed}
     names = ("cuStreamBeginCapture", "cuGraphLaunch", "cuGraphExecDestroy")
     session.close()
