@@ -13,12 +13,12 @@ Rooms are entered when they are needed: importing edgeres loads nothing heavy.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Optional
 
 from edgeres.errors import EdgeresError
 
 if TYPE_CHECKING:
-    import os
     from types import ModuleType
     from typing import Union
 
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from edgeres.runtime import LoadedEngine
 
     Path = Union[str, os.PathLike[str]]
+
+# From 1.29 on onnxruntime tells Microsoft about each model that it opens, and keeps an identifier of the machine in the
+# home folder (docs/Privacy.md there). Whoever wants that sets the variable to 0; here, before any room imports it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["EdgeresError", "__version__", "build", "load", "models", "validate"]
@@ -90,7 +94,6 @@ def build(
         EdgeresError: with what is wrong and what to do next. An earlier bundle at ``out`` is then untouched.
         TypeError: there is no such option.
     """
-    import os
     from pathlib import Path as FilePath
 
     from edgeres.pipeline import build as run
@@ -110,7 +113,7 @@ def load(bundle: Path, *, backend: str = "auto", threads: Optional[int] = None, 
     """Return a bundle's engine, verified; see :func:`edgeres.runtime.load`."""
     from edgeres.runtime import load as open_bundle
 
-    return open_bundle(bundle, backend, threads, frames)
+    return open_bundle(bundle, backend, threads, frames=frames)
 
 
 def validate(
@@ -121,17 +124,16 @@ def validate(
     backend: str = "auto",
     max_drop: Optional[float] = None,
     policy: Optional[str] = None,
+    baseline: Optional[Report] = None,
 ) -> Report:
     """Return the comparison of a bundle's engine with FP32; see :func:`edgeres.judge.validate_bundle`."""
     from edgeres.judge import validate_bundle
 
-    return validate_bundle(bundle, images, labels, backend=backend, max_drop=max_drop, policy=policy)
+    return validate_bundle(bundle, images, labels, backend=backend, max_drop=max_drop, policy=policy, baseline=baseline)
 
 
 def _plain(value: Any) -> Any:
     """Turn paths into text and lists into what TOML would have held."""
-    import os
-
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return list(value) if isinstance(value, tuple) else value

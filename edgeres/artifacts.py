@@ -368,12 +368,62 @@ class Attribution(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: Change
 
 
+class ClassChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A class in which the engine and the reference are right on different samples.
+
+    ``p_adjusted`` is the chance of such a loss where the engine is no worse, corrected for the number of classes;
+    ``fell`` where it is below 0.05. ``name`` is empty where the classes have none.
+    """
+
+    label: int
+    name: str
+    samples: int
+    only_reference_correct: int
+    only_engine_correct: int
+    drop_pp: float
+    p_adjusted: float
+    fell: bool
+
+
+class Confidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How sure the two say they are: the softmax of their answers.
+
+    ``shift_pp`` is how much surer the engine is on average, in percentage points, and ``largest_shift_pp`` the most on
+    a sample, whichever way. The errors are expected calibration errors, 0…1 (Guo et al. 2017, 15 bins); None without
+    labels.
+    """
+
+    shift_pp: float
+    largest_shift_pp: float
+    calibration_error_reference: Optional[float] = None
+    calibration_error_engine: Optional[float] = None
+
+
+class BaselineChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The engine against the last accepted one, on the same samples; a loss is positive.
+
+    ``top1`` is the earlier one's; in ``discordant`` it is the reference. The budget is the report's.
+    """
+
+    top1: float
+    drop_pp: float
+    drop_ci95_pp: Tuple[float, float]
+    discordant: Discordant
+    agreement: float
+    mcnemar_p: float
+    verdict: str
+    samples_to_decide: Optional[int] = None
+
+
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The comparison of an engine with the FP32 reference on the same samples; field names are the contract's.
 
     Accuracy fields are None where the samples have no labels; percentage points (``_pp``) are 100 × a share. ``layers``
     tells of the engine that was judged, and in a bundle of every engine in it, as far as their builders reported.
-    ``target`` is the judged engine's.
+    ``target`` is the judged engine's. Top-5 is None where there are no more than five classes. ``classes`` are those in
+    which the two are right on different samples. ``answers`` are the engine's, packed as
+    :mod:`edgeres.validation.baseline` says, and ``samples_sha256`` says to which samples: a later report is compared by
+    them. ``verdict`` is against FP32 alone; :meth:`outcome` counts the baseline, too.
     """
 
     samples: int
@@ -397,6 +447,18 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: Tuple[LayerSummary, ...] = ()
     target: str = ""
     attribution: Optional[Attribution] = None
+    top5_reference: Optional[float] = None
+    top5_engine: Optional[float] = None
+    classes: Tuple[ClassChange, ...] = ()
+    confidence: Optional[Confidence] = None
+    samples_sha256: str = ""
+    answers: str = ""
+    baseline: Optional[BaselineChange] = None
+
+    def outcome(self) -> str:
+        """Return the gate's verdict: the worse of that against FP32 and, where there is one, against the baseline."""
+        verdicts = [self.verdict] if self.baseline is None else [self.verdict, self.baseline.verdict]
+        return next((bad for bad in ("fail", "inconclusive") if bad in verdicts), self.verdict)
 
     def judges(self, engine: Engine) -> bool:
         """Whether the verdict is on this engine; a report of an earlier edgeres tells no target, only the backend."""

@@ -334,6 +334,10 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
     "--max-drop", type=click.FloatRange(0, 100), metavar="PP", help="Accuracy budget; default: the bundle's own."
 )
 @click.option("--policy", type=click.Choice(["ci", "point"]), help="Default: the bundle's own.")
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="REPORT.json", help="An accepted report to beat.")
+@click.option(
+    "--update-baseline", is_flag=True, help="Write --baseline anew instead of comparing. By hand, never in CI."
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object on stdout.")
 def validate(
     bundle: str,
@@ -341,32 +345,54 @@ def validate(
     validation: Optional[str],
     max_drop: Optional[float],
     policy: Optional[str],
+    baseline: Optional[Path],
+    update_baseline: bool,
     as_json: bool,
 ) -> int:
-    """The gate: the bundle's engine against FP32 on the same samples.
+    """The gate: the bundle's engine against FP32 on the same samples, and against the last one that was accepted.
 
     Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples. The bundle is not changed.
     """
-    from edgeres.artifacts import to_data
+    from edgeres.artifacts import to_data, to_json
     from edgeres.bundle import read_manifest
+    from edgeres.files import write_atomic
     from edgeres.inspection import repairs
-    from edgeres.judge import validate_bundle
+    from edgeres.judge import read_baseline, validate_bundle
     from edgeres.terminal import TerminalProgress, show_report
 
+    _check_baseline(baseline, update_baseline)
+    accepted = None if baseline is None or update_baseline else read_baseline(baseline)
     progress = TerminalProgress()
     progress.stage("validate", bundle)
     try:
         report = validate_bundle(
-            bundle, _absolute(validation), backend=backend, max_drop=max_drop, policy=policy, watch=progress.advance
+            bundle,
+            _absolute(validation),
+            backend=backend,
+            max_drop=max_drop,
+            policy=policy,
+            baseline=accepted,
+            watch=progress.advance,
         )
     finally:
         progress.stop()
+    if baseline is not None and update_baseline:
+        write_atomic(baseline, to_json(report))  # what it says of itself is what the next one is compared with
     with _answered():
         if as_json:
             _print_json(to_data(report))
         else:
             show_report(report, *repairs(Path(bundle), read_manifest(Path(bundle))))
-    return VERDICT_CODES[report.verdict]
+    return VERDICT_CODES[report.outcome()]
+
+
+def _check_baseline(baseline: Optional[Path], update: bool) -> None:
+    if update and baseline is None:
+        raise click.UsageError("--update-baseline needs to know which file: --baseline REPORT.json")
+    if update and os.environ.get("CI", "").lower() not in ("", "0", "false"):
+        raise click.UsageError(
+            "a baseline that CI accepts for itself gates nothing. Write it by hand, look at it, and commit it"
+        )
 
 
 @cli.command()

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import os
+import shlex
 import zipfile
 from pathlib import Path
-from typing import Callable, Dict, Optional, Tuple, Union
+from typing import Callable, Dict, Iterable, Optional, Tuple, Union
 
 import msgspec
 import numpy as np
 
 from edgeres import files
-from edgeres.artifacts import Engine, Manifest, Preprocessing, Report, summaries
+from edgeres.artifacts import Engine, Manifest, Preprocessing, Report, from_json, summaries
 from edgeres.backends import Runner
 from edgeres.bundle import read_verified
 from edgeres.errors import BundleError, SampleError
 from edgeres.recipe import ValidationSection, locate
 from edgeres.runtime.engine import load_with, open_record
 from edgeres.samples import Samples, open_samples, samples_from_arrays
-from edgeres.validation import attribute_drop, compare
+from edgeres.validation import against_baseline, attribute_drop, compare
 
 Watch = Callable[[int, int], None]
 
@@ -52,6 +54,8 @@ def reference_content(logits: np.ndarray, samples: Samples) -> bytes:
     }
     if samples.labels is not None:
         arrays["labels"] = np.asarray(samples.labels, np.int64)
+    if samples.classes is not None:
+        arrays["classes"] = np.array(samples.classes, dtype=np.str_)
     stream = io.BytesIO()
     np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
     return stream.getvalue()
@@ -104,8 +108,15 @@ def judge(
         backend=engine.backend,
         precision=engine.precision,
         samples_source=source,
+        classes=[str(name) for name in reference.get("classes", ())],
     )
+    report = msgspec.structs.replace(report, samples_sha256=_digest(reference["sha256"]))
     return attributed(_told(report, engine), reference["logits"], meaning, logits, reference.get("labels"))
+
+
+def _digest(sha256: Iterable[str]) -> str:
+    """Return one digest of samples, in their order."""
+    return hashlib.sha256("\n".join(map(str, sha256)).encode("ascii")).hexdigest()
 
 
 def _told(report: Report, engine: Engine) -> Report:
@@ -152,6 +163,7 @@ def validate_bundle(
     backend: str = "auto",
     max_drop: Optional[float] = None,
     policy: Optional[str] = None,
+    baseline: Optional[Report] = None,
     watch: Watch = lambda done, total: None,
 ) -> Report:
     """Return the comparison of a bundle's engine with FP32 on some samples. The bundle is verified and not changed.
@@ -165,6 +177,7 @@ def validate_bundle(
         backend: which of the bundle's engines, by its backend or its target; ``auto`` is its first.
         max_drop: the accuracy budget in percentage points; None for the bundle's own.
         policy: ``ci`` or ``point``; None for the bundle's own.
+        baseline: an earlier report on the same samples, to compare with as well.
 
     Raises:
         BundleError: the bundle is damaged or has no engine.
@@ -198,8 +211,30 @@ def validate_bundle(
             policy=judged.policy if policy is None else policy,
             backend=engine.record.backend,
             precision=engine.record.precision,
+            classes=samples.classes or (),
         )
+        report = msgspec.structs.replace(report, samples_sha256=_digest(samples.sha256()))
+        if baseline is not None:
+            report = against_baseline(report, baseline, samples.labels)
         return attributed(_told(report, engine.record), reference, meaning, logits, samples.labels)
+
+
+def read_baseline(path: Path) -> Report:
+    """Return an accepted report, to compare with.
+
+    Raises:
+        SampleError: it cannot be read.
+        BundleError: it is no report.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as problem:
+        name = shlex.quote(str(path))
+        raise SampleError(
+            f"cannot read the baseline {path}: {problem.strerror}. Write it, by hand: edgeres validate BUNDLE "
+            f"--baseline {name} --update-baseline"
+        ) from None
+    return from_json(content, Report, str(path))
 
 
 def known_meaning(engine: Engine, reference: np.ndarray, logits: np.ndarray) -> Optional[np.ndarray]:

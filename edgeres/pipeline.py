@@ -52,7 +52,7 @@ STAGES = (
     "validate",
 )  # fmt: skip
 MODEL_STAGES = ("export", "calibrate", "quantize")  # what an engine is compiled from
-FORMAT = 7  # part of every key: raise it when a stage's result changes with the same inputs
+FORMAT = 8  # part of every key: raise it when a stage's result changes with the same inputs
 KEEP_EVERY = 30.0  # seconds of calibration that an interruption may cost; writing it takes a few tenths of one
 
 Made = Tuple[Any, Tuple[str, ...], str]

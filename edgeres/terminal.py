@@ -25,7 +25,7 @@ from edgeres.artifacts import (
 from edgeres.errors import printable
 from edgeres.inspection import layer_errors, repairs, worst_errors
 from edgeres.progress import Progress, counted
-from edgeres.validation import advice, decibels, headline
+from edgeres.validation import advice, baseline_headline, decibels, fallen_words, headline
 
 WIDTH_OF_A_LOG = 140  # columns; where nobody's window can be asked
 VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow", "unlabelled": "bold"}
@@ -205,6 +205,8 @@ def show_report(report: Report, worst: Sequence[str] = (), untried: str = "") ->
     )
     if report.top1_reference is not None and report.top1_engine is not None:
         table.add_row("top-1", f"{100 * report.top1_reference:.2f} %", f"{100 * report.top1_engine:.2f} %")
+    if report.top5_reference is not None and report.top5_engine is not None:
+        table.add_row("top-5", f"{100 * report.top5_reference:.2f} %", f"{100 * report.top5_engine:.2f} %")
     if report.drop_ci95_pp is not None and report.drop_pp is not None:
         low, high = report.drop_ci95_pp
         table.add_row(
@@ -216,12 +218,21 @@ def show_report(report: Report, worst: Sequence[str] = (), untried: str = "") ->
         )
     table.add_row("same answer", "", f"{100 * report.agreement:.2f} %")
     table.add_row("SQNR", "", "identical" if report.sqnr_db is None else f"{report.sqnr_db:.1f} dB")
+    sure = report.confidence
+    if sure is not None and sure.calibration_error_reference is not None and sure.calibration_error_engine is not None:
+        errors = (sure.calibration_error_reference, sure.calibration_error_engine)
+        table.add_row("calibration error", *(f"{100 * error:.2f} %" for error in errors))
     if report.attribution is not None and report.backend != "cpu":
         table.add_row("quantization's part", "", _change_words(report.attribution.quantization))
         table.add_row("the engine's part", "", _change_words(report.attribution.engine))
     out.print(table)
     show_layers(report.layers)
     out.print(f"{report.verdict.upper()}: {headline(report)}", style=VERDICT_STYLE.get(report.verdict, ""))
+    if report.baseline is not None:
+        verdict = report.baseline.verdict
+        out.print(f"{verdict.upper()}: {baseline_headline(report)}", style=VERDICT_STYLE.get(verdict, ""))
+    for line in fallen_words(report):
+        out.print(printable(line), style="yellow")
     for line in advice(report, worst, untried):
         out.print(printable(f"  {line}"))
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What edgeres adds to a call of onnxruntime, and what raw frames and a stream save; with --soak, whether it leaks.
+"""What edgeres adds to a call of onnxruntime and to a start of Python, and what raw frames and a stream save; with
+--soak, whether it leaks.
 
 Whatever is compared takes turns in one run, call by call, on one session of onnxruntime. Prints Markdown tables:
 
@@ -16,6 +17,8 @@ import argparse
 import gc
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -149,6 +152,20 @@ def bench_stream(engine: LoadedEngine, size: tuple[int, int], count: int) -> Non
     table(title, ("source", "way", "ms per frame", "times the loop"), rows)
 
 
+def bench_imports(rounds: int = 10) -> None:
+    """Print how long a fresh interpreter takes for imports, in turns: at best, and in the middle."""
+    # What `edgeres.load` needs before it reads a bundle, numpy included; onnxruntime comes with the engine.
+    ways = ("numpy", "edgeres", "edgeres.runtime", "onnxruntime")
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            code = f"import time; start = time.perf_counter(); import {way}; print(time.perf_counter() - start)"
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            seconds[way].append(float(done.stdout))
+    rows = [(f"import {way}", f"{1e3 * min(s):.1f}", f"{1e3 * np.median(s):.1f}") for way, s in seconds.items()]
+    table("A fresh interpreter", ("import", "best ms", "median ms"), rows)
+
+
 def memory_mb() -> float:
     """Return the memory that this process has, MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -214,6 +231,7 @@ def main() -> None:
             soak(bundle, arguments)
             return
         engine, session = open_both(bundle, arguments.threads)
+        bench_imports()
         bench_calls(engine, session, arguments.calls)
         bench_stream(engine, tuple(arguments.camera), max(10, arguments.calls // 20))
 

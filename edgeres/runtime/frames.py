@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, Union
 
 import numpy as np
 
 from edgeres.artifacts import Engine, Preprocessing
+from edgeres.device_arrays import HOST_DEVICES, DeviceArray
 from edgeres.errors import BackendError, first_line
 from edgeres.preprocess import fit_batch, pixels_of, prepare_batch
 
-HOST_DEVICES = (1, 3)  # DLPack's kDLCPU, and kDLCUDAHost: pinned memory, which the processor reads like any other
+AnyArray = Union[np.ndarray, DeviceArray]
 
 NEAR = 0.01
 """How far from a pixel, in steps, normalized input may lie that stands for it: less than float16 can tell."""
@@ -131,15 +132,30 @@ def room_for(out: Optional[np.ndarray], shape: Tuple[int, ...]) -> np.ndarray:
         return np.empty(shape, np.float32)
     if not isinstance(out, np.ndarray):
         raise BackendError(f"out is a {type(out).__name__}: give a float32 array {shape}")
+    _check_room(out, shape, out.flags.c_contiguous, out.flags.writeable)
+    return out
+
+
+def check_device_room(out: DeviceArray, shape: Tuple[int, ...]) -> None:
+    """Refuse an array on a GPU into which logits float32 of that shape cannot be written.
+
+    Raises:
+        BackendError: with everything that is wrong with it.
+    """
+    if out.copied:
+        raise BackendError("out gives out a copy of itself, so nothing would arrive in it. Give an array that shares")
+    _check_room(out, shape, True, not out.read_only)
+
+
+def _check_room(out: AnyArray, shape: Tuple[int, ...], contiguous: bool, writeable: bool) -> None:
     wrong = []
     if out.shape != shape:
         wrong.append(f"its shape is {out.shape}")
     if out.dtype != np.float32:
         wrong.append(f"it is {out.dtype}")
-    if not out.flags.c_contiguous:
+    if not contiguous:
         wrong.append("it is not C-contiguous")
-    if not out.flags.writeable:
+    if not writeable:
         wrong.append("it is read-only")
     if wrong:
         raise BackendError(f"out must be a writable, contiguous float32 array {shape}; {', '.join(wrong)}")
-    return out

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from edgeres.validation.baseline import against_baseline
 from edgeres.validation.compare import attribute_drop, compare
-from edgeres.validation.words import advice, decibels, headline
+from edgeres.validation.words import advice, baseline_headline, decibels, fallen_words, headline
 
-__all__ = ["advice", "attribute_drop", "compare", "decibels", "headline"]
+__all__ = [
+    "advice",
+    "against_baseline",
+    "attribute_drop",
+    "baseline_headline",
+    "compare",
+    "decibels",
+    "fallen_words",
+    "headline",
+]

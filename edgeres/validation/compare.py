@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Iterator, Optional, Tuple
+from typing import Optional, Sequence, Tuple
 
+import msgspec
 import numpy as np
 
-from edgeres.artifacts import Attribution, Change, Discordant, Report
+from edgeres.artifacts import Attribution, Change, Confidence, Report
 from edgeres.errors import BackendError, ModelError, RecipeError, SampleError
-from edgeres.validation.statistics import mcnemar_exact, paired_difference_interval, samples_to_decide
+from edgeres.validation.baseline import packed
+from edgeres.validation.classes import class_changes
+from edgeres.validation.confidence import Sureness, chunks, sureness
+from edgeres.validation.paired import paired_change
 
 POLICIES = ("ci", "point")
-
-# Logits widened to float64 at a time: 32 MiB per array, however many samples there are.
-CHUNK_VALUES = 1 << 22
 
 
 def compare(
@@ -27,18 +28,18 @@ def compare(
     backend: str,
     precision: str,
     samples_source: str = "validation",
+    classes: Sequence[str] = (),
 ) -> Report:
     """Return the comparison of two networks' answers to the same samples, and its verdict.
 
-    With the policy ``ci`` the verdict is ``pass`` where the whole 95 % interval of the paired accuracy drop lies under
-    the budget, ``fail`` where it lies above, else ``inconclusive``; with ``point`` the drop itself decides. Without
-    labels it is ``unlabelled``.
+    The verdict is that of :func:`edgeres.validation.paired.paired_change`; without labels it is ``unlabelled``.
 
     Args:
         reference: float (N, K), the FP32 model's logits.
         engine: float (N, K), the engine's.
         labels: integers (N,), 0…K-1, or None.
         max_drop_pp: the budget, percentage points of top-1.
+        classes: their K names, where they have any.
 
     Raises:
         RecipeError: the budget or the policy is none.
@@ -54,6 +55,7 @@ def compare(
         _check_labels(labels, *reference.shape)
     # argmax takes the first of equal logits, in both alike.
     top_reference, top_engine = reference.argmax(axis=1), engine.argmax(axis=1)
+    sure_reference, sure_engine = sureness(reference, labels), sureness(engine, labels)
     report = Report(
         samples=len(reference),
         agreement=float(np.mean(top_reference == top_engine)),
@@ -64,10 +66,16 @@ def compare(
         precision=precision,
         policy=policy,
         samples_source=samples_source,
+        top5_reference=sure_reference.top5,
+        top5_engine=sure_engine.top5,
+        confidence=_confidence(sure_reference, sure_engine),
+        answers=packed(top_engine),
     )
     if labels is None:
         return report
-    return _judged(report, top_reference == labels, top_engine == labels)
+    right_reference, right_engine = top_reference == labels, top_engine == labels
+    changes = class_changes(labels, right_reference, right_engine, classes)
+    return msgspec.structs.replace(_judged(report, right_reference, right_engine), classes=changes)
 
 
 def attribute_drop(
@@ -99,45 +107,31 @@ def _change(before: np.ndarray, after: np.ndarray, labels: Optional[np.ndarray])
 
 def _judged(report: Report, reference: np.ndarray, engine: np.ndarray) -> Report:
     """Return the report with accuracies and verdict, from which answers of the two are right, bool (N,)."""
-    n = report.samples
-    b, c = int(np.sum(reference & ~engine)), int(np.sum(engine & ~reference))
-    # One division of whole numbers, so that 3 of 1000 are the very float that a budget of 0.3 is.
-    drop = 100 * (b - c) / n
-    lower, upper = (100.0 * limit for limit in paired_difference_interval(b, c, n))
-    verdict = _verdict(report, drop, lower, upper)
-    needed = samples_to_decide(b, c, n, report.max_drop_pp / 100.0) if verdict == "inconclusive" else None
-    return Report(
-        samples=n,
-        agreement=report.agreement,
-        sqnr_db=report.sqnr_db,
-        max_drop_pp=report.max_drop_pp,
-        verdict=verdict,
-        backend=report.backend,
-        precision=report.precision,
-        policy=report.policy,
-        top1_reference=int(np.sum(reference)) / n,
-        top1_engine=int(np.sum(engine)) / n,
-        drop_pp=drop,
-        drop_ci95_pp=(lower, upper),
-        discordant=Discordant(b, c),
-        mcnemar_p=mcnemar_exact(b, c),
-        samples_to_decide=needed,
-        samples_source=report.samples_source,
+    change = paired_change(reference, engine, report.max_drop_pp, report.policy)
+    return msgspec.structs.replace(
+        report,
+        verdict=change.verdict,
+        top1_reference=int(np.sum(reference)) / report.samples,
+        top1_engine=int(np.sum(engine)) / report.samples,
+        drop_pp=change.drop_pp,
+        drop_ci95_pp=change.interval_pp,
+        discordant=change.discordant,
+        mcnemar_p=change.mcnemar_p,
+        samples_to_decide=change.samples_to_decide,
     )
 
 
-def _verdict(report: Report, drop: float, lower: float, upper: float) -> str:
-    if report.policy == "point":
-        return "pass" if drop <= report.max_drop_pp else "fail"
-    if upper < report.max_drop_pp:
-        return "pass"
-    return "fail" if lower > report.max_drop_pp else "inconclusive"
+def _confidence(reference: Sureness, engine: Sureness) -> Confidence:
+    shift = engine.confidence - reference.confidence
+    return Confidence(
+        100 * float(shift.mean()), 100 * float(shift[np.abs(shift).argmax()]), reference.error, engine.error
+    )
 
 
 def _sqnr_db(reference: np.ndarray, engine: np.ndarray) -> Optional[float]:
     """Return signal over noise of all logits, in decibels; None where the noise, or the signal, is nothing."""
     signal = noise = 0.0
-    for rows in _chunks(reference):
+    for rows in chunks(reference):
         wide = reference[rows].astype(np.float64)
         signal += float(np.vdot(wide, wide))
         wide -= engine[rows]
@@ -145,11 +139,6 @@ def _sqnr_db(reference: np.ndarray, engine: np.ndarray) -> Optional[float]:
     if signal == 0.0 or noise == 0.0:
         return None
     return 10.0 * math.log10(signal / noise)
-
-
-def _chunks(logits: np.ndarray) -> Iterator[slice]:
-    step = max(1, CHUNK_VALUES // logits.shape[1])
-    return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
 def _check_rules(max_drop_pp: float, policy: str) -> None:
@@ -190,7 +179,7 @@ def _check_logits(reference: np.ndarray, engine: np.ndarray) -> None:
 
 def _first_not_finite(logits: np.ndarray) -> Optional[Tuple[int, int]]:
     """Return how many rows hold NaN or infinity, and the first of them; None where all are finite."""
-    good = np.concatenate([np.isfinite(logits[rows]).all(axis=1) for rows in _chunks(logits)])
+    good = np.concatenate([np.isfinite(logits[rows]).all(axis=1) for rows in chunks(logits)])
     return None if good.all() else (int(np.sum(~good)), int(np.argmin(good)))
 
 

@@ -20,16 +20,25 @@ def mcnemar_exact(b: int, c: int) -> float:
     Source: McNemar 1947, Psychometrika 12:153-157, in its exact conditional form: twice the smaller binomial tail, at
     most 1 (Fagerland, Lydersen and Laake 2013, BMC Medical Research Methodology 13:91).
     """
-    total, fewer = b + c, min(b, c)
+    return min(1.0, 2.0 * binomial_tail(max(b, c), b + c))
+
+
+def binomial_tail(successes: int, total: int) -> float:
+    """Return the chance of at least so many heads in ``total`` throws of a fair coin.
+
+    One-sided, this is the exact McNemar test: ``successes`` of ``total`` discordant samples on one side.
+    """
+    if 2 * successes < total:
+        return 1.0 - binomial_tail(total - successes + 1, total)
     # Integers are exact up to the one division; the tail's other terms follow from its largest, each below the last.
-    term = math.comb(total, fewer) / 2**total
+    term = math.comb(total, successes) / 2**total
     tail = 0.0
-    for successes in range(fewer, -1, -1):
+    for heads in range(successes, total + 1):
         tail += term
-        term *= successes / (total - successes + 1)
+        term *= (total - heads) / (heads + 1)
         if term < tail * 1e-18:
             break
-    return min(1.0, 2.0 * tail)
+    return min(1.0, tail)
 
 
 def paired_difference_interval(b: float, c: float, n: float, confidence: float = 0.95) -> Tuple[float, float]:

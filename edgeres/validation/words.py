@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Union
 
-from edgeres.artifacts import Report
+from edgeres.artifacts import BaselineChange, Report
 from edgeres.progress import counted
 
 # Right on fewer than this, the reference is hardly the model that its user means.
@@ -24,7 +24,19 @@ def headline(report: Report) -> str:
         )
     lower, upper = report.drop_ci95_pp
     change = f"{precision} {_change(report.drop_pp)} (95 % interval of the loss {lower:.2f} to {upper:.2f})"
-    return f"{change} against a budget of {report.max_drop_pp:.2f}: {_verdict(report)}."
+    return f"{change} against a budget of {report.max_drop_pp:.2f}: {_verdict(report, report)}."
+
+
+def baseline_headline(report: Report) -> str:
+    """Return the verdict against the baseline in one sentence; empty where there is no baseline."""
+    change = report.baseline
+    if change is None:
+        return ""
+    lower, upper = change.drop_ci95_pp
+    return (
+        f"against the baseline it {_change(change.drop_pp)} (95 % interval of the loss {lower:.2f} to {upper:.2f}): "
+        f"{_verdict(report, change)}."
+    )
 
 
 def decibels(value: Optional[float]) -> str:
@@ -72,14 +84,26 @@ def _change(drop_pp: float) -> str:
     return f"{'loses' if drop_pp > 0 else 'gains'} {abs(drop_pp):.2f} pp of top-1"
 
 
-def _verdict(report: Report) -> str:
-    if report.verdict != "inconclusive":
+def _verdict(report: Report, change: Union[Report, BaselineChange]) -> str:
+    """Return the verdict of a report's own change, or of that from the baseline, in words."""
+    if change.verdict != "inconclusive":
         basis = " by the point estimate alone" if report.policy == "point" else ""
-        return f"{'passes' if report.verdict == 'pass' else 'fails'} with {counted(report.samples, 'sample')}{basis}"
+        return f"{'passes' if change.verdict == 'pass' else 'fails'} with {counted(report.samples, 'sample')}{basis}"
     undecided = f"cannot be decided with {counted(report.samples, 'sample')}"
-    if report.samples_to_decide is None:
+    if change.samples_to_decide is None:
         return f"{undecided}; at the observed rates no practical number would decide it"
-    return f"{undecided}; about {_about(report.samples_to_decide):,} would"
+    return f"{undecided}; about {_about(change.samples_to_decide):,} would"
+
+
+def fallen_words(report: Report) -> List[str]:
+    """Return one sentence for each class that lost accuracy beyond chance."""
+    return [
+        f"Class {change.name or change.label} fell: FP32 alone is right on {change.only_reference_correct} and "
+        f"{report.precision.upper()} alone on {change.only_engine_correct} of its "
+        f"{counted(change.samples, 'sample')} (p = {change.p_adjusted:.2g}, corrected for the number of classes)."
+        for change in report.classes
+        if change.fell
+    ]
 
 
 def _more_samples(report: Report) -> str:

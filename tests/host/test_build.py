@@ -124,7 +124,7 @@ def test_engine_answers_frames_and_normalized_input_alike(digits: Path) -> None:
         np.zeros((1, 32, 32, 4), np.uint8),
         np.zeros((1, 3, 32, 32), np.float64),
         np.zeros((0, 32, 32, 3), np.uint8),
-        [[1, 2]],
+        np.zeros((1, 2), np.int64),
     ],
 )
 def test_engine_refuses_other_input(digits: Path, wrong: np.ndarray) -> None:

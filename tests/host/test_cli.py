@@ -81,7 +81,27 @@ def test_a_ruined_build_fails_and_so_does_its_gate(place: Path) -> None:
     np.save(place / "grey.npy", np.full((4, 32, 32, 3), 128, np.uint8))
     done = edgeres("build", "--calibration", "grey.npy", "--out", "ruined", "--json", cwd=place, code=1)
     assert json.loads(done.stdout)["validation"]["verdict"] == "fail"
-    edgeres("validate", "ruined", cwd=place, code=1)
+    done = edgeres("validate", "ruined", "--baseline", "build/digits-int8/report.json", cwd=place, code=1)
+    assert "against the baseline it loses" in done.stdout
+    assert "fell" in done.stdout
+
+
+def test_a_baseline_is_written_by_hand_and_compared_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = ("validate", "build/digits-int8", "--max-drop", "1", "--baseline", "accepted.json")
+    assert "--update-baseline" in edgeres(*gate, cwd=place, code=1).stderr  # there is none yet
+    monkeypatch.setenv("CI", "true")
+    assert "by hand" in edgeres(*gate, "--update-baseline", cwd=place, code=2).stderr
+    assert not (place / "accepted.json").exists()
+    monkeypatch.delenv("CI")
+    edgeres(*gate, "--update-baseline", cwd=place)
+    found = json.loads(edgeres(*gate, "--json", cwd=place).stdout)
+    assert found["baseline"]["drop_pp"] == 0
+    assert found["baseline"]["agreement"] == 1
+    assert "against the baseline it keeps top-1" in edgeres(*gate, cwd=place).stdout
+    assert "other samples" in edgeres(*gate, "--validation", "few.npz", cwd=place, code=1).stderr
+    (place / "accepted.json").write_text("{}")
+    assert "accepted.json" in edgeres(*gate, cwd=place, code=1).stderr
+    edgeres("validate", "build/digits-int8", "--update-baseline", cwd=place, code=2)
 
 
 def test_stages_continue_a_bundle(place: Path) -> None:

@@ -122,7 +122,9 @@ def test_calls_streams_and_loads_leave_nothing(bundle: Path) -> None:
 
 def test_the_bench_compares_calls_frames_and_streams(bundle: Path) -> None:
     tables = bench("--bundle", str(bundle), "--calls", "40", "--camera", "12", "16")
-    floats, frames, streams = tables.values()
+    imports, floats, frames, streams = tables.values()
+    assert [row["import"] for row in imports][:2] == ["import numpy", "import edgeres"]
+    assert all(0 < float(row["best ms"]) <= float(row["median ms"]) for row in imports)
     assert [row["call"] for row in floats] == ["onnxruntime", "edgeres", "edgeres, out="]
     assert [row["call"] for row in frames] == ["NumPy, onnxruntime", "edgeres"]
     assert all(0 < float(row["p10 µs"]) <= float(row["p50 µs"]) <= float(row["p99 µs"]) for row in floats + frames)

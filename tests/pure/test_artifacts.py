@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 from edgeres import artifacts
 from edgeres.artifacts import (
     Attribution,
+    BaselineChange,
     Benchmark,
     BoardState,
     Bundle,
     CalibrationTable,
     Change,
+    ClassChange,
     Climb,
     Comparison,
+    Confidence,
     Discordant,
     Engine,
     EngineLayer,
@@ -117,6 +120,19 @@ discordants = st.builds(Discordant, whole, whole)
 ratios = st.none() | numbers
 changes = st.builds(Change, numbers, ratios, drop_pp=ratios)
 attributions = st.builds(Attribution, changes, changes)
+class_changes = st.builds(ClassChange, whole, words, whole, whole, whole, numbers, numbers, st.booleans())
+confidences = st.builds(Confidence, numbers, numbers, ratios, ratios)
+baseline_changes = st.builds(
+    BaselineChange,
+    numbers,
+    numbers,
+    st.tuples(numbers, numbers),
+    discordants,
+    numbers,
+    numbers,
+    words,
+    st.none() | whole,
+)
 layer_errors = st.builds(
     LayerError, words, words, words, words, numbers, ratios, ratios, ratios, ratios, *[numbers] * 8
 )
@@ -133,6 +149,10 @@ reports = st.builds(
     drop_ci95_pp=st.none() | st.tuples(numbers, numbers),
     discordant=st.none() | discordants,
     samples_to_decide=st.none() | whole,
+    classes=many(class_changes),
+    confidence=st.none() | confidences,
+    answers=words,
+    baseline=st.none() | baseline_changes,
     layers=many(summary_nouns),
     attribution=st.none() | attributions,
 )
@@ -191,6 +211,9 @@ NOUNS: Dict[type, Any] = {
     Engine: engines,
     LayerSummary: summary_nouns,
     Discordant: discordants,
+    ClassChange: class_changes,
+    Confidence: confidences,
+    BaselineChange: baseline_changes,
     Report: reports,
     StageRecord: records,
     LayerCost: layer_costs,

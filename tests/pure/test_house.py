@@ -63,6 +63,8 @@ HEAVY = {
     "sklearn",
     "safetensors",
     "numba",
+    "pydantic",
+    "cv2",
 }
 
 

@@ -402,7 +402,12 @@ def interrupted(session: Session, place: int) -> bool:
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         nonlocal seen
-        if frame.f_code.co_filename != room.__file__ or frame.f_code.co_name not in ("__call__", "_take", "_give"):
+        if frame.f_code.co_filename != room.__file__ or frame.f_code.co_name not in (
+            "__call__",
+            "_run",
+            "_take",
+            "_give",
+        ):
             return None
         if event in ("line", "return"):
             seen += 1

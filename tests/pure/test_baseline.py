@@ -1,0 +1,117 @@
+"""A report against an earlier one: pairing, verdicts, and what cannot be paired."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from typing import List, Optional
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgeres.artifacts import Report, from_json, to_json
+from edgeres.errors import SampleError
+from edgeres.validation import against_baseline, baseline_headline, compare
+from edgeres.validation.baseline import packed, unpacked
+from edgeres.validation.statistics import paired_difference_interval
+
+LABELS = np.arange(1000) % 10
+
+
+def judged(wrong: int, start: int = 0, samples: str = "these", policy: str = "ci", count: int = 1000) -> Report:
+    """Return the report on an engine that is wrong on ``wrong`` samples from ``start`` on; FP32 is always right."""
+    labels = LABELS[:count]
+    answers = labels.copy()
+    answers[start : start + wrong] = (labels[start : start + wrong] + 1) % 10
+    reference, engine = np.eye(10, dtype=np.float32)[labels], np.eye(10, dtype=np.float32)[answers]
+    report = compare(reference, engine, labels, max_drop_pp=1.0, policy=policy, backend="cpu", precision="int8")
+    return msgspec.structs.replace(report, samples_sha256=samples)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=50))
+def test_answers_come_back(answers: List[int]) -> None:
+    np.testing.assert_array_equal(unpacked(packed(np.array(answers)), len(answers)), answers)
+
+
+def test_the_numbers_are_those_of_the_pairs() -> None:
+    """The baseline is wrong on 0 to 9, this one on 5 to 24: 5 were right only now, 15 only before."""
+    found = against_baseline(judged(20, 5), from_json(to_json(judged(10)), Report, "x"), LABELS).baseline
+    assert found is not None
+    assert found.top1 == 0.99
+    assert found.drop_pp == 1.0
+    assert (found.discordant.only_reference_correct, found.discordant.only_engine_correct) == (15, 5)
+    low, high = paired_difference_interval(15, 5, 1000)
+    assert found.drop_ci95_pp == pytest.approx((100 * low, 100 * high))
+    assert found.agreement == 1 - 20 / 1000
+    assert found.verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "against_fp32", "against_baseline_", "outcome"),
+    [
+        (2, 2, "pass", "pass", "pass"),
+        (0, 2, "pass", "pass", "pass"),
+        (40, 40, "fail", "pass", "fail"),  # no worse than before, and yet too bad
+        (0, 40, "fail", "fail", "fail"),
+        (0, 8, "inconclusive", "inconclusive", "inconclusive"),
+    ],
+)
+def test_the_outcome_is_the_worse_verdict(
+    before: int, after: int, against_fp32: str, against_baseline_: str, outcome: str
+) -> None:
+    report = against_baseline(judged(after), judged(before), LABELS)
+    assert report.baseline is not None
+    assert (report.verdict, report.baseline.verdict, report.outcome()) == (against_fp32, against_baseline_, outcome)
+    assert {"pass": "passes", "fail": "fails", "inconclusive": "cannot be decided"}[
+        against_baseline_
+    ] in baseline_headline(report)
+    assert from_json(to_json(report), Report, "report.json") == report
+
+
+def test_a_regression_within_the_budget_of_fp32_is_seen() -> None:
+    """FP32 is wrong where the baseline was right: the new build equals FP32, and is worse than the last one."""
+    wrong = np.arange(1000) < 40
+    answers = np.where(wrong, (LABELS + 1) % 10, LABELS)
+    logits = np.eye(10, dtype=np.float32)[answers]
+    report = compare(logits, logits.copy(), LABELS, max_drop_pp=1.0, backend="cpu", precision="int8")
+    report = against_baseline(msgspec.structs.replace(report, samples_sha256="these"), judged(0), LABELS)
+    assert report.verdict == "pass"
+    assert report.outcome() == "fail"
+
+
+def test_without_a_baseline_the_verdict_is_the_outcome() -> None:
+    assert judged(40).outcome() == "fail"
+    assert baseline_headline(judged(40)) == ""
+
+
+def bomb(count: int) -> str:
+    return base64.b64encode(zlib.compress(bytes(100 * count))).decode()
+
+
+@pytest.mark.parametrize(
+    ("baseline", "labels", "said"),
+    [
+        (judged(1, samples="others"), LABELS, "other samples"),
+        (judged(1, count=900), LABELS, "900 other samples than these 1000"),
+        (msgspec.structs.replace(judged(1), answers=""), LABELS, "sample by sample"),
+        (msgspec.structs.replace(judged(1), samples_sha256=""), LABELS, "sample by sample"),
+        (msgspec.structs.replace(judged(1), answers="AAAA"), LABELS, "does not hold"),
+        (msgspec.structs.replace(judged(1), answers="no base64"), LABELS, "does not hold"),
+        (msgspec.structs.replace(judged(1), answers=packed(LABELS[:10])), LABELS, "does not hold"),
+        (msgspec.structs.replace(judged(1), answers=bomb(1000)), LABELS, "does not hold"),
+        (judged(1), None, "with labels"),
+    ],
+)
+def test_what_cannot_be_paired(baseline: Report, labels: Optional[np.ndarray], said: str) -> None:
+    with pytest.raises(SampleError, match=said):
+        against_baseline(judged(1), baseline, labels)
+
+
+def test_the_point_estimate_decides_where_that_is_the_policy() -> None:
+    found = against_baseline(judged(8, policy="point"), judged(0), LABELS).baseline
+    assert found is not None
+    assert found.verdict == "pass"
