@@ -109,11 +109,18 @@ def build(
     return run(wanted, None if out is None else FilePath(out), progress=progress)
 
 
-def load(bundle: Path, *, backend: str = "auto", threads: Optional[int] = None, frames: str = "rgb") -> LoadedEngine:
+def load(
+    bundle: Path,
+    *,
+    backend: str = "auto",
+    threads: Optional[int] = None,
+    cuda_graphs: bool = False,
+    frames: str = "rgb",
+) -> LoadedEngine:
     """Return a bundle's engine, verified; see :func:`edgeres.runtime.load`."""
     from edgeres.runtime import load as open_bundle
 
-    return open_bundle(bundle, backend, threads, frames=frames)
+    return open_bundle(bundle, backend, threads, cuda_graphs, frames)
 
 
 def validate(

@@ -8,6 +8,7 @@ import sys
 import weakref
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -386,6 +387,32 @@ def test_streams_warmups_and_profiles_take_them(maker: str) -> None:
     assert engine.warmup(2, there(x)).last > 0
     assert {batch.address for batch in runner.batches} == {x.ctypes.data}
     assert engine.profile(runs=1).cuda_graphs == engine.cuda_graphs == "not yet"
+
+
+@needs_dlpack
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("color", ["rgb", "bgr"])
+@pytest.mark.parametrize("camera", ["rgb", "bgr"])
+def test_pixels_on_the_gpu_have_to_be_in_the_networks_order(maker: str, color: str, camera: str) -> None:
+    """Nobody turns them there; in that order they reach the engine as they lie."""
+    engine, _ = opened()
+    given: List[Any] = []
+
+    class Taking(GpuSumming):
+        def fill(self, batch: Any, out: Any) -> None:
+            given.append(batch)
+
+    frame = msgspec.structs.replace(engine.manifest.preprocessing, color=color)
+    manifest = msgspec.structs.replace(engine.manifest, preprocessing=frame)
+    record = msgspec.structs.replace(engine.record, input="uint8")
+    pixels = LoadedEngine(Taking(4), manifest, record, camera)
+    x = np.zeros((2, 4, 4, 3), np.uint8)
+    if color != camera:
+        with pytest.raises(BackendError, match=f"the network's channel order, {color}"):
+            pixels(MAKERS[maker](x))
+    else:
+        pixels(MAKERS[maker](x))
+        assert [batch.address for batch in given] == [x.ctypes.data]
 
 
 OUTS: Dict[str, Tuple[Callable[[], Any], str]] = {

@@ -58,14 +58,14 @@ class Bench:
             address = self.device.allocate(array.nbytes)
 
         def write() -> None:
-            view(address, array.shape)[:] = array
+            view(address, array.shape, array.dtype.type)[:] = array
 
         self.device.others.append(write)
         if ready:
             self.device.others.pop()()
         producer = Producer()
         producer.__cuda_array_interface__ = {
-            "shape": array.shape, "typestr": "<f4", "data": (address, False), "version": 2
+            "shape": array.shape, "typestr": array.dtype.str, "data": (address, False), "version": 2
         }  # fmt: skip
         return device_array(producer)
 
@@ -102,6 +102,22 @@ def test_frames_and_logits_lie_where_they_like(
             assert np.array_equal(bench.read(given), batch), "the frames were written to"
     session.close()
     bench.assert_empty(arrays=(STEADY + 3) * (inside + outside))
+
+
+@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_pixels_lie_where_they_like(bench: Bench, count: int, inside: bool, cuda_graphs: bool) -> None:
+    bench.tiny.types = ("UINT8", "FLOAT")
+    session = bench.open(cuda_graphs=cuda_graphs)
+    for seed in range(STEADY + 3):
+        batch = np.random.default_rng(seed).integers(0, 256, (count, *DOUBLE.SHAPE), np.uint8)
+        out = np.full((count, CLASSES), np.nan, np.float32)
+        session.fill(bench.given(batch, ready=False) if inside else batch, out)
+        np.testing.assert_array_equal(out, logits(batch.astype(np.float32)))
+    with pytest.raises(BackendError, match=r"takes uint8 .*not float32"):
+        session.fill(bench.given(frames(count)), out)
+    session.close()
 
 
 def test_frames_on_the_gpu_are_never_copied_to_the_host(bench: Bench) -> None:
