@@ -71,16 +71,33 @@ class Triple(Parameter):
         return numbers * 3 if len(numbers) == 1 else numbers
 
 
+def _whole(value: Any) -> List[int]:
+    """Return the whole numbers of a list such as 1,8,32; none where it is something else."""
+    try:
+        return [int(part) for part in str(value).replace(",", " ").split()]
+    except ValueError:
+        return []
+
+
+class Color(Parameter):
+    """``114,114,114``: red, green and blue, 0 to 255; one number stands for all three."""
+
+    name = "R,G,B"
+
+    def convert(self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]) -> List[int]:
+        numbers = _whole(value)
+        if len(numbers) not in (1, 3) or not all(0 <= number <= 255 for number in numbers):
+            self.fail(f"{value!r} is not a colour such as 114,114,114", param, ctx)
+        return numbers * 3 if len(numbers) == 1 else numbers
+
+
 class Batch(Parameter):
     """``1,8,32``: the smallest, the usual and the largest batch; one number stands for all three."""
 
     name = "MIN,OPT,MAX"
 
     def convert(self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]) -> List[int]:
-        try:
-            numbers = [int(part) for part in str(value).replace(",", " ").split()]
-        except ValueError:
-            numbers = []
+        numbers = _whole(value)
         if len(numbers) not in (1, 3):
             self.fail(f"{value!r} is not three numbers such as 1,8,32", param, ctx)
         return numbers * 3 if len(numbers) == 1 else numbers
@@ -123,6 +140,12 @@ BUILD_OPTIONS = (
     click.option("--resize", type=int, metavar="PIXELS", help="Scale the short side to this before the centre crop."),
     click.option("--mean", type=Triple(), help="Per channel, of pixels scaled to 0…1."),
     click.option("--std", type=Triple(), help="Per channel, of pixels scaled to 0…1."),
+    click.option(
+        "--fit",
+        type=click.Choice(["crop", "letterbox"]),
+        help="letterbox: the whole frame, scaled into the input, the rest filled. Default: crop, out of the middle.",
+    ),
+    click.option("--pad", type=Color(), help="What fills a letterbox. Default: 114,114,114."),
     click.option("--num-classes", type=int, help="Outputs of the classifier."),
     click.option("--seed", type=int, help="Of random weights, where none are given."),
     click.option(
@@ -207,6 +230,12 @@ ENGINE_OPTIONS = (
         help="An engine for other GPUs too (not Jetson).",
     ),
     click.option("--strict/--no-strict", default=None, help="Refuse an engine with a layer that is not as planned."),
+    click.option(
+        "--engine-input",
+        type=click.Choice(["auto", "uint8", "float32"]),
+        help="What TensorRT's engine takes: pixels, a quarter of the bytes, or normalized numbers. Default: auto, "
+        "uint8 where any normalized input is then still answered alike.",
+    ),
 )
 
 
@@ -611,7 +640,8 @@ def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
     from edgeres.recipe import engine_section
     from edgeres.terminal import TerminalProgress, show_engine
 
-    section = engine_section(read_manifest(bundle).recipe.get("engine", {}), options)
+    given = {edgeres.OPTIONS[name].partition(".")[2]: value for name, value in options.items()}
+    section = engine_section(read_manifest(bundle).recipe.get("engine", {}), given)
     progress = TerminalProgress()
     progress.stage("compile", str(bundle))
     try:
