@@ -33,6 +33,7 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
     "tensorrt_rtx": ("backends/tensorrt/",),
     "pycuda": ("backends/tensorrt/",),
     "cuda": ("backends/tensorrt/",),
+    "pytest": ("pytest_plugin.py",),  # which nothing but pytest loads
     "pynvml": ("board.py",),  # clocks and power of NVIDIA GPUs, where it is installed
 }
 # The order of the work is written in the language alone.
