@@ -547,6 +547,28 @@ def verify(bundle: Path, as_json: bool) -> int:
 
 
 @cli.command()
+@click.argument("folder", metavar="[DIR]", default=".", type=click.Path(path_type=Path))
+@click.option("--ci", type=click.Choice(["github", "gitlab", "none"]), default="github", help="Default: github.")
+@click.option("--json", "as_json", is_flag=True, help="The files written, as a JSON list on stdout.")
+def init(folder: Path, ci: str, as_json: bool) -> int:
+    """A starter: calibration/ with a recipe to edit, and a CI workflow that builds and gates.
+
+    Nothing is overwritten: where one of its files exists already, none is written. All of it works as it stands, for
+    the recipe is that of the embedded default.
+    """
+    from edgeres.starter import begin
+
+    written = begin(folder, ci)
+    if as_json:
+        _print_json([str(path) for path in written])
+        return OK
+    for path in written:
+        click.echo(printable(f"written: {path}"))
+    click.echo(printable(f"next: edgeres build {written[0]}, and then edit that recipe"))
+    return OK
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list on stdout.")
 def models(as_json: bool) -> int:
     """The architectures it knows, with parameters and multiply-accumulates (MACs) per image."""
