@@ -8,7 +8,7 @@ from edgeres.artifacts import Report
 from edgeres.errors import printable
 from edgeres.validation.words import advice, baseline_headline, decibels, fallen_words, headline
 
-SHOWN = 10  # classes in a short form
+SHOWN = 10  # classes, where there is little room
 
 
 class Case(NamedTuple):
@@ -55,15 +55,18 @@ def short_form(report: Report, worst: Sequence[str] = (), untried: str = "") -> 
     if report.baseline is not None:
         lines.append(f"{report.baseline.verdict.upper()}: {baseline_headline(report)}")
     lines.append(_numbers(report))
-    fallen = fallen_words(report)
-    lines += fallen[:SHOWN]
-    if len(fallen) > SHOWN:
-        lines.append(f"… and {len(fallen) - SHOWN} more that fell.")
+    lines += first_of(fallen_words(report))
     for summary in report.layers:
         lines.append(f"The engine for {summary.target} has {summary.words}.")
         lines += [f"Not as planned: {text}" for text in summary.not_as_planned]
     lines += [f"  {step}" for step in advice(report, worst, untried)]
     return "\n".join(one_line(line) for line in lines)
+
+
+def first_of(fallen: Sequence[str]) -> List[str]:
+    """Return the sentences of the first classes that fell, and how many more there are."""
+    more = len(fallen) - SHOWN
+    return [*fallen[:SHOWN], *([f"… and {more} more that fell."] if more > 0 else [])]
 
 
 def one_line(text: str) -> str:

@@ -11,12 +11,12 @@ from typing import List, Sequence, Tuple
 
 from edgeres.artifacts import Report
 from edgeres.errors import few, printable
-from edgeres.validation.cases import cases, one_line
-from edgeres.validation.words import advice, decibels
+from edgeres.validation.cases import cases, first_of, one_line
+from edgeres.validation.words import advice, decibels, fallen_words
 
 LEVELS = {"fail": "error", "error": "error", "pass": "notice"}
 SIGNS = {"pass": "✅", "fail": "❌", "warning": "⚠️"}
-MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|~$@-])")
+MARKUP = re.compile(r"([\\`*_\[\]|~$])")  # of what stands within a line
 
 
 def annotation(level: str, title: str, message: str) -> str:
@@ -40,7 +40,7 @@ def commands(report: Report, bundle: str) -> List[str]:
     fallen = [case for case in found if case.kind == "class"]
     if fallen:
         level = LEVELS.get(fallen[0].verdict, "warning")
-        said = "\n".join(case.message for case in fallen)
+        said = "\n".join(first_of([case.message for case in fallen]))
         lines.append(annotation(level, f"{bundle}: {few([case.name for case in fallen])} fell", said))
     return lines
 
@@ -65,7 +65,9 @@ def summary(report: Report, bundle: str, hints: Tuple[Sequence[str], str] = ((),
         rows.append(("budget, pp", "", f"{report.max_drop_pp:g}"))
     rows.append(("same answer", "", f"{100 * report.agreement:.2f} %"))
     rows.append(("SQNR", "", decibels(report.sqnr_db)))
-    found = [f"{SIGNS.get(case.verdict, '❔')} {plain(case.name)}: {plain(case.message)}" for case in cases(report)]
+    gates = [case for case in cases(report) if case.kind != "class"]
+    found = [f"{SIGNS.get(case.verdict, '❔')} {plain(case.name)}: {plain(case.message)}" for case in gates]
+    found += map(plain, first_of(fallen_words(report)))
     steps = [plain(step) for step in advice(report, *hints)]
     title = f"### {SIGNS.get(outcome, '❔')} edgeres validate {plain(bundle)}: {outcome}"
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
