@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PATHS = ("bundle", "data", "baseline")
 CHOICES = {"policy": ("ci", "point"), "inconclusive": ("fail", "skip", "pass")}
 KEYWORDS = {
-    "bundle": "the bundle to judge; as an option it also adds a test of its own, which needs no file",
+    "bundle": "the bundle to judge; as an option it adds a test of its own, unless one of yours asks for its gate",
     "data": "labelled samples to judge on: a folder, list or array file (default: those of the bundle's build)",
     "max_drop": "accuracy budget, percentage points of top-1 against FP32 (default: the bundle's own)",
     "policy": "ci (the whole 95 %% interval decides) or point (default: the bundle's own)",
@@ -86,7 +86,7 @@ class Gate:
         if asked == "skip":
             pytest.skip(text.splitlines()[0])
         if asked == "fail":
-            raise GateFailed(f"{text}\n  To let it pass or be skipped: inconclusive = pass or skip.", report)
+            raise GateFailed(f"{text}\n  To let it pass all the same: --edgeres-inconclusive pass (or skip).", report)
         return report
 
 
@@ -109,7 +109,7 @@ class _Words:
     """What pytest shows of a gate that failed: its words, without a traceback."""
 
     def __init__(self, text: str) -> None:
-        self.reprcrash = SimpleNamespace(message=text.splitlines()[0])
+        self.reprcrash = SimpleNamespace(message=text.split("\n", 1)[0])
         self._text = text
 
     def __str__(self) -> str:
@@ -159,6 +159,15 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
         outcome.get_result().result.append(item)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """Take the gate's own test away again where one of those that will run asks for the gate of the same bundle."""
+    for own in [item for item in items if isinstance(item, GateItem)]:
+        bundle = _settings(config, own)["bundle"]
+        if any(_bundle_of(config, item) == bundle for item in items if item is not own):
+            items.remove(own)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Refuse a test that says what to judge and never asks for the gate: it would pass whatever the net does."""
     marked = any(mark.name == "edgeres" for mark in item.own_markers)
@@ -178,6 +187,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     gated = isinstance(item, GateItem) or "edgeres_gate" in getattr(item, "fixturenames", ())
     if isinstance(raised, GateFailed) or (gated and isinstance(raised, EdgeresError)):
         outcome.get_result().longrepr = _Words(printable(str(raised)))
+
+
+def _bundle_of(config: pytest.Config, item: pytest.Item) -> Optional[Path]:
+    """Return the bundle whose gate a test asks for, or None."""
+    if "edgeres_gate" not in getattr(item, "fixturenames", ()):
+        return None
+    try:
+        return _settings(config, item).get("bundle")
+    except pytest.fail.Exception:  # said when the test runs
+        return None
 
 
 def _judged(bundle: Path, data: Any = None, baseline: Optional[Path] = None, **options: Any) -> Report:

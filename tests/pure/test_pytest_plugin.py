@@ -136,6 +136,15 @@ def test_the_gates_own_test_can_be_chosen_and_left_out(session: Session) -> None
     assert session.calls() == before  # nothing is judged
 
 
+def test_the_gates_own_test_makes_way_for_one_of_the_same_bundle(session: Session) -> None:
+    session.pytester.makepyfile(GATED, test_other=marked("bundle='good'"))
+    session.run("--edgeres-bundle", "bad").assert_outcomes(failed=1, passed=1)
+    session.run("--edgeres-bundle", "bad", "test_other.py").assert_outcomes(failed=1, passed=1)  # that one is of good
+    session.run("--edgeres-bundle", "bad", "-k", "gate and not net").assert_outcomes(failed=1, deselected=2)
+    session.pytester.makepyfile(test_other=marked("bundle='good', max_drop='much'"))
+    session.run("--edgeres-bundle", "good", "test_other.py").assert_outcomes(errors=1, passed=1)
+
+
 def test_a_bundle_is_judged_once_for_all_its_tests(session: Session) -> None:
     session.pytester.makepyfile(
         """
@@ -154,7 +163,7 @@ def test_a_bundle_is_judged_once_for_all_its_tests(session: Session) -> None:
             assert edgeres_gate.report.max_drop_pp == 2
         """
     )
-    session.run("--edgeres-bundle", "good").assert_outcomes(passed=6)
+    session.run("--edgeres-bundle", "good").assert_outcomes(passed=5)
     assert [call["max_drop"] for call in session.calls()] == [None, 2.0]
 
 
@@ -168,14 +177,14 @@ def test_each_worker_of_xdist_does_its_share(session: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "outcome"), [("fail", {"failed": 2}), ("skip", {"skipped": 2}), ("pass", {"passed": 2})]
+    ("asked", "outcome"), [("fail", {"failed": 1}), ("skip", {"skipped": 1}), ("pass", {"passed": 1})]
 )
 def test_what_cannot_be_decided_is_not_green_unless_asked_for(session: Session, asked: str, outcome: Any) -> None:
     session.pytester.makepyfile(GATED)
     result = session.run("--edgeres-bundle", "open", "--edgeres-inconclusive", asked)
     result.assert_outcomes(**outcome)
     # what fails, fails, whatever is asked for
-    session.run("--edgeres-bundle", "bad", "--edgeres-inconclusive", asked).assert_outcomes(failed=2)
+    session.run("--edgeres-bundle", "bad", "--edgeres-inconclusive", asked).assert_outcomes(failed=1)
 
 
 def test_the_nearest_mark_counts_before_the_command_line_and_that_before_the_file(session: Session) -> None:
