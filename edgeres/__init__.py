@@ -48,6 +48,8 @@ OPTIONS = {
     "resize": "input.resize",
     "mean": "input.mean",
     "std": "input.std",
+    "fit": "input.fit",
+    "pad": "input.pad",
     "calibration": "calibration.samples",
     "calibration_count": "calibration.count",
     "method": "calibration.method",
@@ -70,6 +72,7 @@ OPTIONS = {
     "version_compatible": "engine.version_compatible",
     "hardware_compatible": "engine.hardware_compatible",
     "strict": "engine.strict",
+    "engine_input": "engine.input",
 }
 """The flags of ``edgeres build`` and the recipe's keys that they override."""
 
@@ -106,11 +109,18 @@ def build(
     return run(wanted, None if out is None else FilePath(out), progress=progress)
 
 
-def load(bundle: Path, *, backend: str = "auto", threads: Optional[int] = None) -> LoadedEngine:
+def load(
+    bundle: Path,
+    *,
+    backend: str = "auto",
+    threads: Optional[int] = None,
+    cuda_graphs: bool = False,
+    frames: str = "rgb",
+) -> LoadedEngine:
     """Return a bundle's engine, verified; see :func:`edgeres.runtime.load`."""
     from edgeres.runtime import load as open_bundle
 
-    return open_bundle(bundle, backend, threads)
+    return open_bundle(bundle, backend, threads, cuda_graphs, frames)
 
 
 def validate(

@@ -34,7 +34,8 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``size`` is (height, width) in pixels. ``resize`` scales the short side to so many pixels before the centre crop
     (None: frames are cropped only). ``mean`` and ``std`` are per channel, in units of 0…1, in the network's ``color``
-    order; frames themselves are always RGB.
+    order; frames themselves are always RGB. ``fit`` is ``crop``, or ``letterbox``: the whole frame is scaled into
+    ``size``, in the middle, and the rest filled with the colour ``pad`` (red, green, blue, 0…255).
     """
 
     size: Tuple[int, int]
@@ -42,6 +43,8 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mean: Tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: Tuple[float, float, float] = (0.229, 0.224, 0.225)
     color: str = "rgb"
+    fit: str = "crop"
+    pad: Optional[Tuple[int, int, int]] = None
 
     @property
     def batch_size(self) -> int:
@@ -303,6 +306,9 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``model_sha256`` is of the ONNX that it was compiled from, ``activation_range`` is that one's; ``layers`` are the
     builder's own report, and ``not_as_planned`` says which of them are not what was planned. ``warnings`` is all that
     was said when it was made, and goes when it goes.
+
+    ``input`` is what it takes: ``float32``, normalized ``(N, 3, h, w)``, or ``uint8`` ``(N, h, w, 3)``, pixels in the
+    network's channel order, not normalized. ``whole_pixels``: what is not whole pixels it would round to such.
     """
 
     target: str
@@ -316,6 +322,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_range: str = "symmetric"
     not_as_planned: Tuple[str, ...] = ()
     warnings: Tuple[str, ...] = ()
+    input: str = "float32"
+    whole_pixels: bool = False
 
     @property
     def summary(self) -> Optional[LayerSummary]:

@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, TypeVar
@@ -33,7 +34,7 @@ VERDICT_CODES = {"pass": OK, "unlabelled": OK, "fail": FAILED, "inconclusive": U
 
 
 if TYPE_CHECKING:
-    from edgeres.artifacts import Bundle
+    from edgeres.artifacts import Bundle, Report
 
     Parameter = click.ParamType[Any]  # generic to the type checker, and not at run time before click 8.4
 else:
@@ -71,16 +72,33 @@ class Triple(Parameter):
         return numbers * 3 if len(numbers) == 1 else numbers
 
 
+def _whole(value: Any) -> List[int]:
+    """Return the whole numbers of a list such as 1,8,32; none where it is something else."""
+    try:
+        return [int(part) for part in str(value).replace(",", " ").split()]
+    except ValueError:
+        return []
+
+
+class Color(Parameter):
+    """``114,114,114``: red, green and blue, 0 to 255; one number stands for all three."""
+
+    name = "R,G,B"
+
+    def convert(self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]) -> List[int]:
+        numbers = _whole(value)
+        if len(numbers) not in (1, 3) or not all(0 <= number <= 255 for number in numbers):
+            self.fail(f"{value!r} is not a colour such as 114,114,114", param, ctx)
+        return numbers * 3 if len(numbers) == 1 else numbers
+
+
 class Batch(Parameter):
     """``1,8,32``: the smallest, the usual and the largest batch; one number stands for all three."""
 
     name = "MIN,OPT,MAX"
 
     def convert(self, value: Any, param: Optional[click.Parameter], ctx: Optional[click.Context]) -> List[int]:
-        try:
-            numbers = [int(part) for part in str(value).replace(",", " ").split()]
-        except ValueError:
-            numbers = []
+        numbers = _whole(value)
         if len(numbers) not in (1, 3):
             self.fail(f"{value!r} is not three numbers such as 1,8,32", param, ctx)
         return numbers * 3 if len(numbers) == 1 else numbers
@@ -123,6 +141,12 @@ BUILD_OPTIONS = (
     click.option("--resize", type=int, metavar="PIXELS", help="Scale the short side to this before the centre crop."),
     click.option("--mean", type=Triple(), help="Per channel, of pixels scaled to 0…1."),
     click.option("--std", type=Triple(), help="Per channel, of pixels scaled to 0…1."),
+    click.option(
+        "--fit",
+        type=click.Choice(["crop", "letterbox"]),
+        help="letterbox: the whole frame, scaled into the input, the rest filled. Default: crop, out of the middle.",
+    ),
+    click.option("--pad", type=Color(), help="What fills a letterbox. Default: 114,114,114."),
     click.option("--num-classes", type=int, help="Outputs of the classifier."),
     click.option("--seed", type=int, help="Of random weights, where none are given."),
     click.option(
@@ -207,6 +231,12 @@ ENGINE_OPTIONS = (
         help="An engine for other GPUs too (not Jetson).",
     ),
     click.option("--strict/--no-strict", default=None, help="Refuse an engine with a layer that is not as planned."),
+    click.option(
+        "--engine-input",
+        type=click.Choice(["auto", "uint8", "float32"]),
+        help="What TensorRT's engine takes: pixels, a quarter of the bytes, or normalized numbers. Default: auto, "
+        "uint8 where any normalized input is then still answered alike.",
+    ),
 )
 
 
@@ -309,52 +339,77 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 @click.option(
     "--update-baseline", is_flag=True, help="Write --baseline anew instead of comparing. By hand, never in CI."
 )
+@click.option(
+    "--junit",
+    type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
+    metavar="FILE",
+    help="Write the verdict as JUnit XML too.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object on stdout.")
-def validate(
-    bundle: str,
-    backend: str,
-    validation: Optional[str],
-    max_drop: Optional[float],
-    policy: Optional[str],
-    baseline: Optional[Path],
-    update_baseline: bool,
-    as_json: bool,
-) -> int:
+def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_json: bool, **options: Any) -> int:
     """The gate: the bundle's engine against FP32 on the same samples, and against the last one that was accepted.
 
-    Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples. The bundle is not changed.
+    Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples. The bundle is not changed. On GitHub
+    (GITHUB_ACTIONS=true) the run shows the verdict as annotations and in the step's summary.
     """
-    from edgeres.artifacts import to_data, to_json
+    from edgeres import ci
+    from edgeres.artifacts import to_data
     from edgeres.bundle import read_manifest
-    from edgeres.files import write_atomic
     from edgeres.inspection import repairs
-    from edgeres.judge import read_baseline, validate_bundle
-    from edgeres.terminal import TerminalProgress, show_report
+    from edgeres.terminal import show_report
 
-    _check_baseline(baseline, update_baseline)
-    accepted = None if baseline is None or update_baseline else read_baseline(baseline)
-    progress = TerminalProgress()
-    progress.stage("validate", bundle)
+    _check_baseline(baseline, options["update_baseline"])
+    _check_junit(junit, Path(bundle), baseline)
+    ci.make_way(junit)
+    begun = time.monotonic()
     try:
-        report = validate_bundle(
-            bundle,
-            _absolute(validation),
-            backend=backend,
-            max_drop=max_drop,
-            policy=policy,
-            baseline=accepted,
-            watch=progress.advance,
-        )
-    finally:
-        progress.stop()
-    if baseline is not None and update_baseline:
-        write_atomic(baseline, to_json(report))  # what it says of itself is what the next one is compared with
+        report = _judge(bundle, baseline, **options)
+    except EdgeresError as problem:
+        _annotate(ci.stopped(problem, bundle, junit), as_json)
+        raise
+    hints = repairs(Path(bundle), read_manifest(Path(bundle)))
+    lines = ci.judged(report, bundle, junit, time.monotonic() - begun, hints)
     with _answered():
         if as_json:
             _print_json(to_data(report))
         else:
-            show_report(report, *repairs(Path(bundle), read_manifest(Path(bundle))))
+            show_report(report, *hints)
+    _annotate(lines, as_json)
     return VERDICT_CODES[report.outcome()]
+
+
+def _judge(bundle: str, baseline: Optional[Path], update_baseline: bool, **options: Any) -> Report:
+    """Return the verdict on a bundle, and keep it as the baseline where that is asked for."""
+    from edgeres.artifacts import to_json
+    from edgeres.files import write_atomic
+    from edgeres.judge import read_baseline, validate_bundle
+    from edgeres.terminal import TerminalProgress
+
+    accepted = None if baseline is None or update_baseline else read_baseline(baseline)
+    validation = _absolute(options.pop("validation"))
+    progress = TerminalProgress()
+    progress.stage("validate", bundle)
+    try:
+        report = validate_bundle(bundle, validation, baseline=accepted, watch=progress.advance, **options)
+    finally:
+        progress.stop()
+    if baseline is not None and update_baseline:
+        write_atomic(baseline, to_json(report))  # what it says of itself is what the next one is compared with
+    return report
+
+
+def _annotate(lines: List[str], as_json: bool) -> None:
+    """Print commands for GitHub, whose runner reads both streams."""
+    with _answered():
+        for line in lines:
+            click.echo(line, err=as_json)
+
+
+def _check_junit(junit: Optional[Path], bundle: Path, baseline: Optional[Path]) -> None:
+    if junit is not None and bundle.resolve() in junit.resolve().parents:
+        raise click.UsageError(f"--junit {junit} lies in the bundle, which holds what its manifest binds alone")
+    if junit is not None and baseline is not None and junit.resolve() == baseline.resolve():
+        raise click.UsageError(f"--junit and --baseline are both {junit}: the one would be written over the other")
 
 
 def _check_baseline(baseline: Optional[Path], update: bool) -> None:
@@ -575,6 +630,28 @@ def verify(bundle: Path, as_json: bool) -> int:
 
 
 @cli.command()
+@click.argument("folder", metavar="[DIR]", default=".", type=click.Path(path_type=Path))
+@click.option("--ci", type=click.Choice(["github", "gitlab", "none"]), default="github", help="Default: github.")
+@click.option("--json", "as_json", is_flag=True, help="The files written, as a JSON list on stdout.")
+def init(folder: Path, ci: str, as_json: bool) -> int:
+    """A starter: calibration/ with a recipe to edit, and a CI workflow that builds and gates.
+
+    Nothing is overwritten: where one of its files exists already, none is written. All of it works as it stands, for
+    the recipe is that of the embedded default.
+    """
+    from edgeres.starter import begin
+
+    written = begin(folder, ci)
+    if as_json:
+        _print_json([str(path) for path in written])
+        return OK
+    for path in written:
+        click.echo(printable(f"written: {path}"))
+    click.echo(printable(f"next: edgeres build {written[0]}, and then edit that recipe"))
+    return OK
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list on stdout.")
 def models(as_json: bool) -> int:
     """The architectures it knows, with parameters and multiply-accumulates (MACs) per image."""
@@ -665,7 +742,8 @@ def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
     from edgeres.recipe import engine_section
     from edgeres.terminal import TerminalProgress, show_engine
 
-    section = engine_section(read_manifest(bundle).recipe.get("engine", {}), options)
+    given = {edgeres.OPTIONS[name].partition(".")[2]: value for name, value in options.items()}
+    section = engine_section(read_manifest(bundle).recipe.get("engine", {}), given)
     progress = TerminalProgress()
     progress.stage("compile", str(bundle))
     try:

@@ -18,6 +18,7 @@ from edgeres.artifacts import (
     ExportedModel,
     FileRef,
     Manifest,
+    Preprocessing,
     QuantizedModel,
     Report,
     from_data,
@@ -79,12 +80,13 @@ def grouped_precision(recipe: Recipe) -> str:
 class Source(NamedTuple):
     """What an engine is compiled from: the files in ``folder`` and their records. ``equalized`` says whether there was
     a stage of that name, whose ``scalings.npz`` the ranges then belong to; a file of that name proves nothing, for an
-    interrupted build may have left it."""
+    interrupted build may have left it. ``preprocessing`` is how frames become the model's input."""
 
     folder: Path
     exported: ExportedModel
     model: QuantizedModel
     equalized: bool
+    preprocessing: Preprocessing
 
 
 def compile_engine(source: Source, section: EngineSection, watch: Watch) -> Tuple[Engine, Tuple[str, ...]]:
@@ -179,6 +181,8 @@ def _tensorrt_engine(source: Source, section: EngineSection, watch: Watch) -> Tu
         layers=layers,
         activation_range=model.activation_range,
         not_as_planned=complaints,
+        input=result.input,
+        whole_pixels=result.whole_pixels,
     )
     return engine, (*result.warnings, *complaints, *untold(layers, model.layers))
 
@@ -224,6 +228,8 @@ def _request(source: Source, section: EngineSection) -> BuildRequest:
         ranges=ranges,
         half=half,
         strict=section.strict,
+        input=section.input if target in ("gpu", "rtx") else "float32",
+        preprocessing=source.preprocessing,
     )
 
 
@@ -262,7 +268,7 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
         exported, model = _models(bundle, manifest)
         for ref in manifest.files:
             workspace.write(ref.path, read_verified(bundle, ref))
-        source = Source(workspace.folder, exported, model, "equalize" in manifest.stages)
+        source = Source(workspace.folder, exported, model, "equalize" in manifest.stages, manifest.preprocessing)
         engine, warnings = compile_engine(source, section, watch)
         changed = with_engine(manifest, engine, warnings)
         if changed.report is not None:

@@ -153,6 +153,8 @@ class Build:
         However wrong they are, the build goes on: the verdict at its end, with numbers, is what a gate needs.
         """
         samples, others, frame = self.calibration, self.validation, self.recipe.input
+        # A letterbox scales each frame otherwise; to tell sharp from blurred, about as large as its input will do.
+        resize = max(frame.size) if frame.size is not None and frame.fit == "letterbox" else frame.resize
         if samples is None or self.recipe.precision != "int8":
             return
         inputs = {
@@ -160,13 +162,13 @@ class Build:
             "available": samples.whole().names,
             "validation": others.sample_set().digest if others is not None else None,
             "size": frame.size,
-            "resize": frame.resize,
+            "resize": resize,
         }
 
         def work() -> Made:
             from edgeres.samples import examine
 
-            found = examine(samples, others, size=frame.size, resize=frame.resize, watch=self.progress.advance)
+            found = examine(samples, others, size=frame.size, resize=resize, watch=self.progress.advance)
             said = counted(len(found.warnings), "warning") if found.warnings else "no warnings"
             return found, (), f"{counted(found.calibration + found.validation, 'sample')} looked at, {said}"
 
@@ -475,6 +477,7 @@ class Build:
         inputs = {
             "models": [to_data(ref) for ref in (exported.file, model.file, model.mixed) if ref is not None],
             "precision": model.precision,
+            "preprocessing": to_data(self.recipe.preprocessing),
             "engine": to_data(section),
             "backend": backend,
             "target": target,
@@ -485,7 +488,8 @@ class Build:
             inputs["once"] = os.urandom(16).hex()  # a GPU, its driver and its library may change unseen by any hash
 
         def work() -> Made:
-            source = Source(self.workspace.folder, exported, model, "equalize" in self.workspace.records)
+            equalized = "equalize" in self.workspace.records
+            source = Source(self.workspace.folder, exported, model, equalized, self.recipe.preprocessing)
             engine, warnings = compile_engine(
                 source, section, lambda _, done, total: self.progress.advance(done, total)
             )
@@ -514,6 +518,7 @@ class Build:
         """Compare the engine with the FP32 model, on the validation samples or else on those of calibration."""
         from edgeres.judge import judge, known_meaning, open_file, read_reference, reference_content, run_samples
         from edgeres.runtime.engine import open_record
+        from edgeres.runtime.frames import Fed
 
         samples, source = self.validation, "validation"
         if samples is None:
@@ -555,7 +560,7 @@ class Build:
             with contextlib.closing(
                 open_record((self.workspace.folder / engine.file.path).read_bytes(), engine)
             ) as run:
-                logits = run_samples(run, samples, preprocessing, watch)
+                logits = run_samples(Fed(run, engine, preprocessing), samples, preprocessing, watch)
             content = (self.workspace.folder / files.REFERENCE).read_bytes()
             meaning = known_meaning(engine, read_reference(content, files.REFERENCE)["logits"], logits)
             if meaning is None:

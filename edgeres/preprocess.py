@@ -1,51 +1,34 @@
 """Camera frame → network input: the same code calibrates, judges and serves.
 
 The steps are those of torchvision's ``Resize(short side)``, ``CenterCrop``, ``ToTensor`` and ``Normalize`` on a Pillow
-image, without torch or Pillow: NumPy alone, so that a robot feeds its engine the very numbers that it was judged on.
-The resampling equals ``PIL.Image.resize(..., BILINEAR)`` bit for bit: across first, then down, as Pillow up to 11 goes.
-Newer ones go down first in tall frames (Pillow 13: more than about twice as tall as wide), which may move a pixel by
-one of 255 steps; here the order is fixed, so that a frame means the same on every machine.
+image, or of Pillow's ``ImageOps.pad`` for a letterbox, without torch or Pillow: NumPy alone, so that a robot feeds its
+engine the very numbers that it was judged on.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import List, NamedTuple, Sequence, Tuple, Union
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from edgeres.artifacts import Preprocessing
 from edgeres.errors import SampleError
+from edgeres.resample import resample
 
 COLORS = ("rgb", "bgr")
+FITS = ("crop", "letterbox")
+PAD = (114, 114, 114)
+"""What fills a letterbox where nobody says: the grey of Ultralytics' LetterBox, near the mean of photographs."""
+MIDDLE = 128.0
+"""The pixel that int8 holds as zero."""
 LARGEST_SIDE = 8192  # pixels: more is a typing mistake, and would ask for gigabytes per frame
-
-# Pillow keeps resampling weights with 22 fractional bits: 32 less 8 for a pixel and 2 for sign and overshoot.
-WEIGHT_BITS = 22
-HALF = float(1 << (WEIGHT_BITS - 1))
-ONE_STEP = 1.0 / (1 << WEIGHT_BITS)
-
-# Output pixels that share one matrix product. So few keep the band narrow, and the product too small for BLAS to spread
-# over threads of its own, which stall one another where several frames are prepared at once.
-BAND = 8
-# Input values widened to float64 at a time, 512 KiB: they stay in cache, and bound memory for huge photographs.
-STRIP_VALUES = 1 << 16
-
-
-class Band(NamedTuple):
-    """Neighbouring output pixels [start, stop) and the input pixels [first, last) that they are weighted sums of."""
-
-    start: int
-    stop: int
-    first: int
-    last: int
-    weights: np.ndarray
-    """float64 (last - first, stop - start), integers: weights in units of 2**-22."""
 
 
 class Window(NamedTuple):
-    """The crop, in pixels of the resized frame: ``frame`` is that frame's (height, width)."""
+    """The crop, in pixels of the resized frame: ``frame`` is that frame's (height, width). In a letterbox, where the
+    whole resized frame stands in the network's input."""
 
     frame: Tuple[int, int]
     top: int
@@ -61,7 +44,7 @@ def problems(preprocessing: Preprocessing) -> List[str]:
     if preprocessing.resize is not None:
         if not 1 <= preprocessing.resize <= LARGEST_SIDE:
             found.append(f"resize is {preprocessing.resize}: give the short side in pixels, 1 to {LARGEST_SIDE}")
-        elif size_is_good and preprocessing.resize < max(preprocessing.size):
+        elif size_is_good and preprocessing.fit != "letterbox" and preprocessing.resize < max(preprocessing.size):
             found.append(
                 f"resize is {preprocessing.resize}, less than the crop {_words(preprocessing.size)}: the short side "
                 f"would not cover it; set resize to at least {max(preprocessing.size)}"
@@ -73,6 +56,23 @@ def problems(preprocessing: Preprocessing) -> List[str]:
         found.append(f"std is {tuple(preprocessing.std)}: give three finite numbers above 0, in units of 0…1")
     if preprocessing.color not in COLORS:
         found.append(f"color is {preprocessing.color!r}: choose one of {', '.join(COLORS)}")
+    return [*found, *_fit_problems(preprocessing)]
+
+
+def _fit_problems(preprocessing: Preprocessing) -> List[str]:
+    fit, pad, found = preprocessing.fit, preprocessing.pad, []
+    if fit not in FITS:
+        found.append(f"fit is {fit!r}: choose one of {', '.join(FITS)}")
+    if fit == "letterbox" and preprocessing.resize is not None:
+        found.append(
+            f"resize is {preprocessing.resize}, and a letterbox scales the whole frame into size: leave resize out, or "
+            "set fit to crop"
+        )
+    if fit == "crop" and pad is not None:
+        found.append(f"pad is {tuple(pad)}, and a crop fills nothing: leave pad out, or set fit to letterbox")
+    if fit == "letterbox" and (pad is None or len(pad) != 3 or not all(0 <= value <= 255 for value in pad)):
+        given = None if pad is None else tuple(pad)
+        found.append(f"pad is {given}: give red, green and blue of what fills a letterbox, each 0 to 255")
     return found
 
 
@@ -96,7 +96,7 @@ def prepare(frame: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """
     _check(frame, "frame", 3)
     result = np.empty(output_shape(preprocessing), np.float32)
-    _normalize(_cropped(frame, preprocessing), preprocessing, result)
+    _normalize(_fitted(frame, preprocessing), preprocessing, result)
     return result
 
 
@@ -113,17 +113,55 @@ def prepare_batch(frames: Union[np.ndarray, Sequence[np.ndarray]], preprocessing
         SampleError: a frame is not such an array, or it does not cover the crop; the message says which.
     """
     result = np.empty((len(frames), *output_shape(preprocessing)), np.float32)
-    if isinstance(frames, np.ndarray):
-        _check(frames, "frames", 4)
-        window = _window(frames.shape[1], frames.shape[2], preprocessing)
-        if window.frame == frames.shape[1:3]:
-            # Nothing is resampled: the whole batch is one crop and one table look-up.
-            _normalize(_crop(frames, window, preprocessing.size), preprocessing, result)
-            return result
+    whole = _unsampled(frames, preprocessing)
+    if whole is not None:
+        _normalize(_planes(whole), preprocessing, result)  # one table look-up for the whole batch
+        return result
     for index, frame in enumerate(frames):
         _check(frame, f"frames[{index}]", 3)
-        _normalize(_cropped(frame, preprocessing), preprocessing, result[index])
+        _normalize(_fitted(frame, preprocessing), preprocessing, result[index])
     return result
+
+
+def fit_batch(frames: Union[np.ndarray, Sequence[np.ndarray]], preprocessing: Preprocessing) -> np.ndarray:
+    """Return several frames as the pixels that :func:`prepare_batch` normalizes.
+
+    Args:
+        frames: as there.
+
+    Returns:
+        uint8 (N, h, w, 3), channels in the network's order; a view of the frames where nothing is resampled.
+
+    Raises:
+        SampleError: as there.
+    """
+    fitted = _unsampled(frames, preprocessing)
+    if fitted is None:
+        fitted = np.empty((len(frames), *preprocessing.size, 3), np.uint8)
+        for index, frame in enumerate(frames):
+            _check(frame, f"frames[{index}]", 3)
+            fitted[index] = _fitted(frame, preprocessing).transpose(1, 2, 0)
+    return fitted if preprocessing.color == "rgb" else fitted[..., ::-1]
+
+
+def pixels_of(batch: np.ndarray, preprocessing: Preprocessing) -> Tuple[np.ndarray, float]:
+    """Return the pixels that a normalized batch was made of, and how far the farthest number lay from a pixel.
+
+    The arithmetic is that of a network that rounds its input to whole pixels, in float32, and the result what it would
+    round to; so whoever gives it these pixels changes nothing.
+
+    Args:
+        batch: float32 (N, 3, h, w), finite, normalized, channels in the network's order.
+
+    Returns:
+        uint8 (N, h, w, 3), channels in the network's order; and the distance, in steps of a pixel.
+    """
+    mean, std = (np.asarray(given, np.float64).reshape(3, 1, 1) for given in (preprocessing.mean, preprocessing.std))
+    with np.errstate(over="ignore"):  # what becomes infinite is clipped, and far from any pixel
+        steps = batch * (255.0 * std).astype(np.float32) + (255.0 * mean - MIDDLE).astype(np.float32)
+    pixels = np.clip(np.rint(steps), -MIDDLE, MIDDLE - 1)
+    distance = float(np.abs(steps - pixels).max())
+    return np.ascontiguousarray((pixels + MIDDLE).astype(np.uint8).transpose(0, 2, 3, 1)), distance
 
 
 def _check(frame: object, name: str, dimensions: int) -> None:
@@ -137,13 +175,19 @@ def _check(frame: object, name: str, dimensions: int) -> None:
 
 
 def _window(height: int, width: int, preprocessing: Preprocessing) -> Window:
-    """Return where the crop lies, for frames of height by width.
+    """Return where the crop lies, for frames of height by width, or where a letterbox has them.
 
     Source: torchvision, transforms.Resize with one int (the long side is truncated) and transforms.CenterCrop
-    (offsets are rounded half to even, as Python's round does).
+    (offsets are rounded half to even, as Python's round does); Pillow, ImageOps.contain and ImageOps.pad.
     """
     size, short = preprocessing.size, min(height, width)
     resized = (height, width)
+    if preprocessing.fit == "letterbox":
+        if width * size[0] > height * size[1]:
+            resized = (max(1, round(height / width * size[1])), size[1])
+        else:
+            resized = (size[0], max(1, min(size[1], round(width / height * size[0]))))
+        return Window(resized, *(round((whole - part) * 0.5) for whole, part in zip(size, resized)))
     if preprocessing.resize is not None and preprocessing.resize != short:
         long = int(preprocessing.resize * max(height, width) / short)
         resized = (preprocessing.resize, long) if height <= width else (long, preprocessing.resize)
@@ -157,116 +201,68 @@ def _window(height: int, width: int, preprocessing: Preprocessing) -> Window:
     return Window(resized, top, left)
 
 
-def _cropped(frame: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """Return uint8 (3, h, w), RGB: the frame resized and cropped."""
+def _unsampled(frames: Union[np.ndarray, Sequence[np.ndarray]], preprocessing: Preprocessing) -> Optional[np.ndarray]:
+    """Return the pixels of an array of frames that a crop alone gives, uint8 (N, h, w, 3), RGB, a view; None where
+    frames are resampled or filled up, or are no array."""
+    if not isinstance(frames, np.ndarray):
+        return None
+    _check(frames, "frames", 4)
+    window = _window(frames.shape[1], frames.shape[2], preprocessing)
+    filled = preprocessing.fit == "letterbox" and window.frame != preprocessing.size
+    return None if filled or window.frame != frames.shape[1:3] else _crop(frames, window, preprocessing.size)
+
+
+def _fitted(frame: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Return uint8 (3, h, w), RGB: the frame resized and cropped, or in its letterbox."""
     height, width, _ = frame.shape
-    window = _window(height, width, preprocessing)
+    window, size = _window(height, width, preprocessing), preprocessing.size
+    if preprocessing.fit == "letterbox":
+        picture = _planes(frame)
+        if window.frame != (height, width):
+            picture = resample(frame, window.frame, (0, 0), window.frame)
+        return picture if window.frame == size else _letterboxed(picture, window, preprocessing)
     if window.frame == (height, width):
-        return _crop(frame, window, preprocessing.size)
-    rows = _bands(height, window.frame[0], window.top, preprocessing.size[0])
-    columns = _bands(width, window.frame[1], window.left, preprocessing.size[1])
-    first_row, last_row = rows[0].first, rows[-1].last
-    # Across, rounded to 8 bits, then down. Only rows and columns that reach the crop are touched.
-    across = _resize_across(frame[first_row:last_row], columns, preprocessing.size[1])
-    return _resize_down(across, rows, preprocessing.size[0], first_row)
+        return _planes(_crop(frame, window, size))
+    return resample(frame, window.frame, (window.top, window.left), size)
 
 
-def _crop(frames: np.ndarray, window: Window, size: Tuple[int, int]) -> np.ndarray:
-    """Return a view uint8 (…, 3, h, w) of frames uint8 (…, H, W, 3)."""
-    rows = slice(window.top, window.top + size[0])
-    columns = slice(window.left, window.left + size[1])
-    planes: np.ndarray = frames[..., rows, columns, :].swapaxes(-1, -3).swapaxes(-1, -2)  # moveaxis spends 5 µs more
-    return planes
-
-
-def _resize_across(frame: np.ndarray, columns: Tuple[Band, ...], width: int) -> np.ndarray:
-    """Return float64 (3, H, width) with whole numbers 0…255: a frame uint8 (H, W, 3) resampled along its rows."""
-    first, last = columns[0].first, columns[-1].last
-    height = frame.shape[0]
-    result = np.empty((3, height, width))
-    step = max(1, STRIP_VALUES // (3 * (last - first)))
-    for top in range(0, height, step):
-        strip = np.moveaxis(frame[top : top + step, first:last], -1, 0).astype(np.float64, order="C")
-        lines = strip.reshape(-1, last - first)
-        sums = np.empty((len(lines), width))
-        for band in columns:
-            inputs = lines[:, band.first - first : band.last - first]
-            np.matmul(inputs, band.weights, out=sums[:, band.start : band.stop])
-        result[:, top : top + step] = _rounded(sums).reshape(3, -1, width)
+def _letterboxed(picture: np.ndarray, window: Window, preprocessing: Preprocessing) -> np.ndarray:
+    """Return uint8 (3, h, w): a picture uint8 (3, H, W) with the rest around it filled."""
+    result = np.empty(output_shape(preprocessing), np.uint8)
+    result[:] = np.asarray(preprocessing.pad or PAD, np.uint8).reshape(3, 1, 1)
+    result[:, window.top : window.top + window.frame[0], window.left : window.left + window.frame[1]] = picture
     return result
 
 
-def _resize_down(planes: np.ndarray, rows: Tuple[Band, ...], height: int, first: int) -> np.ndarray:
-    """Return uint8 (3, height, w): planes float64 (3, H, w), whose row 0 is input row ``first``, resampled down."""
-    sums = np.empty((3, height, planes.shape[2]))
-    for band in rows:
-        weights = band.weights.T
-        np.matmul(weights, planes[:, band.first - first : band.last - first], out=sums[:, band.start : band.stop])
-    return _rounded(sums).astype(np.uint8)
+def _crop(frames: np.ndarray, window: Window, size: Tuple[int, int]) -> np.ndarray:
+    """Return a view uint8 (…, h, w, 3) of frames uint8 (…, H, W, 3)."""
+    cropped: np.ndarray = frames[..., window.top : window.top + size[0], window.left : window.left + size[1], :]
+    return cropped
 
 
-def _rounded(sums: np.ndarray) -> np.ndarray:
-    """Return fixed-point sums as whole pixels 0…255, in place: half a step added, shifted right, clipped."""
-    sums += HALF
-    sums *= ONE_STEP
-    np.floor(sums, out=sums)
-    # Weights are never negative, so only the top can be passed, by rounding of the weights.
-    np.minimum(sums, 255.0, out=sums)
-    return sums
-
-
-@lru_cache(maxsize=256)
-def _bands(source: int, target: int, start: int, count: int) -> Tuple[Band, ...]:
-    """Return the weights that resample ``source`` pixels to ``target``, for outputs [start, start + count) only.
-
-    A weight is an integer below 2**23 and a pixel one below 2**8, so every sum stays far below 2**53: float64 products
-    are exact, in whichever order BLAS adds, and the result is the same on every machine.
-
-    Source: Pillow, src/libImaging/Resample.c (precompute_coeffs, normalize_coeffs_8bpc, bilinear_filter), which the
-    order of operations here follows, for it decides the last bit.
-    """
-    if source == target:
-        return tuple(
-            Band(at - start, min(at + BAND, start + count) - start, at, min(at + BAND, start + count), weights)
-            for at in range(start, start + count, BAND)
-            for weights in [np.eye(min(BAND, start + count - at)) * (1 << WEIGHT_BITS)]
-        )
-    scale = source / target
-    support = max(scale, 1.0)
-    centers = (np.arange(start, start + count) + 0.5) * scale
-    first = np.maximum((centers - support + 0.5).astype(np.int64), 0)
-    last = np.minimum((centers + support + 0.5).astype(np.int64), source)
-    taps = first[:, None] + np.arange(int((last - first).max()))
-    distance = np.abs((taps - centers[:, None] + 0.5) * (1.0 / support))
-    weights = np.where((taps < last[:, None]) & (distance < 1.0), 1.0 - distance, 0.0)
-    # cumsum adds one tap after the other, as a C loop does; sum() would add in pairs and could differ in the last bit.
-    weights /= np.cumsum(weights, axis=1)[:, -1:]
-    weights = np.floor(weights * (1 << WEIGHT_BITS) + 0.5)
-    return tuple(_band(at, min(at + BAND, count), taps, last, weights) for at in range(0, count, BAND))
-
-
-def _band(start: int, stop: int, taps: np.ndarray, last: np.ndarray, weights: np.ndarray) -> Band:
-    """Return outputs [start, stop) of per-output taps and weights (count, T) as one dense matrix."""
-    lowest, highest = int(taps[start, 0]), int(last[stop - 1])
-    matrix = np.zeros((highest - lowest, stop - start))
-    for output in range(start, stop):
-        reach = int(last[output] - taps[output, 0])
-        matrix[taps[output, 0] - lowest : last[output] - lowest, output - start] = weights[output, :reach]
-    return Band(start, stop, lowest, highest, matrix)
+def _planes(frames: np.ndarray) -> np.ndarray:
+    """Return a view (…, 3, h, w) of frames (…, h, w, 3)."""
+    planes: np.ndarray = frames.swapaxes(-1, -3).swapaxes(-1, -2)  # moveaxis spends 5 µs more
+    return planes
 
 
 def _normalize(planes: np.ndarray, preprocessing: Preprocessing, result: np.ndarray) -> None:
     """Write planes uint8 (…, 3, h, w), RGB, into ``result``, float32 (…, 3, h, w) in the network's channel order."""
-    table = _table(tuple(preprocessing.mean), tuple(preprocessing.std))
+    table = normalized_pixels(preprocessing)
     for channel in range(3):
         source = channel if preprocessing.color == "rgb" else 2 - channel
         # Any mode but "raise" spares take a copy of its output; no uint8 is out of range. 0.6 of the time of indexing.
         np.take(table[channel], planes[..., source, :, :], out=result[..., channel, :, :], mode="clip")
 
 
+def normalized_pixels(preprocessing: Preprocessing) -> np.ndarray:
+    """Return float32 (3, 256): what each pixel value becomes in each of the network's channels."""
+    return _table(tuple(preprocessing.mean), tuple(preprocessing.std))
+
+
 @lru_cache(maxsize=16)
 def _table(mean: Tuple[float, ...], std: Tuple[float, ...]) -> np.ndarray:
-    """Return float32 (3, 256): what each pixel value becomes in each of the network's channels.
+    """Return float32 (3, 256), normalized.
 
     Each step is rounded to float32, as torch's ``x.float().div(255).sub(mean).div(std)`` rounds it.
     """

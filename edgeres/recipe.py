@@ -21,6 +21,7 @@ from edgeres.architectures import ARCHITECTURES, Architecture
 from edgeres.artifacts import Preprocessing, to_data
 from edgeres.errors import RecipeError
 from edgeres.files import read_bounded
+from edgeres.preprocess import PAD
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +34,7 @@ ACTIVATION_RANGES = ("auto", "symmetric", "shifted")
 GROUPED = ("auto", "int8", "float")
 RECOVERIES = ("auto", "none", "fast", "full")
 POLICIES = ("ci", "point")
+ENGINE_INPUTS = ("auto", "uint8", "float32")
 BACKENDS = ("auto", "cpu", "tensorrt", "tensorrt-rtx")
 LARGEST_BATCH = (1 << 31) - 1
 LARGEST_WORKSPACE = (1 << 43) - 1  # in MiB; in bytes it has 63 bits
@@ -66,6 +68,8 @@ class InputSection(msgspec.Struct, frozen=True):
     mean: Tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: Tuple[float, float, float] = (0.229, 0.224, 0.225)
     color: str = "rgb"
+    fit: str = "crop"
+    pad: Optional[Tuple[int, int, int]] = None
 
 
 class CalibrationSection(msgspec.Struct, frozen=True):
@@ -108,7 +112,8 @@ class EngineSection(msgspec.Struct, frozen=True):
     For TensorRT: ``batch`` is (min, opt, max); ``workspace_mib`` limits the builder's scratch memory;
     ``optimization_level`` is 0…5; ``timing_cache`` is a file that speeds up the next build; ``gpu_fallback`` lets
     layers that a DLA does not have run on the GPU; ``strict`` refuses an engine with a layer that does not run as
-    planned.
+    planned. ``input`` is what the engine takes: ``uint8`` pixels, a quarter of the bytes, normalized ``float32``, or
+    ``auto``: pixels where any normalized input is then still answered alike (int8 nets that read exact pixels).
     """
 
     backend: str = "auto"
@@ -121,6 +126,7 @@ class EngineSection(msgspec.Struct, frozen=True):
     version_compatible: bool = False
     hardware_compatible: bool = False
     strict: bool = False
+    input: str = "auto"
 
 
 SECTIONS: Dict[str, type] = {
@@ -159,11 +165,14 @@ class Recipe(msgspec.Struct, frozen=True):
         """
         if self.input.size is None:
             raise RecipeError("input.size", ["is not known: say --input-size HEIGHTxWIDTH"])
-        return Preprocessing(self.input.size, self.input.resize, self.input.mean, self.input.std, self.input.color)
+        frame = self.input
+        return Preprocessing(self.input.size, frame.resize, frame.mean, frame.std, frame.color, frame.fit, frame.pad)
 
     def with_size(self, size: Tuple[int, int]) -> Recipe:
         """Return the recipe for a model that turned out to take images of ``size`` (height, width)."""
-        resize = self.input.resize if self.input.resize is not None else max(size)
+        resize = self.input.resize
+        if resize is None and self.input.fit != "letterbox":
+            resize = max(size)
         return msgspec.structs.replace(self, input=msgspec.structs.replace(self.input, size=size, resize=resize))
 
 
@@ -405,6 +414,10 @@ def _engine_mistakes(engine: EngineSection) -> List[str]:
         )
     if engine.optimization_level is not None and not 0 <= engine.optimization_level <= 5:
         problems.append(f"engine.optimization_level: {engine.optimization_level} is not between 0 and 5")
+    if engine.input not in ENGINE_INPUTS:
+        problems.append(f"engine.input: {engine.input!r} is not one of {', '.join(ENGINE_INPUTS)}")
+    elif engine.input == "uint8" and (engine.target or "").startswith("dla"):
+        problems.append("engine.input: an engine for a DLA takes float32; leave out, or say float32")
     return problems
 
 
@@ -430,19 +443,22 @@ def _model_mistakes(model: ModelSection) -> List[str]:
 def _filled(recipe: Recipe) -> Recipe:
     """Return the recipe with the model's own defaults in the place of what was left open."""
     architecture, model, frame = recipe.architecture, recipe.model, recipe.input
-    size, resize = frame.size, frame.resize
+    size, resize, pad = frame.size, frame.resize, frame.pad
+    boxed = frame.fit == "letterbox"  # which needs no resize, and a colour
     if architecture is not None:
         if model.num_classes is None:
             model = msgspec.structs.replace(model, num_classes=architecture.num_classes)
         if size is None:
             size = (architecture.size, architecture.size)
-            resize = resize if resize is not None else architecture.resize
+            resize = resize if resize is not None or boxed else architecture.resize
     elif size is None and model.onnx is None:
         size = (IMAGENET_SIZE, IMAGENET_SIZE)
-        resize = resize if resize is not None else IMAGENET_RESIZE
-    if size is not None and resize is None:
+        resize = resize if resize is not None or boxed else IMAGENET_RESIZE
+    if size is not None and resize is None and not boxed:
         resize = max(size)
-    frame = msgspec.structs.replace(frame, size=size, resize=resize)
+    if boxed and pad is None:
+        pad = PAD
+    frame = msgspec.structs.replace(frame, size=size, resize=resize, pad=pad)
     return msgspec.structs.replace(recipe, name=recipe.name or _name(model.source), model=model, input=frame)
 
 

@@ -154,6 +154,7 @@ def show_engine(place: str, engine: Engine, words: str) -> None:
     """Print what was compiled and what it fits."""
     out = console()
     out.print(printable(f"{place}: {engine.target}: {words}"))
+    out.print("  takes: " + ("pixels (uint8)" if engine.input == "uint8" else "normalized input (float32)"))
     for name, value in engine.built_for.items():
         if value:
             out.print(printable(f"  {name}: {value}"))
@@ -272,10 +273,13 @@ def show_manifest(path: str, manifest: Manifest) -> None:
     tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.get("tools", {}).items())
     out.print(printable(f"{path}: {manifest.name}, {manifest.precision}"))
     frame = manifest.preprocessing
+    how = f"of frames whose short side is resized to {frame.resize}"
+    if frame.fit == "letterbox":
+        how = f"of whole frames in a letterbox of {frame.pad}"
     facts: Dict[str, Any] = {
-        "input": f"{frame.size[0]}×{frame.size[1]} pixels, of frames whose short side is resized to {frame.resize}; "
-        f"mean {frame.mean}, std {frame.std}",
-        "engines": ", ".join(f"{e.target} ({e.precision}, {e.built_for})" for e in manifest.engines) or "none",
+        "input": f"{frame.size[0]}×{frame.size[1]} pixels, {how}; {frame.color}, mean {frame.mean}, std {frame.std}",
+        "engines": ", ".join(f"{e.target} ({e.precision}, takes {e.input}, {e.built_for})" for e in manifest.engines)
+        or "none",
         "made with": tools,
         "git": manifest.provenance.get("git"),
     }

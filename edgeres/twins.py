@@ -13,7 +13,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, 
 import msgspec
 import numpy as np
 
-from edgeres.artifacts import Benchmark, BoardState, Engine, Latency, Manifest, Memory
+from edgeres.artifacts import Benchmark, BoardState, Engine, Latency, Manifest, Memory, Preprocessing
 from edgeres.benchmark import Pace, answer, minding, speedup, summarize, take_turns
 from edgeres.board import Reading, open_board, resident_bytes
 from edgeres.board import summarize as summarize_board
@@ -102,6 +102,7 @@ def bench_bundle(
         answers=tuple(answer(found, place) for found in speedups),
         notes=(
             *_without_twin(bundle, record, settings, twins),
+            *_takes(engines),
             *(note for name, one in engines.items() for note in _pieces(name, one, batches)),
             *_busy(load_average),
             *minding(latencies),
@@ -196,21 +197,41 @@ def _without_twin(bundle: Folder, record: Engine, settings: Settings, twins: Seq
 def _entrants(
     engines: Dict[str, LoadedEngine], batches: Sequence[int], size: Optional[Tuple[int, int]]
 ) -> List[Entrant]:
-    """Return who takes turns: every engine on float input; and the first one on uint8 frames too, if their size is
-    given. All see the same random pixels."""
+    """Return who takes turns: every engine on what it takes, normalized input or frames that are only cropped; and the
+    first one on uint8 frames too, if their size is given. All see random pixels."""
     shapes = {name: engine.input_shape for name, engine in engines.items()}
     if len(set(shapes.values())) > 1:
         words = "; ".join(f"{name}: {shape}" for name, shape in shapes.items())
         raise BackendError(f"engines of different input shapes cannot be compared ({words}). Name another --against.")
-    (name, engine), *_ = engines.items()
+    (first, engine), *_ = engines.items()
     frame = engine.manifest.preprocessing
-    height, width = size or ((frame.resize, frame.resize) if frame.resize else frame.size)
-    frames = np.random.default_rng(0).integers(0, 256, (max(batches), height, width, 3), np.uint8)
+    frames = _noise(max(batches), size or _ready(frame))
     floats = prepare_batch(frames, frame)
-    entrants = [Entrant(name, engine, {n: floats[:n] for n in batches}) for name, engine in engines.items()]
+    entrants = []
+    for name, one in engines.items():
+        takes = floats if one.record.input == "float32" else _noise(len(floats), _ready(one.manifest.preprocessing))
+        entrants.append(Entrant(name, one, {n: takes[:n] for n in batches}))
     if size is not None:
-        entrants.append(Entrant(f"{name} from {height}×{width} frames", engine, {n: frames[:n] for n in batches}))
+        entrants.append(Entrant(f"{first} from {size[0]}×{size[1]} frames", engine, {n: frames[:n] for n in batches}))
     return entrants
+
+
+def _ready(frame: Preprocessing) -> Tuple[int, int]:
+    """Return (height, width) of frames that are not resampled."""
+    return (frame.resize, frame.resize) if frame.resize else frame.size
+
+
+def _noise(count: int, size: Tuple[int, int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, *size, 3), np.uint8)
+
+
+def _takes(engines: Dict[str, LoadedEngine]) -> List[str]:
+    """Return what to say where not all engines take the same."""
+    kinds = {name: engine.record.input for name, engine in engines.items()}
+    if len(set(kinds.values())) == 1:
+        return []
+    told = ", ".join(f"the {name} engine {kind}" for name, kind in kinds.items())
+    return [f"each engine was given what it takes: {told}; a pixel is a quarter of the bytes of a normalized number"]
 
 
 def _measured(

@@ -6,15 +6,30 @@ import importlib.util
 import os
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Dict, Generator, Iterable, Iterator, List, NamedTuple, Optional, Protocol, Tuple, Type
+from typing import (
+    Any,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Tuple,
+    Type,
+    overload,
+    runtime_checkable,
+)
 
 import numpy as np
 
 from edgeres.artifacts import Engine, Manifest
 from edgeres.bundle import Folder, read_manifest, verify_and_read
+from edgeres.device_arrays import DeviceArray, device_array, lies_on_device
 from edgeres.errors import BackendError, BundleError, MissingPackageError, numbered
-from edgeres.preprocess import output_shape, prepare_batch, problems
-from edgeres.runtime.frames import as_array, check_frames, room_for
+from edgeres.preprocess import COLORS, output_shape, problems
+from edgeres.runtime.frames import AnyArray, as_array, check_device_room, check_frames, engine_input, room_for
 from edgeres.runtime.profile import Profile, WarmUp, latency
 from edgeres.runtime.stream import Stages, answers
 
@@ -31,16 +46,33 @@ class OpenEngine(Protocol):
         """How many calls it computes side by side to advantage; more are answered too, and gain nothing."""
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
-        """Return logits float32 ``(N, K)`` of float32 ``(N, 3, h, w)``."""
+        """Return logits float32 ``(N, K)`` of what its record says that it takes: float32 ``(N, 3, h, w)``, or uint8
+        ``(N, h, w, 3)``, of any strides."""
 
     def close(self) -> None:
         """Free the engine."""
 
 
-class _Prepared(NamedTuple):
-    """An item of a stream, ready for the engine: float32 ``(N, 3, h, w)``, and what its answer is to look like."""
+@runtime_checkable
+class GpuEngine(OpenEngine, Protocol):
+    """An open engine that also reads and fills arrays in its GPU's memory."""
 
-    batch: np.ndarray
+    @property
+    def classes(self) -> int:
+        """How many logits a sample has."""
+
+    @property
+    def cuda_graphs(self) -> str:
+        """``off``, ``on``, ``not yet``, or why its work cannot be recorded."""
+
+    def fill(self, batch: AnyArray, out: AnyArray) -> None:
+        """Write the logits of a batch of any size, which is as the engine takes it, into float32 ``(N, K)``."""
+
+
+class _Prepared(NamedTuple):
+    """An item of a stream, as the engine takes it, and what its answer is to look like."""
+
+    batch: AnyArray
     single: bool
     paired: bool
     tag: Any
@@ -52,8 +84,10 @@ class LoadedEngine:
     ``manifest`` is the bundle's, ``record`` says which engine runs and what it was built for.
     """
 
-    def __init__(self, runner: OpenEngine, manifest: Manifest, record: Engine) -> None:
+    def __init__(self, runner: OpenEngine, manifest: Manifest, record: Engine, frames: str = "rgb") -> None:
         self._runner = runner
+        self._flipped = frames == "bgr"
+        self._gpu = runner if isinstance(runner, GpuEngine) else None
         self.manifest = manifest
         self.record = record
         self._shape = output_shape(manifest.preprocessing)
@@ -69,37 +103,102 @@ class LoadedEngine:
         """The most frames that the engine computes at a time; None where it has no limit of its own."""
         return self._runner.largest
 
-    def __call__(self, frames: Any, out: Optional[np.ndarray] = None) -> np.ndarray:
+    @property
+    def cuda_graphs(self) -> str:
+        """Whether calls launch recorded work: ``off``, ``on``, ``not yet`` (a batch size is recorded once it has come
+        five times in a row), or why they cannot; see :func:`load`."""
+        return "off" if self._gpu is None else self._gpu.cuda_graphs
+
+    @overload
+    def __call__(self, frames: Any, out: Optional[np.ndarray] = None) -> np.ndarray: ...
+
+    @overload
+    def __call__(self, frames: Any, out: Any) -> Any: ...
+
+    def __call__(self, frames: Any, out: Any = None) -> Any:
         """Return the logits of some frames.
 
         Args:
-            frames: uint8 ``(N, H, W, 3)``, RGB camera frames of any size, which are resized, cropped and normalized as
-                at calibration; or float32 ``(N, 3, h, w)``, normalized already. A NumPy array, or what shares one with
-                NumPy, such as another library's tensor on the CPU (DLPack).
-            out: float32 ``(N, K)``, contiguous: the logits are written into it. After an error it may hold some.
+            frames: uint8 ``(N, H, W, 3)``, camera frames of any size, RGB (or as :func:`load` was told), which are
+                resized, cropped and normalized as at calibration; or float32 ``(N, 3, h, w)``, normalized already, in
+                the network's channel order. A NumPy array, or what shares one with NumPy, such as another library's
+                tensor on the CPU (DLPack). An engine that takes pixels (``record.input``) gets back those that
+                normalized input was made of: what it would have rounded it to, or nothing else than pixels. An engine
+                on a GPU also takes what lies in that GPU's memory (``__cuda_array_interface__``, DLPack): C-contiguous,
+                and as the engine takes it (its type too), for it is neither resized nor normalized, nor searched for
+                NaN; pixels in the network's channel order.
+            out: float32 ``(N, K)``, contiguous: the logits are written into it. After an error it may hold some. It is
+                NumPy's, or, where the engine runs on a GPU, lies in that GPU's memory.
+
+        Where one of the two lies on the GPU, all work that was begun there is waited for first, so that no producer
+        is overtaken; a context other than the device's primary one has to be waited for by the caller. When the call
+        returns, the logits are there for any stream, and the frames are no longer read.
 
         Returns:
-            float32 ``(N, K)``; ``out`` where that is given.
+            a NumPy array float32 ``(N, K)``; ``out`` where that is given.
 
         Raises:
-            BackendError: the frames are neither, ``out`` is no such array, or the engine is closed.
+            BackendError: the frames are neither, ``out`` is no such array, or the engine is closed; or it takes
+                pixels, does not round to them itself, and normalized input was made of something else.
             SampleError: frames of that size do not cover the crop.
         """
-        array = as_array(frames)
-        check_frames(array, self._shape)
+        array = self._read(frames)
+        if isinstance(array, np.ndarray):
+            check_frames(array, self._shape)
+        if isinstance(array, DeviceArray) or (self._gpu is not None and out is not None and lies_on_device(out)):
+            return self._filled(array, out)
         count, step = len(array), self._step
         if count > step:
-            return self._joined((self._normalized(array[i : i + step]) for i in range(0, count, step)), count, out)
-        logits = self._runner(self._normalized(array))
+            return self._joined((self._taken(array[i : i + step]) for i in range(0, count, step)), count, out)
+        logits = self._runner(self._taken(array))
         if out is None:
             return logits
         room_for(out, logits.shape)[:] = logits
         return out
 
-    def _normalized(self, frames: np.ndarray) -> np.ndarray:
-        if frames.dtype == np.uint8:
-            return prepare_batch(frames, self.manifest.preprocessing)
-        return np.ascontiguousarray(frames)
+    def _taken(self, frames: np.ndarray) -> np.ndarray:
+        """Return what the engine takes."""
+        if self._flipped and frames.dtype == np.uint8:
+            frames = frames[..., ::-1]
+        return engine_input(frames, self.manifest.preprocessing, self.record)
+
+    def _read(self, frames: Any) -> AnyArray:
+        """Return frames as an array that shares their memory, on the CPU or on the engine's GPU."""
+        if self._gpu is None or not lies_on_device(frames):
+            return as_array(frames)
+        array = device_array(frames)
+        if self._flipped != (self.manifest.preprocessing.color == "bgr") and array.dtype == np.uint8:
+            raise BackendError(
+                f"frames on a GPU have to be in the network's channel order, {self.manifest.preprocessing.color}, for "
+                "edgeres does not turn them there. Turn them yourself, or give them on the CPU."
+            )
+        return array
+
+    def _ready(self, frames: AnyArray) -> AnyArray:
+        """Return frames as the engine takes them; what lies on the GPU has to be so, and the engine sees to it."""
+        if isinstance(frames, DeviceArray):
+            return frames
+        check_frames(frames, self._shape)
+        return self._taken(frames)
+
+    def _filled(self, frames: AnyArray, out: Any = None) -> Any:
+        """Return the logits of frames that lie on the GPU, or are to be written to where ``out`` lies."""
+        gpu = self._gpu
+        assert gpu is not None
+        room: AnyArray
+        shape = (len(frames), gpu.classes)
+        if out is not None and lies_on_device(out):
+            room = device_array(out)
+            check_device_room(room, shape)
+        else:
+            room = room_for(out, shape)
+        if isinstance(frames, DeviceArray):
+            gpu.fill(frames, room)
+        else:
+            for start in range(0, len(frames), self._step):
+                rows = slice(start, start + self._step)
+                gpu.fill(self._taken(frames[rows]), room[rows])
+        return room if out is None else out
 
     def _joined(self, batches: Iterator[np.ndarray], count: int, out: Optional[np.ndarray] = None) -> np.ndarray:
         """Return the logits of ``count`` frames, which come in batches that the engine takes."""
@@ -154,18 +253,21 @@ class LoadedEngine:
         if paired and len(item) != 2:
             raise BackendError(f"a stream takes frames and pairs (frame, anything), not a tuple of {len(item)}")
         frame, tag = item if paired else (item, None)
-        array = as_array(frame)
+        array = self._read(frame)
         single = array.ndim == 3
-        frames = array[np.newaxis] if single else array
-        check_frames(frames, self._shape)
-        return _Prepared(self._normalized(frames), single, paired, tag)
+        if single:
+            array = array.as_batch() if isinstance(array, DeviceArray) else array[np.newaxis]
+        return _Prepared(self._ready(array), single, paired, tag)
 
     def _answered(self, prepared: _Prepared) -> Any:
         logits = self._computed(prepared.batch)
         answer = logits[0] if prepared.single else logits
         return (answer, prepared.tag) if prepared.paired else answer
 
-    def _computed(self, batch: np.ndarray) -> np.ndarray:
+    def _computed(self, batch: AnyArray) -> np.ndarray:
+        if isinstance(batch, DeviceArray):
+            logits: np.ndarray = self._filled(batch)
+            return logits
         count, step = len(batch), self._step
         if count <= step:
             return self._runner(batch)
@@ -199,10 +301,10 @@ class LoadedEngine:
         preprocess, inference = zip(*self._timed(frames, runs))
         total = [first + second for first, second in zip(preprocess, inference)]
         shape = self._some(frames).shape
-        return Profile(shape, runs, latency(preprocess), latency(inference), latency(total))
+        return Profile(shape, runs, latency(preprocess), latency(inference), latency(total), self.cuda_graphs)
 
-    def _some(self, frames: Any) -> np.ndarray:
-        return np.zeros((1, *self._shape[1:], 3), np.uint8) if frames is None else as_array(frames)
+    def _some(self, frames: Any) -> AnyArray:
+        return np.zeros((1, *self._shape[1:], 3), np.uint8) if frames is None else self._read(frames)
 
     def _timed(self, frames: Any, runs: int) -> List[Tuple[float, float]]:
         """Return the seconds that preprocessing and inference took in each of some calls."""
@@ -212,9 +314,7 @@ class LoadedEngine:
         times = []
         for _ in range(runs):
             start = perf_counter()
-            array = as_array(given)
-            check_frames(array, self._shape)
-            batch = self._normalized(array)
+            batch = self._ready(self._read(given))
             between = perf_counter()
             self._computed(batch)
             times.append((between - start, perf_counter() - between))
@@ -234,20 +334,29 @@ class LoadedEngine:
 
 
 def load_with(
-    bundle: Folder, backend: str, threads: Optional[int], also: Tuple[str, ...]
+    bundle: Folder,
+    backend: str,
+    threads: Optional[int],
+    also: Tuple[str, ...],
+    cuda_graphs: bool = False,
+    frames: str = "rgb",
 ) -> Tuple[LoadedEngine, Dict[str, bytes]]:
     """Return a bundle's engine as :func:`load` does, and the bytes of those files of ``also`` that the bundle has, all
     from one reading: a bundle that is exchanged meanwhile cannot mix with its successor."""
+    if frames not in COLORS:
+        raise BackendError(f"frames is {frames!r}: choose one of {', '.join(COLORS)}")
     record = _choose(bundle, read_manifest(bundle), backend)
     manifest, contents = verify_and_read(bundle, (record.file.path, *also))
     if record != _choose(bundle, manifest, backend) or record.file.path not in contents:
         raise BundleError(f"{bundle} changed while it was being read. Load it again.")
     check_preprocessing(bundle, manifest)
-    runner = open_record(contents[record.file.path], record, threads, os.fspath(bundle))
-    return LoadedEngine(runner, manifest, record), contents
+    runner = open_record(contents[record.file.path], record, threads, os.fspath(bundle), cuda_graphs)
+    return LoadedEngine(runner, manifest, record, frames), contents
 
 
-def open_record(content: bytes, record: Engine, threads: Optional[int] = None, place: str = "BUNDLE") -> OpenEngine:
+def open_record(
+    content: bytes, record: Engine, threads: Optional[int] = None, place: str = "BUNDLE", cuda_graphs: bool = False
+) -> OpenEngine:
     """Return the open engine of a record; its backend's library is loaded only now.
 
     Args:
@@ -261,9 +370,11 @@ def open_record(content: bytes, record: Engine, threads: Optional[int] = None, p
     if record.backend in ("tensorrt", "tensorrt-rtx"):
         from edgeres.backends.tensorrt.session import open_session
 
-        return open_session(content, record.built_for, flavour=record.backend, place=place)
+        return open_session(content, record.built_for, flavour=record.backend, place=place, cuda_graphs=cuda_graphs)
     if record.backend != "cpu":
         raise BackendError(f"there is no backend {record.backend!r}. Compile the bundle again: edgeres compile BUNDLE")
+    if cuda_graphs:
+        raise BackendError("an engine on the CPU has no CUDA graphs. Leave cuda_graphs out, or load one of a GPU")
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingPackageError.for_extra("onnxruntime", "running an engine on the CPU", "cpu")
     from edgeres.backends import cpu
@@ -282,7 +393,13 @@ def check_preprocessing(bundle: Folder, manifest: Manifest) -> None:
         raise BundleError(numbered(f"{bundle}: preprocessing", wrong) + "\nBuild it again.")
 
 
-def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None) -> LoadedEngine:
+def load(
+    bundle: Folder,
+    backend: str = "auto",
+    threads: Optional[int] = None,
+    cuda_graphs: bool = False,
+    frames: str = "rgb",
+) -> LoadedEngine:
     """Return a bundle's engine, after every file of the bundle has been checked against its manifest.
 
     Args:
@@ -290,13 +407,19 @@ def load(bundle: Folder, backend: str = "auto", threads: Optional[int] = None) -
         backend: ``auto`` (the bundle's own first engine), or the backend or the target of one (``tensorrt``, ``dla0``);
             there is never a silent change to another.
         threads: for one operator; None leaves it to the backend.
+        frames: the channel order of your camera's frames: ``rgb``, or ``bgr`` as OpenCV has them. The network's own is
+            in its recipe, and they need not be the same.
+        cuda_graphs: on a GPU, record the work of a batch size that comes again and again, and launch it in one piece;
+            nets of many small layers gain by it. Where it cannot be recorded (``LoadedEngine.cuda_graphs`` says why)
+            calls run as without. While it is being recorded, no other thread of the process may wait for the whole
+            GPU, as ``torch.cuda.synchronize`` does.
 
     Raises:
         BundleError: there is no bundle, or it has no engine of that backend.
         IntegrityError: a file is not the one that the manifest binds; nothing was opened.
-        BackendError: the engine cannot be opened.
+        BackendError: the engine cannot be opened, or there is no such channel order.
     """
-    return load_with(bundle, backend, threads, ())[0]
+    return load_with(bundle, backend, threads, (), cuda_graphs, frames)[0]
 
 
 def _choose(bundle: Folder, manifest: Manifest, backend: str) -> Engine:

@@ -28,7 +28,8 @@ class Profile(msgspec.Struct, frozen=True):
     """The latency of ``runs`` calls with an input of ``shape``.
 
     ``preprocess`` is from what the caller gave to the network's input (for normalized input, a check), ``inference``
-    from there to the logits, ``total`` both: its percentiles are not the sums of theirs.
+    from there to the logits, ``total`` both: its percentiles are not the sums of theirs. ``cuda_graphs`` is what the
+    engine says of them at the end: ``on``, ``off``, or why not.
     """
 
     shape: Tuple[int, ...]
@@ -36,6 +37,7 @@ class Profile(msgspec.Struct, frozen=True):
     preprocess: Latency
     inference: Latency
     total: Latency
+    cuda_graphs: str = "off"
 
 
 def latency(seconds: Sequence[float]) -> Latency:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgeres.validation.baseline import against_baseline
+from edgeres.validation.cases import short_form
 from edgeres.validation.compare import attribute_drop, compare
 from edgeres.validation.words import advice, baseline_headline, decibels, fallen_words, headline
 
@@ -15,4 +16,5 @@ __all__ = [
     "decibels",
     "fallen_words",
     "headline",
+    "short_form",
 ]

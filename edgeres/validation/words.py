@@ -98,8 +98,8 @@ def _verdict(report: Report, change: Union[Report, BaselineChange]) -> str:
 def fallen_words(report: Report) -> List[str]:
     """Return one sentence for each class that lost accuracy beyond chance."""
     return [
-        f"Class {change.name or change.label} fell: FP32 alone is right on {change.only_reference_correct} and "
-        f"{report.precision.upper()} alone on {change.only_engine_correct} of its "
+        f"Class {' '.join(change.name.split()) or change.label} fell: FP32 alone is right on "
+        f"{change.only_reference_correct} and {report.precision.upper()} alone on {change.only_engine_correct} of its "
         f"{counted(change.samples, 'sample')} (p = {change.p_adjusted:.2g}, corrected for the number of classes)."
         for change in report.classes
         if change.fell

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,20 @@ def test_the_engine_answers_what_the_onnx_means(bundle: Path, frames: np.ndarray
     noise = np.square(got.astype(np.float64) - wanted).sum()
     assert 10 * np.log10(np.square(wanted.astype(np.float64)).sum() / noise) >= 25
     assert (got.argmax(1) == wanted.argmax(1)).mean() >= 0.97
+
+
+def test_pixels_on_the_gpu_are_what_normalized_input_is(bundle: Path, frames: np.ndarray, tmp_path: Path) -> None:
+    """The engine takes uint8; one that is compiled for float32 answers the same frames alike."""
+    from edgeres.compilation import compile_bundle
+    from edgeres.recipe import engine_section
+
+    other = Path(shutil.copytree(bundle, tmp_path / "floats"))
+    compile_bundle(other, engine_section({}, {"backend": "tensorrt", "input": "float32"}), lambda *_: None)
+    with edgeres.load(bundle, backend="tensorrt") as pixels, edgeres.load(other, backend="tensorrt") as floats:
+        assert (pixels.record.input, floats.record.input) == ("uint8", "float32")
+        got, wanted = pixels(frames), floats(frames)
+    noise = np.square(got.astype(np.float64) - wanted).sum()
+    assert noise == 0 or 10 * np.log10(np.square(wanted.astype(np.float64)).sum() / noise) >= 40
 
 
 def test_the_engine_keeps_the_accuracy(bundle: Path) -> None:
@@ -129,3 +144,112 @@ def test_loading_again_and_again(bundle: Path, frames: np.ndarray) -> None:
         with edgeres.load(bundle, backend="tensorrt") as engine:
             answers.append(engine(frames[:3]))
     assert all(np.array_equal(answers[0], other) for other in answers[1:])
+
+
+class Dlpack:
+    """An array of another library, by DLPack alone."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+
+class Torch:
+    """Tensors of torch on the GPU. ``late`` is written on a stream of its own, behind a long wait."""
+
+    def __init__(self) -> None:
+        self.torch = pytest.importorskip("torch")
+        if not self.torch.cuda.is_available():
+            pytest.skip("torch does not see the GPU")
+
+    def there(self, array: np.ndarray) -> Any:
+        return self.torch.from_numpy(array).cuda()
+
+    def here(self, tensor: Any) -> np.ndarray:
+        return tensor.cpu().numpy()
+
+    def late(self, array: np.ndarray) -> Any:
+        source, target = self.there(array), self.there(np.zeros_like(array))
+        self.torch.cuda.synchronize()
+        with self.torch.cuda.stream(self.torch.cuda.Stream()):
+            self.torch.cuda._sleep(50_000_000)  # cycles: tens of milliseconds
+            target.copy_(source)
+        return target
+
+
+class Cupy:
+    """The same of CuPy, whose streams do not wait for the default stream either."""
+
+    def __init__(self) -> None:
+        self.cupy = pytest.importorskip("cupy")
+
+    def there(self, array: np.ndarray) -> Any:
+        return self.cupy.asarray(array)
+
+    def here(self, array: Any) -> np.ndarray:
+        return self.cupy.asnumpy(array)
+
+    def late(self, array: np.ndarray) -> Any:
+        source, target = self.there(array), self.there(np.zeros_like(array))
+        square = self.cupy.ones((4096, 4096), np.float32)
+        self.cupy.cuda.Device().synchronize()
+        with self.cupy.cuda.Stream(non_blocking=True):
+            for _ in range(20):
+                square = square @ square
+            target[...] = source
+        return target
+
+
+@pytest.fixture(params=[Torch, Cupy])
+def library(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+def normalized(engine: LoadedEngine, count: int) -> np.ndarray:
+    return np.random.default_rng(count).standard_normal((count, *engine.input_shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("as_given", [lambda array: array, Dlpack], ids=["interface", "DLPack"])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_arrays_on_the_gpu_are_read_and_filled(bundle: Path, library: Any, as_given: Any, cuda_graphs: bool) -> None:
+    with edgeres.load(bundle, backend="tensorrt", cuda_graphs=cuda_graphs) as engine:
+        for count in (1, 3, 70, *[4] * 9):
+            x = normalized(engine, count)
+            wanted = engine(x)
+            there, late = library.there(x), library.late(x)
+            assert np.array_equal(engine(as_given(late)), wanted)
+            assert np.array_equal(engine(as_given(there)), wanted)
+            for given in (as_given(there), x):
+                out = library.there(np.zeros_like(wanted))
+                engine(given, out=as_given(out))
+                assert np.array_equal(library.here(out), wanted)
+        stream = engine.stream((as_given(library.late(normalized(engine, 2))) for _ in range(20)), depth=3)
+        wanted = engine(normalized(engine, 2))
+        assert all(np.array_equal(answer, wanted) for answer in stream)
+
+
+def test_graphs_answer_alike_and_are_timed(
+    bundle: Path, frames: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = edgeres.load(bundle, backend="tensorrt")
+    graphs = edgeres.load(bundle, backend="tensorrt", cuda_graphs=True)
+    with plain, graphs:
+        for count in [1] * 10 + [5] * 10 + [70, 1, 5]:
+            assert np.array_equal(graphs(frames[:count]), plain(frames[:count]))
+        profiles = [engine.profile(frames[:1]) for engine in (plain, graphs)]
+    with capsys.disabled():
+        for profile in profiles:
+            sys.stdout.write(f"\ngraphs {profile.cuda_graphs}: {profile.inference}")
+        sys.stdout.write("\n")
+    assert profiles[0].cuda_graphs == "off"
+    try:
+        import cuda  # noqa: F401
+    except ImportError:
+        assert "pycuda has no CUDA graphs" in profiles[1].cuda_graphs
+    else:
+        assert profiles[1].cuda_graphs == "on"

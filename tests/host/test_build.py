@@ -11,11 +11,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import edgeres
 from edgeres.artifacts import CalibrationTable, from_json
 from edgeres.bundle import verify
+from edgeres.cli import cli
 from edgeres.errors import BundleError, CalibrationError, EdgeresError, IntegrityError, RecipeError
 from edgeres.inspection import inspect_bundle
 from edgeres.progress import Progress
@@ -245,6 +247,49 @@ def test_other_precisions_go_through(tmp_path: Path, precision: str) -> None:
     assert (tmp_path / "bundle" / f"model.{precision}.onnx").is_file()
     with edgeres.load(tmp_path / "bundle") as engine:
         assert engine(np.zeros((2, 32, 32, 3), np.uint8)).dtype == np.float32
+
+
+def test_a_letterbox_is_the_same_in_calibration_the_verdict_and_at_run_time(tmp_path: Path) -> None:
+    """Images of 20 × 32 in a letterbox answer as Pillow's own letterbox of them does, whose frames fit."""
+    images = pytest.importorskip("PIL.Image")
+    operations = pytest.importorskip("PIL.ImageOps")
+    recipe = small_recipe(tmp_path)
+    for path in tmp_path.rglob("*.png"):
+        images.open(path).convert("RGB").resize((32, 20), images.BILINEAR).save(path)
+    boxed = edgeres.build(recipe, out=tmp_path / "letterbox", fit="letterbox", pad=(9, 8, 7), recovery="none")
+    frame = boxed.manifest.preprocessing
+    assert (frame.fit, frame.pad, frame.resize, frame.size) == ("letterbox", (9, 8, 7), None, (32, 32))
+    for path in tmp_path.joinpath("calibration").rglob("*.png"):
+        operations.pad(images.open(path), (32, 32), images.BILINEAR, color=(9, 8, 7)).save(path)
+    plain = edgeres.build(recipe, out=tmp_path / "plain", recovery="none")
+    tables = [
+        from_json((tmp_path / name / "calibration.json").read_bytes(), CalibrationTable, name).tensors
+        for name in ("letterbox", "plain")
+    ]
+    assert tables[0] == tables[1]
+    assert plain.manifest.preprocessing.resize == 32
+    frames = np.random.default_rng(0).integers(0, 256, (3, 20, 32, 3), np.uint8)
+    padded = np.stack([np.pad(one, ((6, 6), (0, 0), (0, 0))) for one in frames])
+    padded[:, :6] = padded[:, -6:] = (9, 8, 7)
+    with edgeres.load(tmp_path / "letterbox") as engine, edgeres.load(tmp_path / "plain") as other:
+        assert engine(frames).tobytes() == other(padded).tobytes()
+        assert list(map(bytes, engine.stream(iter(frames)))) == list(map(bytes, other(padded)))
+    assert boxed.report is not None
+    told = CliRunner().invoke(cli, ["inspect", str(tmp_path / "letterbox")])
+    assert "letterbox" in told.output
+
+
+def test_what_contradicts_itself_is_refused_at_once_and_at_load(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        edgeres.build(recipe, out=tmp_path / "out", fit="letterbox", resize=40, pad=(0, 0, 300))
+    assert [problem.split(" is ")[0] for problem in caught.value.problems] == ["input: resize", "input: pad"]
+    edgeres.build(recipe, out=tmp_path / "out", recovery="none")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    manifest["preprocessing"].update(fit="letterbox")
+    (tmp_path / "out/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"(?s)leave resize out.*pad is None.*Build it again"):
+        edgeres.load(tmp_path / "out")
 
 
 def test_a_bundles_own_recipe_repeats_the_build(tmp_path: Path) -> None:

@@ -6,10 +6,14 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Tuple
 
+import msgspec
 import numpy as np
 import pytest
 
+import edgeres
 from edgeres.errors import BackendError, SampleError
+from edgeres.runtime.engine import LoadedEngine
+from edgeres.runtime.frames import Fed
 
 Summing = Callable[..., Any]
 
@@ -28,6 +32,70 @@ def sums(frames: np.ndarray) -> np.ndarray:
 def normalized(frames: np.ndarray) -> np.ndarray:
     """Return frames as that engine's normalized input: float32 (N, 3, 4, 4), contiguous."""
     return np.ascontiguousarray(frames.transpose(0, 3, 1, 2), np.float32)
+
+
+def taking(engine: Any, **facts: Any) -> Any:
+    """Return an engine whose record says something else."""
+    return LoadedEngine(engine._runner, engine.manifest, msgspec.structs.replace(engine.record, **facts))
+
+
+class Planes:
+    """Between an engine that takes pixels and one that takes planes; ``given`` is the last that came."""
+
+    def __init__(self, runner: Any) -> None:
+        self.contexts, self.largest, self.close = runner.contexts, runner.largest, runner.close
+        self._runner = runner
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        self.given = batch
+        answer: np.ndarray = self._runner(normalized(batch))
+        return answer
+
+
+def test_an_engine_of_pixels_gets_the_cameras_own(summing: Summing) -> None:
+    """Nothing is computed and nothing copied where frames fit; others are resampled."""
+    engine, runner = summing()
+    planes = Planes(runner)
+    engine._runner = planes
+    pixels = taking(engine, input="uint8")
+    frames = camera(3)
+    np.testing.assert_array_equal(pixels(frames), sums(frames))
+    assert planes.given.dtype == np.uint8
+    assert np.shares_memory(planes.given, frames)
+    np.testing.assert_array_equal(list(pixels.stream(iter(frames))), sums(frames))
+    np.testing.assert_array_equal(pixels(normalized(frames)), sums(frames))
+    with pytest.raises(BackendError, match=r"0\.25 steps .*--engine-input float32"):
+        pixels(normalized(frames) + np.float32(0.25))
+    rounding = taking(engine, input="uint8", whole_pixels=True)
+    np.testing.assert_array_equal(rounding(normalized(frames) + np.float32(0.25)), sums(frames))
+    assert pixels.profile(frames, runs=3).runs == 3
+
+
+@pytest.mark.parametrize("takes", ["float32", "uint8"])
+def test_a_camera_that_gives_bgr(summing: Summing, takes: str) -> None:
+    engine, runner = summing()
+    engine._runner = Planes(runner) if takes == "uint8" else runner
+    record = msgspec.structs.replace(engine.record, input=takes)
+    turned = LoadedEngine(engine._runner, engine.manifest, record, "bgr")
+    frames = camera(3)
+    np.testing.assert_array_equal(turned(frames), sums(frames)[:, ::-1])
+    np.testing.assert_array_equal(list(turned.stream(iter(frames))), sums(frames)[:, ::-1])
+    np.testing.assert_array_equal(turned(normalized(frames)), sums(frames))  # in the network's order already
+
+
+def test_a_channel_order_that_there_is_not_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(BackendError, match="frames is 'yuv': choose one of rgb, bgr"):
+        edgeres.load("no/such/bundle", frames="yuv")
+
+
+def test_a_runner_of_pixels_is_fed_with_normalized_input(summing: Summing) -> None:
+    engine, runner = summing(largest=2)
+    record = msgspec.structs.replace(engine.record, input="uint8")
+    fed = Fed(Planes(runner), record, engine.manifest.preprocessing)
+    assert fed.largest == 2
+    np.testing.assert_array_equal(fed(normalized(camera(2))), sums(camera(2)))
+    fed.close()
+    assert runner.closed
 
 
 class Dlpack:

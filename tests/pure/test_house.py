@@ -35,6 +35,7 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
     "tensorrt_rtx": ("backends/tensorrt/",),
     "pycuda": ("backends/tensorrt/",),
     "cuda": ("backends/tensorrt/",),
+    "pytest": ("pytest_plugin.py",),  # which nothing but pytest loads
     "pynvml": ("board.py",),  # clocks and power of NVIDIA GPUs, where it is installed
 }
 # The order of the work is written in the language alone.
@@ -243,6 +244,7 @@ BREACHES = {
     "tensorrt outside its room": ("backends/cpu/__init__.py", "import tensorrt"),
     "tensorrt in the file of another name": ("backends/tensorrt_cache.py", "import tensorrt"),
     "cuda in the runtime": ("runtime/stream.py", "from cuda import cudart"),
+    "pytest elsewhere": ("cli.py", "import pytest"),
     "click elsewhere": ("terminal.py", "import click"),
     "rich elsewhere": ("cli.py", "from rich.table import Table"),
     "pillow elsewhere": ("samples/__init__.py", "from PIL import Image"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edgeres.artifacts import ExportedModel, FileRef, Imported, QuantizedModel
+from edgeres.artifacts import ExportedModel, FileRef, Imported, Preprocessing, QuantizedModel
 from edgeres.compilation import Source, _weight_warnings
 from edgeres.imported import steps_for
 from edgeres.recipe import load_recipe
@@ -25,7 +25,7 @@ def test_a_dla_finds_steps_of_its_own(target: str, kept: bool) -> None:
 
 def test_compiling_for_a_dla_says_so() -> None:
     exported = ExportedModel(MODEL, 13, "x", "y", (3, 8, 8), 2, {}, imported=FILE)
-    source = Source(Path(), exported, QuantizedModel(MODEL, "int8", ()), equalized=False)
+    source = Source(Path(), exported, QuantizedModel(MODEL, "int8", ()), False, Preprocessing((8, 8)))
     (warning,) = _weight_warnings(source, "dla1")
     assert "edgeres quantize BUNDLE --backend tensorrt --target dla1" in warning
     assert _weight_warnings(source, "gpu") == ()

@@ -7,12 +7,12 @@ from typing import Tuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from edgeres.artifacts import Preprocessing
 from edgeres.errors import SampleError
-from edgeres.preprocess import output_shape, prepare, prepare_batch, problems
+from edgeres.preprocess import fit_batch, output_shape, pixels_of, prepare, prepare_batch, problems
 
 # A mean of 0 and a standard deviation of 1/255 give the pixels themselves back, which shows the resampling alone.
 RAW = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
@@ -222,6 +222,93 @@ def test_a_frame_smaller_than_the_crop_is_refused_with_both_sizes() -> None:
         prepare(noise(30, 30), Preprocessing((24, 24), 20))
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    pad=st.tuples(*[st.integers(0, 255)] * 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_letterbox_is_pillows(
+    shape: Tuple[int, int], size: Tuple[int, int], pad: Tuple[int, int, int], seed: int
+) -> None:
+    """As ``ImageOps.pad``, with its two passes asked for one by one: their order depends on Pillow's version."""
+    image_module, operations = pytest.importorskip("PIL.Image"), pytest.importorskip("PIL.ImageOps")
+
+    class AcrossFirst(image_module.Image):  # type: ignore[misc, name-defined]
+        def resize(self, size: Tuple[int, int], *rest: object, **more: object) -> object:
+            across = image_module.Image.resize(self, (size[0], self.height), image_module.BILINEAR)
+            return across.resize(size, image_module.BILINEAR)
+
+    frame = noise(*shape, seed)
+    image = image_module.fromarray(frame)
+    image.__class__ = AcrossFirst
+    assume(min(shape) * min(size[0] / shape[0], size[1] / shape[1]) > 0.51)  # Pillow loses what is thinner
+    wanted = operations.pad(image, size[::-1], image_module.BILINEAR, color=pad)
+    got = pixels(frame, Preprocessing(size, None, *RAW, fit="letterbox", pad=pad))
+    np.testing.assert_array_equal(got, np.asarray(wanted))
+
+
+def test_a_thin_frame_keeps_a_pixel_of_its_thickness() -> None:
+    got = pixels(np.full((1, 200, 3), 9, np.uint8), Preprocessing((8, 8), None, *RAW, fit="letterbox", pad=(0, 0, 0)))
+    assert got[..., 0].sum(axis=0).tolist() == [9] * 8
+
+
+def test_a_letterbox_keeps_the_whole_frame_and_fills_the_rest() -> None:
+    frame = noise(20, 40)
+    got = pixels(frame, Preprocessing((40, 40), None, *RAW, fit="letterbox", pad=(1, 2, 3)))
+    np.testing.assert_array_equal(got[10:30], frame)
+    assert (got[:10] == (1, 2, 3)).all()
+    assert (got[30:] == (1, 2, 3)).all()
+    swapped = prepare(frame, Preprocessing((40, 40), None, *RAW, "bgr", "letterbox", (1, 2, 3)))
+    np.testing.assert_array_equal(np.rint(swapped).astype(np.uint8), got.transpose(2, 0, 1)[::-1])
+
+
+BOXES = st.sampled_from(
+    [
+        Preprocessing((18, 20)),
+        Preprocessing((18, 20), 24, color="bgr"),
+        Preprocessing((18, 20), None, fit="letterbox", pad=(9, 8, 7)),
+        Preprocessing((18, 20), None, color="bgr", fit="letterbox", pad=(114, 114, 114)),
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(preprocessing=BOXES, height=st.integers(20, 50), width=st.integers(20, 50), listed=st.booleans())
+def test_fitted_pixels_are_those_that_are_normalized(
+    preprocessing: Preprocessing, height: int, width: int, listed: bool
+) -> None:
+    """The formula written out, on what ``fit_batch`` gives; and the way back finds them again."""
+    frames = np.stack([noise(height, width, seed) for seed in range(2)])
+    fitted = fit_batch(list(frames) if listed else frames, preprocessing)
+    mean, std = (np.asarray(given, np.float32) for given in (preprocessing.mean, preprocessing.std))
+    wanted = (fitted.astype(np.float32) / np.float32(255) - mean) / std
+    batch = prepare_batch(frames, preprocessing)
+    np.testing.assert_array_equal(batch, wanted.transpose(0, 3, 1, 2))
+    found, distance = pixels_of(batch, preprocessing)
+    np.testing.assert_array_equal(found, fitted)
+    assert found.flags.c_contiguous
+    assert distance < 1e-3
+
+
+@pytest.mark.parametrize("fit", ["crop", "letterbox"])
+def test_frames_that_fit_are_not_copied(fit: str) -> None:
+    frames = np.stack([noise(18, 20), noise(18, 20, 1)])
+    pad = (0, 0, 0) if fit == "letterbox" else None
+    for color in ("rgb", "bgr"):
+        assert np.shares_memory(fit_batch(frames, Preprocessing((18, 20), color=color, fit=fit, pad=pad)), frames)
+
+
+def test_what_is_no_pixel_is_rounded_and_told() -> None:
+    raw = Preprocessing((1, 4), None, *RAW)
+    batch = np.array([[-3.0, 0.4, 254.6, 3e38]], np.float32).reshape(1, 1, 1, 4).repeat(3, axis=1)
+    found, distance = pixels_of(batch, raw)
+    assert found[0, 0, :, 0].tolist() == [0, 0, 255, 255]
+    assert distance > 1e30
+    assert pixels_of(batch[..., 1:3], Preprocessing((1, 2), None, *RAW))[1] == pytest.approx(0.4, abs=1e-4)
+
+
 def test_good_preprocessings_have_no_problems() -> None:
     assert problems(Preprocessing((224, 224), 256)) == []
     assert problems(Preprocessing((32, 48), 48, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bgr")) == []
@@ -244,6 +331,11 @@ def test_every_mistake_is_listed_at_once() -> None:
         (Preprocessing((8, 8), None, std=(0.2, 1e-42, 0.2)), "std"),
         (Preprocessing((8, 8), None, mean=(math.inf, 0.0, 0.0)), "mean"),
         (Preprocessing((8, 8), color="RGB"), "rgb, bgr"),
+        (Preprocessing((8, 8), fit="stretch"), "crop, letterbox"),
+        (Preprocessing((8, 8), 4, fit="letterbox", pad=(0, 0, 0)), "leave resize out"),
+        (Preprocessing((8, 8), 8, pad=(0, 0, 0)), "leave pad out"),
+        (Preprocessing((8, 8), fit="letterbox"), "pad is None"),
+        (Preprocessing((8, 8), fit="letterbox", pad=(0, 256, 0)), "0 to 255"),
     ],
 )
 def test_single_mistakes(preprocessing: Preprocessing, said: str) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from edgeres.architectures import ARCHITECTURES
 from edgeres.artifacts import Preprocessing
 from edgeres.errors import RecipeError
+from edgeres.preprocess import problems
 from edgeres.recipe import (
     DEFAULT_RECIPE,
     FLAGS,
@@ -461,6 +462,8 @@ VALUES = {
     "input.resize": ([256], ["256", 1.5]),
     "input.mean": ([[0, 0.5, 1]], [[0.5, 0.5], 0.5, [0.5, 0.5, "x"]]),
     "input.color": (["rgb", "bgr"], [1, ["rgb"]]),
+    "input.fit": (["crop", "letterbox"], [1, ["crop"]]),
+    "input.pad": ([[0, 0, 0], [124, 116, 104]], [114, [114, 114], [0.5, 0, 0], "grey"]),
     "calibration.count": ([1, 50_000], [0, -1, 1.5, "many", 1 << 64, True]),
     "calibration.method": (METHODS, ["", "MSE", "kl", 1]),
     "calibration.percentile": ([50.1, 99.99, 100], [50, 0, 100.1, -1, math.nan, math.inf, "99", 10**400]),
@@ -480,6 +483,7 @@ VALUES = {
     "engine.version_compatible": ([True, False], [1, "yes"]),
     "engine.hardware_compatible": ([True, False], [1, "yes"]),
     "engine.strict": ([True, False], [1, "yes"]),
+    "engine.input": (["auto", "uint8", "float32"], ["UINT8", "", "int8", 8]),
     "precision": (PRECISIONS, ["int4", "INT8", "", 8, ["int8"], 1 << 20_000]),
 }
 
@@ -505,6 +509,27 @@ def test_a_dla_takes_symmetric_ranges_only(place: Path, target: str) -> None:
     assert problem_of(None, flags).startswith("--activation-range: a DLA takes symmetric ranges only")
     for good in ("auto", "symmetric"):
         assert load_recipe(None, {**flags, "quantization.activation_range": good}).engine.target == target
+
+
+@pytest.mark.parametrize("target", ["dla0", "dla1"])
+def test_a_dla_takes_no_pixels(place: Path, target: str) -> None:
+    flags = {"engine.target": target, "engine.input": "uint8"}
+    assert problem_of(None, flags).startswith("--engine-input: an engine for a DLA takes float32")
+    assert load_recipe(None, {**flags, "engine.input": "auto"}).engine.target == target
+
+
+@pytest.mark.parametrize("model", ["resnet50", "net.py:make", "net.onnx"])
+def test_a_letterbox_needs_no_resize_and_has_a_colour(place: Path, model: str) -> None:
+    """What the model's own preprocessing would have filled in contradicts a letterbox; what the user says stays."""
+    flags = {"model.source": model, "input.fit": "letterbox"}
+    recipe = load_recipe(None, flags)
+    recipe = recipe if recipe.input.size else recipe.with_size((64, 48))
+    assert (recipe.preprocessing.resize, recipe.preprocessing.pad) == (None, (114, 114, 114))
+    assert problems(recipe.preprocessing) == []
+    black = load_recipe(None, {**flags, "input.pad": [0, 0, 0], "input.size": [64, 48]})
+    assert (black.preprocessing.size, black.preprocessing.pad) == ((64, 48), (0, 0, 0))
+    crop = load_recipe(None, {"model.source": model, "input.size": [64, 48]})
+    assert (crop.preprocessing.fit, crop.preprocessing.pad, crop.preprocessing.resize) == ("crop", None, 64)
 
 
 def test_every_key_has_a_value_that_was_tried() -> None:

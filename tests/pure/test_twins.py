@@ -117,6 +117,15 @@ def test_frames_go_through_the_preprocessing(bundles: Bundles) -> None:
     assert [s.against for s in found.speedups] == ["fp16"]
 
 
+def test_each_engine_is_given_what_it_takes(bundles: Bundles) -> None:
+    pixels = msgspec.structs.replace(engine("int8"), input="uint8")
+    bundles.manifests["pixels"] = manifest(pixels, engine("fp16"))
+    found = bench_bundle("pixels", Settings(pace=SHORT, batches=(3,)))
+    assert set(bundles.opened["pixels/int8"].given) == {(3, 8, 8, 3)}
+    assert set(bundles.opened["pixels/fp16"].given) == {(3, 3, 8, 8)}
+    assert any("the int8 engine uint8, the fp16 engine float32" in note for note in found.notes)
+
+
 def test_inputs_of_different_shapes_are_not_compared(bundles: Bundles) -> None:
     with pytest.raises(BackendError, match="different input shapes"):
         bench_bundle("int8", Settings(pace=SHORT, against="large"))

@@ -26,11 +26,14 @@ import pytest
 import edgeres
 from edgeres import errors, models, targets
 from edgeres.architectures import ARCHITECTURES, Architecture
+from edgeres.artifacts import Preprocessing, TensorRange
 from edgeres.backends.tensorrt import BuildRequest, BuildResult
 from edgeres.calibrate import choose, observe
 from edgeres.export import export_module
 from edgeres.export.exported import Exported
 from edgeres.quantize import Placement, plan, shiftable, write_int8
+from edgeres.quantize.pixels import exact_pixels, pixel_range
+from edgeres.quantize.recover import with_biases
 
 WHEELS = "tensorrt-cu13-bindings==11.4.0.106 onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0"
 BINDINGS = "tensorrt_bindings"
@@ -105,11 +108,22 @@ class Quantized:
     exported: Exported
     fp32: onnx.ModelProto
     placement: Placement
+    ranges: dict[str, TensorRange]
 
     @property
     def weighted(self) -> list[str]:
         """The names of its convolutions and of its classifier."""
         return [node.name for node in self.fp32.graph.node if node.op_type in ("Conv", "Gemm")]
+
+    def of_whole_pixels(self, folder: Path) -> tuple[Path, Preprocessing]:
+        """Return the int8 network whose first layer reads exact pixels, and how frames become its input."""
+        preprocessing = Preprocessing((self.size, self.size), self.size)
+        model, pixels = exact_pixels(with_biases(self.fp32), preprocessing)
+        placement = plan(model, self.exported.modules)
+        ranges = {**self.ranges, pixels: pixel_range(preprocessing, 1)}
+        path = folder / "model.pixels.onnx"
+        onnx.save(write_int8(model, placement, {name: ranges[name] for name in placement.tensors}), path)
+        return path, preprocessing
 
     def request(self, plan: Path, **options: object) -> BuildRequest:
         """Return the request for its engine."""
@@ -199,7 +213,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Quantiz
         ranges = choose(observe(source, placement.tensors, [batch]), "minmax", 99.99, allowed)
         path = folder / "model.int8.onnx"
         onnx.save(write_int8(fp32, placement, ranges), path)
-        return Quantized(path, size, exported, fp32, placement)
+        return Quantized(path, size, exported, fp32, placement, ranges)
 
     def quantize(net: str | Architecture, activations: str = "symmetric", size: int = 0) -> Quantized:
         described = ARCHITECTURES[net] if isinstance(net, str) else net

@@ -239,6 +239,59 @@ def test_ranges_of_an_equalized_model_never_go_beside_the_plain_one(
     assert engine.options["source"] == "model.int8.onnx"
 
 
+@pytest.mark.parametrize("version", DOUBLE.VERSIONS)
+def test_a_net_of_whole_pixels_takes_them(
+    recovered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """From the builder's input to the answer to a frame, on every release; the bundle's other files stay."""
+    shutil.copytree(recovered, tmp_path / "bundle")
+    bench = Bench(tmp_path / "bundle", monkeypatch)
+    double = bench.install(version)
+    engine, _ = bench.compile(target="gpu")
+    assert (engine.input, engine.whole_pixels) == ("uint8", True)
+    assert double.script.inputs == (DOUBLE.Tensor("frames", (-1, 32, 32, 3), "UINT8"),)
+    (shapes,) = double.called("IOptimizationProfile.set_shape")
+    assert [shapes[name] for name in ("input", "min", "opt", "max")] == [
+        "frames", (1, 32, 32, 3), (8, 32, 32, 3), (32, 32, 32, 3)
+    ]  # fmt: skip
+    kept = {ref.path: ref for ref in verify(bench.bundle).files}
+    assert all(kept[ref.path] == ref for ref in verify(recovered).files if ref.path not in JUDGED)
+    double.script.profiles = ((1, 8, 32),)
+    device = DOUBLE.HostDevice(double)
+    built_for = this_machine(double.module, device)
+    runner = session.open_session(double.script.plan, built_for, device=device)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    loaded = LoadedEngine(runner, verify(bench.bundle), engine)
+    wanted = images.mean(axis=(1, 2, 3))[:, None] + np.arange(10)
+    for given in (images, prepare_batch(images, loaded.manifest.preprocessing)):
+        np.testing.assert_allclose(loaded(given), wanted, rtol=1e-5)
+    loaded.close()
+    device.close()
+
+
+@pytest.mark.parametrize("version", ["8.5", "11.4"])
+def test_what_an_engine_takes_is_the_users_to_say(
+    bench: Bench, capsys: pytest.CaptureFixture[str], version: str
+) -> None:
+    """Left open, a network that rounds its input to other steps than pixels keeps taking any normalized numbers."""
+    double = bench.install(version)
+    command = ["compile", str(bench.bundle), "--backend", "tensorrt", "--json", "--target", "gpu"]
+    for wanted, got in (("auto", "float32"), ("uint8", "uint8"), ("float32", "float32")):
+        double.script.inputs = (DOUBLE.Tensor("input", (-1, 3, 32, 32)),)
+        assert cli._exit_code([*command, "--engine-input", wanted]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["input"], told["whole_pixels"]) == (got, False)
+        assert [tensor.dtype for tensor in double.script.inputs] == [{"uint8": "UINT8", "float32": "FLOAT"}[got]]
+    assert cli._exit_code(["inspect", str(bench.bundle), "--json"]) == 0
+    assert {one["target"]: one["input"] for one in json.loads(capsys.readouterr().out)["engines"]}["gpu"] == "float32"
+
+
+def test_a_dla_takes_normalized_input(bench: Bench) -> None:
+    double = bench.install("10.3")
+    engine, _ = bench.compile(target="dla0")
+    assert (engine.input, [tensor.dtype for tensor in double.script.inputs]) == ("float32", ["FLOAT"])
+
+
 def test_a_file_that_an_interrupted_build_has_left_makes_no_model_equalized(recovered: Path) -> None:
     assert (recovered / "scalings.npz").is_file()
     assert _ranges(recovered, equalized=True) == {}

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,11 +80,19 @@ def test_every_function_of_a_device(run: Run) -> None:
     report = run("calls")
     assert report["facts"] == ["Orin", [8, 7], [12, 6]]
     assert report["before"] == [[0, 0, 0], [0, 0, 0]], "a copy was not asynchronous"
+    assert report["unread"] == [[1, 2, 3], [4, 5, 6]]
+    assert report["copied"] == [[4, 5, 6], [4, 5, 6]]
+    assert report["index"] == 0
     assert report["total"] == 1 << 30
     assert report["free"] == (1 << 30) - 24
     assert report["elapsed"] >= 0
     assert "closed" in report["closed"]
     assert report["left"] == {}
+
+
+def test_pixels_are_a_quarter_of_the_bytes(run: Run) -> None:
+    frames = 4 * 3 * 4 * 5
+    assert run("pixels") == {"copied": [frames, 4 * frames], "right": [True, True], "left": {}}
 
 
 def test_eight_threads_answer_as_one(run: Run, package: str) -> None:
@@ -111,6 +120,58 @@ def test_a_failure_anywhere_is_our_error_and_leaves_nothing(run: Run, package: s
     assert report["tried"] > 50
     assert report["sins"] == {}
     assert {"cuCtxPushCurrent", "cuMemAlloc", "cuMemHostAlloc", "cuStreamSynchronize"} <= set(report["functions"])
+
+
+NO_GRAPHS = "pycuda has no CUDA graphs. Install cuda-python: edgeres doctor"
+OF_GRAPHS = {"cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphDestroy"}
+
+
+def test_a_failure_among_arrays_and_graphs_leaves_nothing(run: Run, package: str) -> None:
+    """Where a graph cannot be made, calls run as without one, and nobody is bothered."""
+    report = run("gpu_faults", noise=package == "pycuda")
+    assert {"cuCtxSynchronize", "cuMemcpyDtoDAsync"} <= set(report["functions"])
+    if package == "pycuda":
+        assert set(report["silent"]) == {"cuMemFree", "cuMemFreeHost", "cuStreamDestroy"}  # as above
+        assert all("1 are left, and []" in text for text in report["bad"])
+    else:
+        assert report["bad"] == []
+        captures = report["silent"].count("cuStreamBeginCapture")
+        within = {"cuLaunchHostFunc": captures}  # the engine's own work, as it is being captured
+        assert Counter(report["silent"]) == {**within, **dict.fromkeys(OF_GRAPHS, captures)}
+        assert OF_GRAPHS | {"cuGraphLaunch", "cuGraphExecDestroy"} <= set(report["functions"])
+        assert {name: report[name] for name in ("graphs", "recordings", "capturing", "streams", "device_blocks")} == {
+            "graphs": 0, "recordings": 0, "capturing": 0, "streams": 0, "device_blocks": 0
+        }  # fmt: skip
+        report["sins"].pop("orphaned_graphs")  # what CUDA did not destroy at first is destroyed with the device
+    assert report["sins"] == {}
+
+
+def test_another_librarys_arrays_are_read_after_they_are_written(run: Run) -> None:
+    assert run("gpu_arrays") == {"wrong": [], "left": {}}
+
+
+def test_threads_record_and_wait_for_the_whole_gpu(run: Run, package: str) -> None:
+    report = run("recorded")
+    assert report["wrong"] == []
+    assert report["executed"] == 8 * 200
+    captures, launches, ends = report["calls"]
+    if package == "pycuda":
+        assert (report["state"], captures) == (NO_GRAPHS, 0)
+    else:
+        assert report["state"] == "on"
+        assert captures >= 3
+        assert launches > 500
+        assert ends == captures, "a graph was not destroyed"
+    assert report["left"] == {}
+
+
+def test_an_engine_that_cannot_be_captured_runs_without(run: Run, package: str) -> None:
+    report = run("unrecordable")
+    assert report.pop("left") == {}
+    assert set(report) == {"in silence", "and says so", "allocates"}
+    for right, said in report.values():
+        assert right
+        assert said == NO_GRAPHS if package == "pycuda" else " failed at running a batch of 3: " in said
 
 
 def test_a_lost_device_is_said_and_the_session_closes(run: Run, package: str) -> None:
@@ -188,6 +249,7 @@ def test_cuda_python_of_cuda_11_is_found_under_its_older_name(fresh: pytest.Monk
     good = object()
     old.CUresult = SimpleNamespace(CUDA_SUCCESS=good)  # type: ignore[attr-defined]
     old.CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)  # type: ignore[attr-defined]
+    old.CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)  # type: ignore[attr-defined]
     names = ("MAJOR", "MINOR")
     attributes = {f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{name}": name for name in names}
     old.CUdevice_attribute = SimpleNamespace(**attributes)  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from edgeres.artifacts import ExportedModel, QuantizedModel, from_data
 from edgeres.backends.tensorrt import BuildRequest, attribute
 from edgeres.errors import BackendError, BundleError
 from edgeres.files import sha256_file
+from edgeres.quantize.half import write_fp16
 
 WEIGHTED = ("correlation", "conv", "gemm")
 WATCHED = """
@@ -157,6 +158,30 @@ def test_the_full_int8_range_costs_no_layer(name: str, rtx: Any, quantized: Call
     assert Counter((tuple(sorted(one.inputs)), one.outputs) for one in shifted) == Counter(
         (tuple(sorted(one.inputs)), one.outputs) for one in symmetric
     )
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet50"])
+def test_pixels_cost_no_layer(name: str, rtx: Any, quantized: Callable[..., Any], tmp_path: Path) -> None:
+    """One kernel reads uint8 and writes what the first convolution reads, as one reads float32 elsewhere; all others
+    are the same. So in a network of whole pixels, in one that looks them up, and in float16."""
+    net = quantized(name)
+    path, preprocessing = net.of_whole_pixels(tmp_path)
+    half = tmp_path / "model.fp16.onnx"
+    onnx.save(write_fp16(net.fp32, {})[0], half)
+    for onnx_file, precision, whole in ((path, "int8", True), (net.path, "int8", False), (half, "fp16", False)):
+        given = {"onnx": str(onnx_file), "precision": precision, "preprocessing": preprocessing}
+        floats = rtx.build(net.request(tmp_path / "floats.engine", **given))
+        pixels = rtx.build(net.request(tmp_path / "pixels.engine", **given, input="auto" if whole else "uint8"))
+        assert (floats.input, pixels.input, pixels.whole_pixels) == ("float32", "uint8", whole)
+        reading = [layer for layer in pixels.layers if "uint8" in layer.inputs]
+        assert [layer.outputs for layer in reading] == [("int8" if precision == "int8" else "fp16",)]
+        counted = [
+            Counter((one.type, one.inputs, one.outputs) for one in layers)
+            for layers in (floats.layers, [one for one in pixels.layers if one not in reading])
+        ]
+        (gone,) = (counted[0] - counted[1]).elements()
+        assert gone == ("kgen", ("fp32",), reading[0].outputs)
+        assert not counted[1] - counted[0]
 
 
 def test_children_build_the_same(rtx: Any, small: Any, tmp_path: Path) -> None:

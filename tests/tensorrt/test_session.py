@@ -86,7 +86,7 @@ def test_a_batch_of_any_size(bench: Bench, count: int, dynamic: bool) -> None:
 
 def test_what_it_says_of_itself(bench: Bench) -> None:
     session = bench.open()
-    assert session.tensors == ("frames", "logits", SHAPE, CLASSES, 2, 4)
+    assert session.tensors == ("frames", "logits", SHAPE, CLASSES, 2, 4, np.float32)
     assert session.contexts == 2
     session.close()
 
@@ -402,7 +402,12 @@ def interrupted(session: Session, place: int) -> bool:
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
         nonlocal seen
-        if frame.f_code.co_filename != room.__file__ or frame.f_code.co_name not in ("__call__", "_take", "_give"):
+        if frame.f_code.co_filename != room.__file__ or frame.f_code.co_name not in (
+            "__call__",
+            "_run",
+            "_take",
+            "_give",
+        ):
             return None
         if event in ("line", "return"):
             seen += 1

@@ -116,6 +116,21 @@ def test_a_batch_of_any_size_is_computed(room, version, count):
 
 
 @every_version
+@pytest.mark.parametrize("count", [1, 4, 8, 20])
+def test_an_engine_of_pixels_takes_them_in_any_strides(room, version, count):
+    room.install(version, inputs=(Tensor("frames", (-1, 8, 6, 3), "UINT8"),))
+    session = room.open()
+    assert (session.tensors.shape, session.tensors.dtype) == ((8, 6, 3), np.uint8)
+    whole = np.random.default_rng(count).integers(0, 256, (count, 8, 9, 3), np.uint8)
+    for batch in (np.ascontiguousarray(whole[:, :, :6]), whole[:, :, 2:8], whole[:, :, 3:, ::-1]):
+        np.testing.assert_allclose(session(batch), expected(batch), rtol=1e-5)
+    with pytest.raises(BackendError, match=r"this engine takes uint8 \(N, 8, 6, 3\), not float32"):
+        session(np.zeros((1, 8, 6, 3), np.float32))
+    session.close()
+    assert room.device.live() == 0
+
+
+@every_version
 def test_only_the_common_interface_is_used(room, version):
     room.install(version)
     session = room.open()
@@ -399,6 +414,7 @@ def test_a_device_that_refuses_while_opening_leaves_nothing_behind(room, version
         {"outputs": (Tensor("logits", (-1, 10)), Tensor("more", (-1, 4)))},
         {"inputs": (Tensor("input", (-1, 3, 8, 8), "HALF"),)},
         {"outputs": (Tensor("logits", (-1, 10), "INT32"),)},
+        {"outputs": (Tensor("logits", (-1, 10), "UINT8"),)},
         {"inputs": (Tensor("input", (-1, 3, 8)),)},
         {"outputs": (Tensor("logits", (-1, 10, 1)),)},
     ],

@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
+import msgspec
+
 from edgeres.backends.tensorrt import timing_cache
+from edgeres.backends.tensorrt.frames import Frames, frames_for
 from edgeres.backends.tensorrt.layers import layers_from_inspector, layers_from_log
 from edgeres.backends.tensorrt.logger import Record, make_logger
 from edgeres.backends.tensorrt.module import load_module, member, words
@@ -65,10 +68,12 @@ Surroundings = Callable[[Any], Dict[str, str]]
 
 
 class _Bench(NamedTuple):
-    """What a build works with. ``kept`` holds, in order of making, what must live until the build has returned."""
+    """What a build works with. ``kept`` holds, in order of making, what must live until the build has returned;
+    ``frames`` is the form of the model that takes pixels, where that is wanted."""
 
     trt: Any
     request: BuildRequest
+    frames: Optional[Frames]
     record: Record
     watch: Watch
     warnings: List[str]
@@ -96,7 +101,10 @@ def build_plan(
     trt = load_module(request.flavour)
     request = choose_form(trt, request)
     check_request(trt, request)
-    bench = _Bench(trt, request, Record((*WRONG, *DISOBEYED, *FALLBACK)), Watch(progress, cancelled), [], [])
+    frames = frames_for(request)
+    if frames is not None:
+        request = msgspec.structs.replace(request, input_name=frames.input, shape=(*request.shape[1:], 3))
+    bench = _Bench(trt, request, frames, Record((*WRONG, *DISOBEYED, *FALLBACK)), Watch(progress, cancelled), [], [])
     if cancelled():
         raise _cancelled(request)
     with _ONE_AT_A_TIME:
@@ -121,6 +129,8 @@ def build_plan(
         warnings=tuple(bench.warnings),
         seconds=time.monotonic() - started,
         source=request.onnx,
+        input="float32" if frames is None else "uint8",
+        whole_pixels=frames is not None and frames.whole,
     )
 
 
@@ -139,7 +149,7 @@ def _built(bench: _Bench, built_for: Dict[str, str]) -> bytes:
     kept.append(config)
     configure(trt, config, request)
     choose_device(trt, builder, config, request, built_for.get("module") or built_for.get("device", ""))
-    kept.append(parse(trt, network, logger, request.onnx, record))
+    kept.append(parse(trt, network, logger, request.onnx, record, bench.frames and bench.frames.content))
     check_network(network, request)
     profile = add_profile(builder, config, network, request, record)
     kept.append(profile)

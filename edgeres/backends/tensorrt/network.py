@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 from edgeres.backends.tensorrt.logger import Record
 from edgeres.backends.tensorrt.module import member, version
@@ -33,8 +33,11 @@ def create_network(trt: Any, builder: Any, record: Record) -> Any:
     return network
 
 
-def parse(trt: Any, network: Any, logger: Any, path: str, record: Record) -> Any:
+def parse(trt: Any, network: Any, logger: Any, path: str, record: Record, content: Optional[bytes] = None) -> Any:
     """Read an ONNX file into ``network``; return the parser, which must live as long as the network.
+
+    Args:
+        content: another form of the file, which is read in its place.
 
     Raises:
         BackendError: the file cannot be read, is no ONNX model, or holds what TensorRT refuses; every refusal is named.
@@ -47,7 +50,7 @@ def parse(trt: Any, network: Any, logger: Any, path: str, record: Record) -> Any
     if empty:
         raise BackendError(f"{path} is empty. Build the bundle again.")
     parser = trt.OnnxParser(network, logger)
-    accepted = parser.parse_from_file(path)
+    accepted = parser.parse_from_file(path) if content is None else parser.parse(content)
     problems = [_error(parser.get_error(index)) for index in range(parser.num_errors)]
     if not accepted or problems:
         listed = list(dict.fromkeys(problems)) or [record.last_words()]

@@ -6,7 +6,7 @@ from typing import Dict, Optional, Tuple
 
 import msgspec
 
-from edgeres.artifacts import EngineLayer
+from edgeres.artifacts import EngineLayer, Preprocessing
 
 __all__ = ["BuildRequest", "BuildResult", "EngineLayer"]
 
@@ -25,6 +25,9 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Where only the builder can tell which form of a model its version reads, ``forms`` has the path of each, by the
     names of :func:`edgeres.backends.tensorrt.versions.graph_for`; one of them takes the place of ``onnx``. ``ranges``
     are the ``amax`` of each tensor, for the cache that goes with the form without Q/DQ; none where they are of another.
+
+    ``input`` is what the engine is to take: ``float32``, as the ONNX file does, ``uint8``, the pixels that
+    ``preprocessing`` normalizes, or ``auto``: pixels where the network itself rounds its input to whole ones.
     """
 
     onnx: str
@@ -46,11 +49,13 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     strict: bool = False
     forms: Dict[str, str] = {}
     ranges: Dict[str, float] = {}
+    input: str = "float32"
+    preprocessing: Optional[Preprocessing] = None
 
 
 class BuildResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a build made: the plan's hash and size, what it fits, its layers, and what the user should know; ``source``
-    is the ONNX file that it was built from."""
+    is the ONNX file that it was built from. ``input`` and ``whole_pixels`` as in :class:`edgeres.artifacts.Engine`."""
 
     plan: str
     sha256: str
@@ -60,6 +65,8 @@ class BuildResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warnings: Tuple[str, ...]
     seconds: float
     source: str = ""
+    input: str = "float32"
+    whole_pixels: bool = False
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -4,6 +4,11 @@
  * touches a buffer too early gets wrong numbers every time. Each function can be told to fail, once or for good.
  * Unlike the real one it knows one kind of device, and a context is freed as soon as nobody retains it.
  *
+ * While a stream is captured, its work is recorded and not done; launching the graph puts a copy of it on a stream. What
+ * CUDA forbids meanwhile is refused and invalidates the capture: waiting for that stream, or for the whole context from
+ * any thread; in the capturing thread, unless it asked to be relaxed, also what is not asynchronous. Captures are of one
+ * stream each; events do not carry one over to another.
+ *
  * Environment: DOUBLE_DEVICES (1), DOUBLE_NAME, DOUBLE_CAPABILITY (87), DOUBLE_DRIVER (12060), DOUBLE_MEMORY (bytes).
  * For tests: double_fail, double_lose, double_recover, double_count, double_calls.
  */
@@ -36,6 +41,10 @@ enum {
     CONTEXT_IS_DESTROYED = 709,
     LAUNCH_FAILED = 719,
     NOT_SUPPORTED = 801,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+    CAPTURE_WRONG_THREAD = 908,
+    ILLEGAL_STATE = 401,
     UNKNOWN = 999,
 };
 
@@ -63,11 +72,24 @@ typedef struct Work {
     struct Event *event;
 } Work;
 
+/* A recording (CUgraph), or what was made of one to be launched (CUgraphExec). */
+typedef struct Graph {
+    struct Graph *next;
+    Work *first, *last;
+    struct Stream *origin;
+    int executable;
+} Graph;
+
+enum { GLOBAL, THREAD_LOCAL, RELAXED };
+
 typedef struct Stream {
     struct Stream *next;
     Context *owner;
     Work *first, *last;
     int running;
+    Graph *capture;
+    pthread_t capturer;
+    int mode, invalid, non_blocking;
 } Stream;
 
 typedef struct Event {
@@ -97,7 +119,9 @@ static Context primary[8];
 static Block *blocks;
 static Stream *streams;
 static Event *events;
-static long pushes, pops, contexts_created, on_default_stream, pageable_copies, freed_in_flight, strangers, device_bytes;
+static Graph *graphs;
+static long pushes, pops, contexts_created, on_default_stream, pageable_copies, freed_in_flight, strangers, device_bytes,
+    orphaned_graphs, uploaded_bytes;
 
 static __thread Context *stack[MAX_DEPTH];
 static __thread int depth;
@@ -238,6 +262,98 @@ static void enqueue(Stream *s, Work work) {
     s->last = w;
 }
 
+static void append(Graph *g, Work work) {
+    Work *w = malloc(sizeof *w);
+    *w = work;
+    w->next = NULL;
+    if (g->last) {
+        g->last->next = w;
+    } else {
+        g->first = w;
+    }
+    g->last = w;
+}
+
+/* Put work on a stream, or into the recording of it. */
+static CUresult submit(Stream *s, Work work) {
+    if (!s->capture) {
+        enqueue(s, work);
+    } else if (s->invalid) {
+        return CAPTURE_INVALIDATED;
+    } else {
+        append(s->capture, work);
+    }
+    return SUCCESS;
+}
+
+/* Refuse what must not be done while anything of a context is captured. */
+static CUresult whole_context(const Context *context) {
+    CUresult code = SUCCESS;
+    for (Stream *s = streams; s; s = s->next) {
+        if (s->capture && s->owner == context) {
+            s->invalid = 1;
+            code = CAPTURE_UNSUPPORTED;
+        }
+    }
+    return code;
+}
+
+/* Refuse what is not asynchronous while this thread captures, or any thread that forbids it to all. */
+static CUresult unsafe(void) {
+    CUresult code = SUCCESS;
+    for (Stream *s = streams; s; s = s->next) {
+        if (s->capture && (s->mode == GLOBAL || (s->mode == THREAD_LOCAL && pthread_equal(s->capturer, pthread_self())))) {
+            s->invalid = 1;
+            code = CAPTURE_UNSUPPORTED;
+        }
+    }
+    return code;
+}
+
+static CUresult one_stream(Stream *s) {
+    if (s->capture) {
+        s->invalid = 1;
+        return CAPTURE_UNSUPPORTED;
+    }
+    return SUCCESS;
+}
+
+static Graph *graph_of(const void *handle, int executable) {
+    for (Graph *g = graphs; g; g = g->next) {
+        if (g == handle && g->executable == executable) {
+            return g;
+        }
+    }
+    return NULL;
+}
+
+static Graph *new_graph(Stream *origin, int executable) {
+    Graph *g = calloc(1, sizeof *g);
+    g->origin = origin;
+    g->executable = executable;
+    g->next = graphs;
+    graphs = g;
+    return g;
+}
+
+static CUresult destroy_graph(void *handle, int executable) {
+    for (Graph **at = &graphs; *at; at = &(*at)->next) {
+        Graph *g = *at;
+        if (g != handle || g->executable != executable) {
+            continue;
+        }
+        *at = g->next;
+        for (Work *w = g->first; w;) {
+            Work *next = w->next;
+            free(w);
+            w = next;
+        }
+        free(g);
+        return SUCCESS;
+    }
+    return INVALID_HANDLE;
+}
+
 static int in_flight(const Block *b) {
     for (Stream *s = streams; s; s = s->next) {
         for (Work *w = s->first; w; w = w->next) {
@@ -300,16 +416,18 @@ static CUresult copy(void *to, const void *from, size_t size, void *handle, cons
     } else if (!s) {
         return INVALID_HANDLE;
     }
-    if (!block_of(host == to ? from : to, size, 0)) {
+    if (!block_of(host == to ? from : to, size, 0) || (!host && !block_of(from, size, 0))) {
         return INVALID_VALUE;
     }
-    pageable_copies += !block_of(host, size, 1);
+    pageable_copies += host && !block_of(host, size, 1);
     if (s) {
         strangers += s->owner != current();
-        enqueue(s, (Work){.to = to, .from = from, .size = size});
-    } else {
-        memcpy(to, from, size);
+        return submit(s, (Work){.to = to, .from = from, .size = size});
     }
+    if (unsafe()) {
+        return CAPTURE_UNSUPPORTED;
+    }
+    memcpy(to, from, size);
     return SUCCESS;
 }
 
@@ -377,6 +495,16 @@ long double_count(const char *name) {
         for (Event *e = events; e; e = e->next) {
             count++;
         }
+    } else if (!strcmp(name, "recordings") || !strcmp(name, "graphs")) {
+        count = 0;
+        for (Graph *g = graphs; g; g = g->next) {
+            count += g->executable == (*name == 'g');
+        }
+    } else if (!strcmp(name, "capturing")) {
+        count = 0;
+        for (Stream *s = streams; s; s = s->next) {
+            count += s->capture != NULL;
+        }
     } else if (!strcmp(name, "retained")) {
         count = 0;
         for (int i = 0; i < 8; i++) {
@@ -394,7 +522,9 @@ long double_count(const char *name) {
             {"pageable_copies", pageable_copies},
             {"freed_in_flight", freed_in_flight},
             {"strangers", strangers},
+            {"orphaned_graphs", orphaned_graphs},
             {"depth", depth},
+            {"uploaded_bytes", uploaded_bytes},
         };
         for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) {
             if (!strcmp(name, plain[i].name)) {
@@ -440,6 +570,10 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
     case ILLEGAL_ADDRESS: *text = "an illegal memory access was encountered"; break;
     case CONTEXT_IS_DESTROYED: *text = "context is destroyed"; break;
     case LAUNCH_FAILED: *text = "unspecified launch failure"; break;
+    case ILLEGAL_STATE: *text = "the operation cannot be performed in the present state"; break;
+    case CAPTURE_UNSUPPORTED: *text = "operation not permitted when stream is capturing"; break;
+    case CAPTURE_INVALIDATED: *text = "operation failed due to a previous error during capture"; break;
+    case CAPTURE_WRONG_THREAD: *text = "attempt to terminate a thread-local capture sequence from another thread"; break;
     case NOT_SUPPORTED: *text = "operation not supported"; break;
     default: *text = "unknown error";
     }
@@ -594,8 +728,14 @@ CUresult cuCtxGetDevice(CUdevice *device) {
 
 CUresult cuCtxSynchronize(void) {
     IN_CONTEXT("cuCtxSynchronize")
+    code = whole_context(current());
+    if (code) {
+        goto end;
+    }
     for (Stream *s = streams; s; s = s->next) {
-        drain(s);
+        if (s->owner == current()) {
+            drain(s);
+        }
     }
     code = lost;
     END
@@ -613,6 +753,9 @@ CUresult cuMemGetInfo_v2(size_t *available, size_t *total) {
 CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t size) {
     void *start = NULL;
     IN_CONTEXT("cuMemAlloc")
+    if (unsafe()) {
+        FAIL(CAPTURE_UNSUPPORTED);
+    }
     code = take(&start, size, 0);
     *address = (CUdeviceptr)(uintptr_t)start;
     END
@@ -620,6 +763,9 @@ CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t size) {
 
 CUresult cuMemFree_v2(CUdeviceptr address) {
     IN_CONTEXT("cuMemFree")
+    if (unsafe()) {
+        FAIL(CAPTURE_UNSUPPORTED);
+    }
     code = give((void *)(uintptr_t)address, 0);
     END
 }
@@ -627,6 +773,9 @@ CUresult cuMemFree_v2(CUdeviceptr address) {
 CUresult cuMemHostAlloc(void **start, size_t size, unsigned flags) {
     (void)flags;
     IN_CONTEXT("cuMemHostAlloc")
+    if (unsafe()) {
+        FAIL(CAPTURE_UNSUPPORTED);
+    }
     code = take(start, size, 1);
     END
 }
@@ -635,12 +784,16 @@ CUresult cuMemAllocHost_v2(void **start, size_t size) { return cuMemHostAlloc(st
 
 CUresult cuMemFreeHost(void *start) {
     IN_CONTEXT("cuMemFreeHost")
+    if (unsafe()) {
+        FAIL(CAPTURE_UNSUPPORTED);
+    }
     code = give(start, 1);
     END
 }
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t size, void *stream) {
     IN_CONTEXT("cuMemcpyHtoDAsync")
+    uploaded_bytes += (long)size;
     code = copy((void *)(uintptr_t)to, from, size, stream, from);
     END
 }
@@ -663,12 +816,18 @@ CUresult cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t size) {
     END
 }
 
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t size, void *stream) {
+    IN_CONTEXT("cuMemcpyDtoDAsync")
+    code = copy((void *)(uintptr_t)to, (void *)(uintptr_t)from, size, stream, NULL);
+    END
+}
+
 /* ---- streams and events ---- */
 
 CUresult cuStreamCreate(Stream **stream, unsigned flags) {
-    (void)flags;
     IN_CONTEXT("cuStreamCreate")
     *stream = calloc(1, sizeof **stream);
+    (*stream)->non_blocking = flags & 1;
     (*stream)->owner = current();
     (*stream)->next = streams;
     streams = *stream;
@@ -680,6 +839,12 @@ CUresult cuStreamDestroy_v2(Stream *stream) {
     for (Stream **at = &streams; *at; at = &(*at)->next) {
         if (*at == stream) {
             strangers += stream->owner != current();
+            for (Graph *g = graphs; g; g = g->next) {
+                orphaned_graphs += g->executable && g->origin == stream;
+            }
+            if (stream->capture) {
+                destroy_graph(stream->capture, 0);
+            }
             drain(stream);
             *at = stream->next;
             free(stream);
@@ -697,15 +862,19 @@ CUresult cuStreamSynchronize(Stream *stream) {
     } else if (!stream_of(stream)) {
         FAIL(INVALID_HANDLE);
     } else {
-        drain(stream);
-        code = lost;
+        code = one_stream(stream);
+        if (!code) {
+            drain(stream);
+            code = lost;
+        }
     }
     END
 }
 
 CUresult cuStreamQuery(Stream *stream) {
     IN_CONTEXT("cuStreamQuery")
-    code = !stream_of(stream) ? INVALID_HANDLE : stream->first ? NOT_READY : SUCCESS;
+    code = !stream_of(stream) ? INVALID_HANDLE : one_stream(stream);
+    code = code ? code : stream->first ? NOT_READY : SUCCESS;
     END
 }
 
@@ -714,7 +883,7 @@ CUresult cuLaunchHostFunc(Stream *stream, CUhostFn run, void *argument) {
     if (!stream_of(stream)) {
         FAIL(INVALID_HANDLE);
     }
-    enqueue(stream, (Work){.run = run, .argument = argument});
+    code = submit(stream, (Work){.run = run, .argument = argument});
     END
 }
 
@@ -749,6 +918,10 @@ CUresult cuEventRecord(Event *event, Stream *stream) {
     IN_CONTEXT("cuEventRecord")
     if (!event_of(event) || !stream_of(stream)) {
         FAIL(INVALID_HANDLE);
+    }
+    if (stream->capture) {
+        stream->invalid = 1; /* CUDA would carry the capture over by it; nobody here wants that */
+        FAIL(CAPTURE_UNSUPPORTED);
     }
     event->stream = stream;
     event->recorded = 1;
@@ -791,6 +964,97 @@ CUresult cuEventElapsedTime_v2(float *milliseconds, Event *start, Event *end_) {
     return cuEventElapsedTime(milliseconds, start, end_);
 }
 
+/* ---- graphs ---- */
+
+CUresult cuStreamBeginCapture_v2(Stream *stream, int mode) {
+    IN_CONTEXT("cuStreamBeginCapture")
+    if (!stream_of(stream)) {
+        FAIL(INVALID_HANDLE);
+    }
+    if (stream->capture) {
+        FAIL(ILLEGAL_STATE);
+    }
+    strangers += stream->owner != current();
+    on_default_stream += !stream->non_blocking; /* the default stream of everybody would be forbidden meanwhile */
+    stream->capture = new_graph(stream, 0);
+    stream->capturer = pthread_self();
+    stream->mode = mode;
+    stream->invalid = 0;
+    END
+}
+
+/* Whatever it answers, the capture is over, as in CUDA, unless another thread must end it. */
+CUresult cuStreamEndCapture(Stream *stream, Graph **graph) {
+    CUresult code;
+    pthread_mutex_lock(&lock);
+    code = asked("cuStreamEndCapture");
+    *graph = NULL;
+    if (!stream_of(stream)) {
+        FAIL(code ? code : INVALID_HANDLE);
+    }
+    if (!stream->capture) {
+        FAIL(code ? code : ILLEGAL_STATE);
+    }
+    if (stream->mode != RELAXED && !pthread_equal(stream->capturer, pthread_self())) {
+        FAIL(CAPTURE_WRONG_THREAD);
+    }
+    code = code ? code : lost ? lost : stream->invalid ? CAPTURE_INVALIDATED : SUCCESS;
+    if (code) {
+        destroy_graph(stream->capture, 0);
+    } else {
+        *graph = stream->capture;
+    }
+    stream->capture = NULL;
+    END
+}
+
+CUresult cuStreamIsCapturing(Stream *stream, int *status) {
+    IN_CONTEXT("cuStreamIsCapturing")
+    if (!stream_of(stream)) {
+        FAIL(INVALID_HANDLE);
+    }
+    *status = !stream->capture ? 0 : stream->invalid ? 2 : 1;
+    END
+}
+
+/* cuGraphInstantiate of CUDA 12 and later is this one. */
+CUresult cuGraphInstantiateWithFlags(Graph **executable, Graph *graph, unsigned long long flags) {
+    (void)flags;
+    IN_CONTEXT("cuGraphInstantiate")
+    if (!graph_of(graph, 0)) {
+        FAIL(INVALID_HANDLE);
+    }
+    *executable = new_graph(graph->origin, 1);
+    for (Work *w = graph->first; w; w = w->next) {
+        append(*executable, *w);
+    }
+    END
+}
+
+CUresult cuGraphLaunch(Graph *executable, Stream *stream) {
+    IN_CONTEXT("cuGraphLaunch")
+    if (!graph_of(executable, 1) || !stream_of(stream)) {
+        FAIL(INVALID_HANDLE);
+    }
+    strangers += stream->owner != current();
+    for (Work *w = executable->first; w && !code; w = w->next) {
+        code = submit(stream, *w);
+    }
+    END
+}
+
+CUresult cuGraphExecDestroy(Graph *executable) {
+    IN_CONTEXT("cuGraphExecDestroy")
+    code = destroy_graph(executable, 1);
+    END
+}
+
+CUresult cuGraphDestroy(Graph *graph) {
+    IN_CONTEXT("cuGraphDestroy")
+    code = destroy_graph(graph, 0);
+    END
+}
+
 /* ---- how cuda-python finds the others ---- */
 
 /* Who asks as CUDA 11 or 12 gets the functions as they were then: some have more parameters by now. */
@@ -806,6 +1070,9 @@ static CUresult find(const char *symbol, void **function, int version) {
     size_t newest = version < 13000 ? 1 : 0;
     if (version < 12000 && !strcmp(symbol, "cuGetProcAddress")) {
         newest = 2;
+    }
+    if (version >= 12000 && !strcmp(symbol, "cuGraphInstantiate")) {
+        symbol = "cuGraphInstantiateWithFlags"; /* CUDA 11's had a log */
     }
     for (size_t i = newest; i < sizeof suffixes / sizeof *suffixes && !*function; i++) {
         snprintf(name, sizeof name, "%s%s", symbol, suffixes[i]);
@@ -888,7 +1155,6 @@ ABSENT(cuMemcpyAtoA_v2)
 ABSENT(cuMemcpyAtoD_v2)
 ABSENT(cuMemcpyAtoH_v2)
 ABSENT(cuMemcpyDtoA_v2)
-ABSENT(cuMemcpyDtoDAsync_v2)
 ABSENT(cuMemcpyDtoD_v2)
 ABSENT(cuMemcpyHtoA_v2)
 ABSENT(cuMemcpyPeer)

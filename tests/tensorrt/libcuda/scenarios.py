@@ -18,14 +18,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tiny_tensorrt import BUILT_FOR, CLASSES, PLAN, SHAPE, Tiny, frames, logits
+from tiny_tensorrt import BUILT_FOR, CLASSES, PLAN, SHAPE, Tiny, frames, logits, view
 
+from edgeres.backends.tensorrt import graphs as recordings
 from edgeres.backends.tensorrt import session as room
 from edgeres.backends.tensorrt.device import Device, driver_sees_a_gpu, open_device
+from edgeres.device_arrays import DeviceArray, device_array
 from edgeres.errors import BackendError
 
-LEAKS = ("device_blocks", "pinned_blocks", "streams", "events", "depth")
-SINS = ("contexts_created", "on_default_stream", "pageable_copies", "freed_in_flight", "strangers")
+LEAKS = ("device_blocks", "pinned_blocks", "streams", "events", "recordings", "graphs", "capturing", "depth")
+SINS = ("contexts_created", "on_default_stream", "pageable_copies", "freed_in_flight", "strangers", "orphaned_graphs")
 BATCHES = (1, 2, 3, 4, 5, 9)
 
 driver = ctypes.CDLL("libcuda.so.1")
@@ -35,6 +37,13 @@ driver.double_fail.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, cty
 HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _waiting: dict[int, Any] = {}
+_recorded: list[Any] = []
+
+
+def recording(stream: int) -> bool:
+    """Whether a stream is being captured."""
+    status = ctypes.c_int(0)
+    return driver.cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status)) == 0 and status.value == 1
 
 
 def enqueue(stream: int, work: Callable[[], None]) -> bool:
@@ -42,14 +51,17 @@ def enqueue(stream: int, work: Callable[[], None]) -> bool:
 
     def run(_: Any) -> None:
         work()
-        del _waiting[key]
+        _waiting.pop(key, None)
 
     function = HOST_FUNCTION(run)
     key = id(function)
-    _waiting[key] = function
+    if recording(stream):
+        _recorded.append(function)  # it may run again and again
+    else:
+        _waiting[key] = function
     if driver.cuLaunchHostFunc(ctypes.c_void_p(stream), function, None) == 0:
         return True
-    del _waiting[key]
+    _waiting.pop(key, None)
     return False
 
 
@@ -76,9 +88,59 @@ def left() -> dict[str, int]:
     return found if pushes == pops else {**found, "pushed and not popped": pushes - pops}
 
 
-def open_tiny(tiny: Tiny, device: Device | None, contexts: int = 2) -> room.Session:
+def open_tiny(tiny: Tiny, device: Device | None, contexts: int = 2, cuda_graphs: bool = False) -> room.Session:
     room.load_module = lambda flavour: tiny.module  # this process has no TensorRT
-    return room.open_session(PLAN, BUILT_FOR, device=device, contexts=contexts)
+    tiny.recording = recording
+    tiny.wait = lambda stream: driver.cuStreamSynchronize(ctypes.c_void_p(stream))
+    return room.open_session(PLAN, BUILT_FOR, device=device, contexts=contexts, cuda_graphs=cuda_graphs)
+
+
+class Other:
+    """Another library in this process: arrays in the device's primary context, written on a stream of its own."""
+
+    def __init__(self) -> None:
+        self._context, self._stream = ctypes.c_void_p(), ctypes.c_void_p()
+        self._arrays: list[int] = []
+        assert driver.cuInit(0) == 0
+        assert driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), 0) == 0
+        with self:
+            assert driver.cuStreamCreate(ctypes.byref(self._stream), 1) == 0
+
+    def __enter__(self) -> None:
+        assert driver.cuCtxPushCurrent_v2(self._context) == 0
+
+    def __exit__(self, *_: Any) -> None:
+        assert driver.cuCtxPopCurrent_v2(None) == 0
+
+    def array(self, shape: tuple[int, ...]) -> DeviceArray:
+        address = ctypes.c_uint64()
+        with self:
+            assert driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(4 * int(np.prod(shape)))) == 0
+        self._arrays.append(address.value)
+        owner = type("Owner", (), {})()
+        owner.__cuda_array_interface__ = {
+            "shape": shape, "typestr": "<f4", "data": (address.value, False), "version": 3, "stream": self._stream.value
+        }  # fmt: skip
+        return device_array(owner)
+
+    def allocate_and_free(self) -> bool:
+        """Whether both are allowed, as they are while another thread captures for itself."""
+        address = ctypes.c_uint64()
+        with self:
+            good = driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(8)) == 0
+            return good and driver.cuMemFree_v2(address) == 0
+
+    def write(self, array: DeviceArray, values: np.ndarray) -> None:
+        """Begin to write, and do not wait for it."""
+        with self:
+            assert enqueue(self._stream.value or 0, lambda: view(array.address, array.shape).__setitem__(..., values))
+
+    def close(self) -> None:
+        with self:
+            for address in self._arrays:
+                assert driver.cuMemFree_v2(ctypes.c_uint64(address)) == 0
+            assert driver.cuStreamDestroy_v2(self._stream) == 0
+        assert driver.cuDevicePrimaryCtxRelease_v2(0) == 0
 
 
 def calls(package: str) -> Any:
@@ -97,14 +159,20 @@ def calls(package: str) -> Any:
         device.synchronize(stream)
         elapsed = device.elapsed(start, end)
         free, total = device.memory()
+        second = device.allocate(4 * 3)
+        device.copy(second, address + 4 * 3, 4 * 3, stream)
+        device.download(back[0], second, stream)
+        unread = back.tolist()
+        device.synchronize_all()
+        copied = back.tolist()
+        device.free(second)
         device.free(address)
         device.free_pinned(there)
         device.free_pinned(back[:])
         device.destroy_stream(stream)
     report = {
-        "before": before, "free": free, "total": total, "elapsed": elapsed, "facts": [
-            device.name, device.compute_capability, device.driver
-        ],
+        "before": before, "unread": unread, "copied": copied, "free": free, "total": total, "elapsed": elapsed,
+        "index": device.index, "facts": [device.name, device.compute_capability, device.driver],
     }  # fmt: skip
     with device.current():  # what close() finds
         device.create_stream()
@@ -152,8 +220,29 @@ def threads(package: str) -> Any:
     return {"wrong": wrong[:5], "exact": exact, "made": made, "seconds": seconds, "left": left(), **counts("retained")}
 
 
-def live(package: str, tiny: Tiny) -> BackendError | None:
-    """Open a device and a session, run it, close both, and return the first error; what still runs must run right."""
+def pixels(package: str) -> Any:
+    """An engine that takes pixels, given them in other strides; what is copied to the GPU, beside normalized input."""
+    device = open_with(package)
+    copied, right = [], []
+    for types in (("UINT8", "FLOAT"), ("FLOAT", "FLOAT")):
+        tiny = Tiny(enqueue)
+        tiny.types = types
+        session = open_tiny(tiny, device)
+        dtype = np.uint8 if types[0] == "UINT8" else np.float32
+        batch = np.random.default_rng(1).integers(0, 256, (4, *SHAPE)).astype(dtype)
+        before = counts("uploaded_bytes")["uploaded_bytes"]
+        right.append(np.array_equal(session(batch[..., ::-1]), logits(batch[..., ::-1].astype(np.float32))))
+        copied.append(counts("uploaded_bytes")["uploaded_bytes"] - before)
+        session.close()
+    device.close()
+    return {"copied": copied, "right": right, "left": left()}
+
+
+def live(package: str, tiny: Tiny, use: Callable[[Any, room.Session], None] | None = None) -> BackendError | None:
+    """Open a device and a session, use it, close both, and return the first error; what still runs must run right.
+
+    ``use(attempt, session)`` is what is done with a session that records; by default one that does not runs twice.
+    """
     errors: list[BackendError] = []
     batch = frames(9)
 
@@ -166,9 +255,11 @@ def live(package: str, tiny: Tiny) -> BackendError | None:
 
     device = attempt(lambda: open_with(package))
     if device is not None:
-        session = attempt(lambda: open_tiny(tiny, device))
+        session = attempt(lambda: open_tiny(tiny, device, 2 if use is None else 1, use is not None))
         if session is not None:
-            for _ in range(2):
+            if use is not None:
+                use(attempt, session)
+            for _ in range(2 if use is None else 0):
                 answer = attempt(lambda: session(batch))
                 assert answer is None or np.array_equal(answer, logits(batch))
             attempt(session.close)
@@ -177,21 +268,46 @@ def live(package: str, tiny: Tiny) -> BackendError | None:
     return errors[0] if errors else None
 
 
-def faults(package: str) -> Any:
+def gpu_faults(package: str) -> Any:
+    """The same, in a life of arrays on the GPU and of graphs, which begin with the second run of a batch size."""
+    recordings.STEADY = 1
+    other = Other()
+    given, out = other.array((9, *SHAPE)), other.array((9, CLASSES))
+    batch = frames(9)
+    other.write(given, batch)
+    with other:
+        driver.cuCtxSynchronize()
+
+    def use(attempt: Any, session: room.Session) -> None:
+        attempt(lambda: session.fill(given, out))
+        for count in (3, 3, 3, 3, 2):
+            answer = attempt(lambda count=count: session(batch[:count]))
+            assert answer is None or np.array_equal(answer, logits(batch[:count]))
+        view(out.address, out.shape)[:] = 0
+        if attempt(lambda: session.fill(given, out) or True):
+            assert np.array_equal(view(out.address, out.shape), logits(batch))
+
+    found = faults(package, use)
+    other.close()
+    return {**found, **dict.fromkeys(LEAKS, 0), **left()}
+
+
+def faults(package: str, use: Callable[[Any, room.Session], None] | None = None) -> Any:
     """Each call of the driver fails once, for every place in the life of a device and its session."""
     tiny = Tiny(enqueue)
-    live(package, tiny)  # what is only done once is not counted
+    live(package, tiny, use)  # what is only done once is not counted
     before = {name: driver.double_calls(name) for name in called()}
-    assert live(package, tiny) is None
+    assert live(package, tiny, use) is None
     usual = {name: driver.double_calls(name) - before[name] for name in before}
-    # A context that cannot be left stays where it is, whatever one does.
-    usual = {name: count for name, count in usual.items() if count and name != b"cuCtxPopCurrent"}
+    # A context that cannot be left stays where it is, whatever one does; the other is asked by the doubles.
+    spared = (b"cuCtxPopCurrent", b"cuStreamIsCapturing")
+    usual = {name: count for name, count in usual.items() if count and name not in spared}
     report: dict[str, Any] = {"tried": 0, "told": 0, "bad": [], "functions": sorted(name.decode() for name in usual)}
     for name, count in usual.items():
         for after in range(count):
             before_it = held()
             assert driver.double_fail(name, 999, after, 0) == 0
-            text = str(live(package, tiny) or "")
+            text = str(live(package, tiny, use) or "")
             driver.double_recover()
             gc.collect()
             report["tried"] += 1
@@ -215,6 +331,103 @@ def called() -> list[bytes]:
     while driver.double_called(len(names)):
         names.append(driver.double_called(len(names)))
     return names
+
+
+def gpu_arrays(package: str) -> Any:
+    """Another library writes frames on its own stream; nobody waits for it but the session."""
+    other = Other()
+    device = open_with(package)
+    session = open_tiny(Tiny(enqueue), device)
+    wrong = []
+    for count in BATCHES:
+        given, out = other.array((count, *SHAPE)), other.array((count, CLASSES))
+        for seed in range(3):
+            batch = frames(count, seed)
+            other.write(given, batch)
+            session.fill(given, out)
+            if not np.array_equal(view(out.address, out.shape), logits(batch)):
+                wrong.append(f"{count} from there to there")
+            other.write(given, -batch)
+            answer = np.empty((count, CLASSES), np.float32)
+            session.fill(given, answer)
+            if not np.array_equal(answer, logits(-batch)):
+                wrong.append(f"{count} from there to here")
+            other.write(out, answer * 0 + 5)  # must be over before the logits come
+            session.fill(batch, out)
+            if not np.array_equal(view(out.address, out.shape), logits(batch)):
+                wrong.append(f"{count} from here to there")
+    session.close()
+    device.close()
+    other.close()
+    return {"wrong": wrong, "left": left()}
+
+
+def recorded(package: str) -> Any:
+    """Eight threads on three contexts, with and without arrays on the GPU, while batch sizes are being recorded."""
+    other = Other()
+    device = open_with(package)
+    tiny = Tiny(enqueue)
+    session = open_tiny(tiny, device, contexts=3, cuda_graphs=True)
+    wrong: list[str] = []
+    batch = frames(4)
+    arrays = [(other.array((4, *SHAPE)), other.array((4, CLASSES))) for _ in range(8)]
+    for given, _ in arrays:
+        other.write(given, batch)
+
+    def work(number: int) -> None:
+        given, out = arrays[number]
+        try:
+            for call in range(200):
+                rows = 4 if call < 150 else 2 + call // 8 % 2
+                if number % 2:
+                    answer: np.ndarray = session(batch[:rows])
+                else:
+                    session.fill(given[:rows], out[:rows])
+                    answer = view(out.address, (rows, CLASSES))
+                if not np.array_equal(answer, logits(batch[:rows])):
+                    wrong.append(f"thread {number}, call {call}")
+        except BaseException as problem:
+            wrong.append(repr(problem))
+
+    def allocate() -> None:
+        while not over.wait(0.0001):
+            if not other.allocate_and_free():
+                wrong.append("another library could not allocate")
+
+    over = threading.Event()
+    allocating = threading.Thread(target=allocate)
+    allocating.start()
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    over.set()
+    allocating.join()
+    report = {"wrong": wrong[:5], "state": session.cuda_graphs, "executed": tiny.executed}
+    names = ("cuStreamBeginCapture", "cuGraphLaunch", "cuGraphExecDestroy")
+    session.close()
+    report["calls"] = [driver.double_calls(name.encode()) for name in names]
+    device.close()
+    other.close()
+    return {**report, "left": left()}
+
+
+def unrecordable(package: str) -> Any:
+    """Engines that wait for their own stream, or allocate: the capture fails, and calls run as without."""
+    report = {}
+    for how in ("in silence", "and says so", "allocates"):
+        device = open_with(package)
+        tiny = Tiny(enqueue)
+        tiny.answers["waits within"] = how
+        session = open_tiny(tiny, device, contexts=2, cuda_graphs=True)
+        if how == "allocates":
+            tiny.wait = lambda stream: driver.cuMemAlloc_v2(ctypes.byref(ctypes.c_uint64()), ctypes.c_size_t(8))
+        right = [np.array_equal(session(frames(3, seed)), logits(frames(3, seed))) for seed in range(20)]
+        report[how] = [all(right), session.cuda_graphs]
+        session.close()
+        device.close()
+    return {**report, "left": left()}
 
 
 def lost(package: str) -> Any:

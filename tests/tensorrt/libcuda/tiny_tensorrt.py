@@ -58,13 +58,17 @@ class Tiny:
         self.output: tuple[int, ...] = (-1, CLASSES)
         self.cores = 0
         self.core: int | None = None
+        self.recording: Callable[[int], bool] = lambda stream: False
+        """Whether a stream is being recorded."""
+        self.wait: Callable[[int], object] = lambda stream: None
+        """Waits for a stream, as some layers do; not while it is being recorded."""
         self.module = ModuleType("tensorrt")
         self.module.__dict__.update(
             __version__=version,
             ILogger=Logger,
             Runtime=lambda logger: Runtime(self, logger),
             TensorIOMode=SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT"),
-            DataType=SimpleNamespace(FLOAT="FLOAT", HALF="HALF"),
+            DataType=SimpleNamespace(FLOAT="FLOAT", HALF="HALF", UINT8="UINT8"),
         )
 
     def answer(self, name: str, otherwise: Any) -> Any:
@@ -170,7 +174,13 @@ class Context(Mortal):
         self.rows = 0
         self.addresses: dict[str, int] = {}
         self.busy = threading.Lock()
+        self.changes = [0]  # its work knows the list, and not the context
+        self.settled = False  # it has run since it was changed
         super().__init__(tiny)
+
+    def _change(self) -> None:
+        self.changes[0] += 1
+        self.settled = False
 
     def _said(self, method: str) -> bool:
         if self.tiny.answer(method, True) is False:
@@ -189,6 +199,7 @@ class Context(Mortal):
         least, largest = self.tiny.batch
         if not (least if self.tiny.dynamic else largest) <= shape[0] <= largest:
             return False
+        self._change()
         self.rows = shape[0]
         return self._said("set_input_shape")
 
@@ -196,6 +207,7 @@ class Context(Mortal):
         return (self.rows, *(SHAPE if name == "frames" else (self.tiny.answer("classes", CLASSES),)))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        self._change()
         self.addresses[name] = address
         return self._said("set_tensor_address")
 
@@ -206,11 +218,22 @@ class Context(Mortal):
             if not self._said("execute_async_v3"):
                 return False
             rows, source, target = self.rows, self.addresses["frames"], self.addresses["logits"]
-            tiny = self.tiny
+            tiny, changes, then = self.tiny, self.changes, self.changes[0]
+            if tiny.recording(stream):
+                assert self.settled, "recorded before it ran once"
+                how = tiny.answer("waits within", None)
+                if how is not None:
+                    tiny.wait(stream)
+                if how == "and says so":
+                    self.engine.runtime.logger.log(Logger.ERROR, "Cuda Runtime (stream is capturing)")
+                    return False
+            self.settled = True
 
             def work() -> None:
+                assert changes[0] == then, "the context was changed under its work"
                 time.sleep(tiny.seconds)
-                view(target, (rows, CLASSES))[:] = logits(view(source, (rows, *SHAPE)))
+                dtype = np.uint8 if tiny.types[0] == "UINT8" else np.float32
+                view(target, (rows, CLASSES))[:] = logits(view(source, (rows, *SHAPE), dtype))
                 tiny.executed += 1
 
             return tiny.enqueue(stream, work)
@@ -218,16 +241,36 @@ class Context(Mortal):
             self.busy.release()
 
 
-def view(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the float32 array at an address."""
-    count = int(np.prod(shape))
-    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
+def view(address: int, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> np.ndarray:
+    """Return the array at an address."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
+
+
+class HostGraph:
+    """Recorded work of a :class:`HostDevice`."""
+
+    def __init__(self, device: HostDevice, stream: int, work: list[Callable[[], None]]) -> None:
+        self.device, self.stream, self.work = device, stream, work
+        device.graphs.append(self)
+
+    def launch(self) -> None:
+        self.device._ask("launch")
+        for work in self.work:
+            self.device.enqueue(self.stream, work)
+
+    def destroy(self) -> None:
+        self.device.graphs.remove(self)
+        self.device._ask("destroy")
 
 
 class HostDevice:
-    """A GPU on host memory, all in Python. ``fails`` names a method that raises, and after how many good calls."""
+    """A GPU on host memory, all in Python. ``fails`` names a method that raises, and after how many good calls.
 
-    name, compute_capability, driver = "Orin", (8, 7), (12, 6)
+    ``others`` is the work that other libraries have begun: it is done when somebody waits for the whole GPU.
+    """
+
+    index, name, compute_capability, driver = 0, "Orin", (8, 7), (12, 6)
 
     def __init__(self, limit: int = 1 << 30) -> None:
         self.limit = limit
@@ -235,6 +278,11 @@ class HostDevice:
         self.memory_held: dict[int, np.ndarray] = {}
         self.pinned_held: dict[int, np.ndarray] = {}
         self.streams: dict[int, list[Callable[[], None]]] = {}
+        self.others: list[Callable[[], None]] = []
+        self.graphs: list[HostGraph] = []
+        self.recorded: dict[int, list[Callable[[], None]]] = {}
+        self.broken = False
+        self._working = threading.RLock()
         self.closed = False
         self.calls: list[str] = []
         self._numbers = iter(range(1, 1 << 30))
@@ -251,7 +299,7 @@ class HostDevice:
 
     @property
     def held(self) -> int:
-        return len(self.memory_held) + len(self.pinned_held) + len(self.streams)
+        return len(self.memory_held) + len(self.pinned_held) + len(self.streams) + len(self.graphs)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -280,9 +328,9 @@ class HostDevice:
         self.memory_held.pop(address)
         self._ask("free")
 
-    def pinned(self, shape: tuple[int, ...]) -> np.ndarray:
+    def pinned(self, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> np.ndarray:
         self._ask("pinned")
-        array = np.full(shape, np.nan, np.float32)
+        array = np.full(shape, np.nan if dtype is np.float32 else 0xA5, dtype)
         self.pinned_held[array.ctypes.data] = array
         return array
 
@@ -292,15 +340,22 @@ class HostDevice:
 
     def upload(self, address: int, array: np.ndarray, stream: int) -> None:
         self._ask("upload")
-        self.streams[stream].append(lambda: view(address, array.shape).__setitem__(slice(None), array))
+        self.enqueue(stream, lambda: view(address, array.shape, array.dtype.type).__setitem__(slice(None), array))
 
     def download(self, array: np.ndarray, address: int, stream: int) -> None:
         self._ask("download")
-        self.streams[stream].append(lambda: array.__setitem__(slice(None), view(address, array.shape)))
+        self.enqueue(stream, lambda: array.__setitem__(slice(None), view(address, array.shape, array.dtype.type)))
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        self._ask("copy")
+        for address in (target, source):
+            ends = ((at, at + block.nbytes) for at, block in list(self.memory_held.items()))
+            assert any(start <= address and address + size <= end for start, end in ends), "not the GPU's memory"
+        self.enqueue(stream, lambda: ctypes.memmove(target, source, size))
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> bool:
         """Put what an execution context does on a stream."""
-        self.streams[stream].append(work)
+        self.recorded.get(stream, self.streams[stream]).append(work)
         return True
 
     def create_stream(self) -> int:
@@ -311,13 +366,39 @@ class HostDevice:
 
     def destroy_stream(self, stream: int) -> None:
         assert not self.streams.pop(stream), "a stream was destroyed with work on it"
+        assert all(graph.stream != stream for graph in self.graphs), "a stream was destroyed before its graph"
         self._ask("destroy_stream")
 
     def synchronize(self, stream: int) -> None:
-        todo, self.streams[stream] = self.streams[stream], []
-        for work in todo:
-            work()
+        if stream in self.recorded:
+            self.broken = True
+            return
+        with self._working:
+            todo, self.streams[stream] = self.streams[stream], []
+            for work in todo:
+                work()
         self._ask("synchronize")
+
+    def synchronize_all(self) -> None:
+        assert not self.recorded, "a wait for the whole GPU while somebody records"
+        with self._working:
+            todo, self.others = self.others, []
+            for work in todo:
+                work()
+        for stream in list(self.streams):
+            self.synchronize(stream)
+        self._ask("synchronize_all")
+
+    def capture(self, stream: int, work: Callable[[], None]) -> HostGraph:
+        self._ask("capture")
+        self.recorded[stream], self.broken = [], False
+        try:
+            work()
+        finally:
+            found = self.recorded.pop(stream)
+        if self.broken:
+            raise BackendError("CUDA failed at recording: operation failed due to a previous error during capture. See")
+        return HostGraph(self, stream, found)
 
     def close(self) -> None:
         self.closed = True

@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import onnx
+
 from tensorrt_double.acts import ACTS, acts, alive, dims
 from tensorrt_double.script import Crash, Layer, ParseError, Tensor
 from tensorrt_double.shapes import host_memory, is_buffer
@@ -152,11 +154,26 @@ def _parse(double: Double, this: Any, model: Any, path: str | None = None) -> bo
     for error in errors:
         double.log(logger, "ERROR", f"[{error.file}:{error.line}] {error.desc}")
     this._state["errors"] = errors
+    if is_buffer(model) and bytes(model[:1]) == b"\x08":  # the file itself; it begins with its version
+        script.inputs = _inputs(model)
     if not errors:
         network._state["inputs"] = tuple(_tensor(double, tensor, True) for tensor in script.inputs)
         network._state["outputs"] = tuple(_tensor(double, tensor, False) for tensor in script.outputs)
         network._state["layers"] = tuple(_layer(double, layer) for layer in script.layers)
     return not errors
+
+
+def _inputs(model: Any) -> tuple[Tensor, ...]:
+    """Return the inputs of an ONNX file's bytes; a uint8 one is read by Casts alone, as TensorRT wants it."""
+    graph = onnx.load_from_string(bytes(model)).graph
+    found = []
+    for given in graph.input:
+        tensor = given.type.tensor_type
+        kind = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.UINT8: "UINT8"}[tensor.elem_type]
+        if kind == "UINT8" and {node.op_type for node in graph.node if given.name in node.input} != {"Cast"}:
+            raise Crash(f"{given.name} is uint8, and something else than a Cast reads it")
+        found.append(Tensor(given.name, tuple(dim.dim_value or -1 for dim in tensor.shape.dim), kind))
+    return tuple(found)
 
 
 def _tensor(double: Double, tensor: Tensor, entering: bool) -> Any:

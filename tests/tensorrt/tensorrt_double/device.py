@@ -68,9 +68,9 @@ class HostDevice:
         self._may("free")
         self._give_back(self._buffers, address)
 
-    def pinned(self, shape: tuple[int, ...]) -> np.ndarray:
+    def pinned(self, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> np.ndarray:
         self._may("pinned")
-        array = np.full(shape, np.nan, np.float32)
+        array = np.full(shape, np.nan if dtype is np.float32 else 0xA5, dtype)
         self._pinned[array.ctypes.data] = array
         return array
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ContextManager, Protocol, Tuple
+from typing import Callable, ContextManager, Protocol, Tuple, Type
 
 import numpy as np
 
@@ -56,6 +56,16 @@ def choose(index: int, count: int) -> None:
         raise BackendError(f"there is no GPU {index}: this machine has {count}. Choose {there}.")
 
 
+class Graph(Protocol):
+    """Work of a stream, recorded once; one thread at a time."""
+
+    def launch(self) -> None:
+        """Put the work on the stream that it was recorded on; its addresses are those of then."""
+
+    def destroy(self) -> None:
+        """Free it; no launch may be under way."""
+
+
 class Device(Protocol):
     """One GPU, through its primary context: the one that TensorRT and torch use as well.
 
@@ -63,6 +73,10 @@ class Device(Protocol):
     ``with device.current():``. Addresses, streams and events are plain integers; each belongs to the device that made
     it. Any number of threads may use one device. Every refusal of CUDA is a :class:`edgeres.errors.BackendError`.
     """
+
+    @property
+    def index(self) -> int:
+        """Which GPU it is, as CUDA counts them."""
 
     @property
     def name(self) -> str:
@@ -88,8 +102,8 @@ class Device(Protocol):
     def free(self, address: int) -> None:
         """Free what ``allocate`` gave."""
 
-    def pinned(self, shape: Tuple[int, ...]) -> np.ndarray:
-        """Return a float32 array in page-locked host memory, which copies need to be asynchronous; values undefined."""
+    def pinned(self, shape: Tuple[int, ...], dtype: Type[np.generic] = np.float32) -> np.ndarray:
+        """Return an array in page-locked host memory, which copies need to be asynchronous; values undefined."""
 
     def free_pinned(self, array: np.ndarray) -> None:
         """Free what ``pinned`` gave; nobody may touch it, nor a view of it, any more."""
@@ -100,6 +114,9 @@ class Device(Protocol):
     def download(self, array: np.ndarray, address: int, stream: int) -> None:
         """Begin to fill a C-contiguous array from the device; leave it alone until the stream is synchronized."""
 
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """Begin to copy bytes within the device; leave both ends alone until the stream is synchronized."""
+
     def create_stream(self) -> int:
         """Return the handle of a new stream, which does not wait for the default stream."""
 
@@ -108,6 +125,16 @@ class Device(Protocol):
 
     def synchronize(self, stream: int) -> None:
         """Wait until all work on the stream is over; other Python threads go on meanwhile."""
+
+    def synchronize_all(self) -> None:
+        """Wait until all work in the context is over, other libraries' too; other Python threads go on meanwhile."""
+
+    def capture(self, stream: int, work: Callable[[], None]) -> Graph:
+        """Return what ``work`` puts on a stream, as a graph; it is recorded, and not run.
+
+        Raises:
+            BackendError: the package has no CUDA graphs, or CUDA or ``work`` refuses; the stream is as it was before.
+        """
 
     def record(self, stream: int) -> int:
         """Return a new event that marks the stream's work up to here."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import threading
 from contextlib import ExitStack, contextmanager
-from typing import Any, Dict, Iterator, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, Set, Tuple, Type
 
 import numpy as np
 
-from edgeres.backends.tensorrt.device.interface import choose, failure, no_driver
+from edgeres.backends.tensorrt.device.interface import Graph, choose, failure, no_driver
 from edgeres.errors import BackendError
 
-if importlib.util.find_spec("cuda.bindings") is not None:
+OLD = importlib.util.find_spec("cuda.bindings") is None
+
+if not OLD:
     from cuda.bindings import driver as cuda
 else:  # the same functions, where cuda-python had them up to 12.5: the last for Python 3.8, and so for JetPack 5
     from cuda import cuda
@@ -20,6 +23,10 @@ else:  # the same functions, where cuda-python had them up to 12.5: the last for
 NON_BLOCKING = int(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
 MAJOR = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 MINOR = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+THREAD_LOCAL = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+"""What other threads do meanwhile does not end a recording, but for a wait for the whole context."""
+
+_one_waits_or_records = threading.Lock()  # CUDA refuses to wait for a context in which anybody records
 
 
 class CudaPythonDevice:
@@ -42,12 +49,19 @@ class CudaPythonDevice:
             int(_ask(opening, cuda.cuDeviceGetAttribute(MINOR, self._device))),
         )
         version = int(_ask(opening, cuda.cuDriverGetVersion()))
+        self._index = index
         self._driver = (version // 1000, version % 1000 // 10)
         self._memory: Set[int] = set()
         self._pinned: Set[int] = set()
         self._streams: Set[int] = set()
         self._events: Dict[int, Any] = {}
+        self._recordings: Dict[int, Any] = {}
+        self._graphs: Dict[int, Any] = {}
         self._context: Any = _ask(opening, cuda.cuDevicePrimaryCtxRetain(self._device))
+
+    @property
+    def index(self) -> int:
+        return self._index
 
     @property
     def name(self) -> str:
@@ -86,11 +100,11 @@ class CudaPythonDevice:
         _ask("freeing memory", cuda.cuMemFree(address))
         self._memory.remove(address)  # not before: close() tries again
 
-    def pinned(self, shape: Tuple[int, ...]) -> np.ndarray:
-        count = int(np.prod(shape))
-        address = int(_ask(f"allocating page-locked memory for {shape}", cuda.cuMemHostAlloc(4 * count, 0)))
+    def pinned(self, shape: Tuple[int, ...], dtype: Type[np.generic] = np.float32) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = int(_ask(f"allocating page-locked memory for {shape}", cuda.cuMemHostAlloc(size, 0)))
         self._pinned.add(address)
-        return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)).reshape(shape)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
 
     def free_pinned(self, array: np.ndarray) -> None:
         self._free_host(array.ctypes.data)
@@ -100,6 +114,9 @@ class CudaPythonDevice:
 
     def download(self, array: np.ndarray, address: int, stream: int) -> None:
         _ask("copying from the GPU", cuda.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, stream))
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        _ask("copying within the GPU", cuda.cuMemcpyDtoDAsync(target, source, size, stream))
 
     def create_stream(self) -> int:
         stream = int(_ask("creating a stream", cuda.cuStreamCreate(NON_BLOCKING)))
@@ -111,7 +128,29 @@ class CudaPythonDevice:
         self._streams.remove(stream)
 
     def synchronize(self, stream: int) -> None:
-        _ask("waiting for the GPU", cuda.cuStreamSynchronize(stream))
+        _ask("waiting for the GPU", _wait("cuStreamSynchronize", ctypes.c_void_p(stream)))
+
+    def synchronize_all(self) -> None:
+        with _one_waits_or_records:
+            _ask("waiting for all work of the GPU", _wait("cuCtxSynchronize"))
+
+    def capture(self, stream: int, work: Callable[[], None]) -> Graph:
+        recorded: Tuple[Any, ...] = ()
+        try:
+            with _one_waits_or_records:
+                try:
+                    _ask("beginning to record", cuda.cuStreamBeginCapture(stream, THREAD_LOCAL))
+                    work()
+                finally:  # whatever happened, the stream must execute again
+                    recorded = cuda.cuStreamEndCapture(stream)
+            graph = _ask("making a graph of what was recorded", _instantiate(_ask("recording", recorded)))
+            self._graphs[int(graph)] = graph
+        finally:
+            for recording in recorded[1:]:
+                if recording is not None and int(recording):
+                    self._recordings[int(recording)] = recording
+                    self._destroy_recording(recording)
+        return _CudaGraph(self, graph, stream)
 
     def record(self, stream: int) -> int:
         event = _ask("creating an event", cuda.cuEventCreate(0))
@@ -143,6 +182,10 @@ class CudaPythonDevice:
                 stack.callback(self.destroy_stream, stream)
             for event in list(self._events.values()):
                 stack.callback(self._destroy_event, event)
+            for recording in list(self._recordings.values()):
+                stack.callback(self._destroy_recording, recording)
+            for graph in list(self._graphs.values()):
+                stack.callback(self.destroy_graph, graph)
 
     def _free_host(self, address: int) -> None:
         _ask("freeing page-locked memory", cuda.cuMemFreeHost(address))
@@ -152,9 +195,53 @@ class CudaPythonDevice:
         del self._events[int(event)]
         _ask("destroying an event", cuda.cuEventDestroy(event))
 
+    def _destroy_recording(self, recording: Any) -> None:
+        _ask("destroying what was recorded", cuda.cuGraphDestroy(recording))
+        del self._recordings[int(recording)]
+
+    def destroy_graph(self, graph: Any) -> None:
+        """Destroy an executable graph."""
+        _ask("destroying a graph", cuda.cuGraphExecDestroy(graph))
+        del self._graphs[int(graph)]
+
     def _release(self) -> None:
         self._context = None
         _ask("releasing the context", cuda.cuDevicePrimaryCtxRelease(self._device))
+
+
+class _CudaGraph:
+    """See :class:`edgeres.backends.tensorrt.device.interface.Graph`."""
+
+    def __init__(self, device: CudaPythonDevice, graph: Any, stream: int) -> None:
+        self._device = device
+        self._graph = graph
+        self._stream = stream
+
+    def launch(self) -> None:
+        _ask("launching a graph", cuda.cuGraphLaunch(self._graph, self._stream))
+
+    def destroy(self) -> None:
+        self._device.destroy_graph(self._graph)
+
+
+def _wait(name: str, *given: ctypes.c_void_p) -> Tuple[Any, ...]:
+    """Return what a function of the driver that waits answers; other Python threads go on meanwhile.
+
+    The cuda-python of CUDA 11 keeps Python's lock while it waits, so the driver is asked without it there.
+    """
+    if OLD:
+        return (cuda.CUresult(getattr(ctypes.CDLL("libcuda.so.1"), name)(*given)),)
+    answer: Tuple[Any, ...] = getattr(cuda, name)(*(handle.value or 0 for handle in given))
+    return answer
+
+
+def _instantiate(recording: Any) -> Tuple[Any, ...]:
+    """Return what CUDA answers for an executable graph; CUDA 11 has this function under another name."""
+    if hasattr(cuda, "cuGraphInstantiateWithFlags"):
+        answer: Tuple[Any, ...] = cuda.cuGraphInstantiateWithFlags(recording, 0)
+        return answer
+    answer = cuda.cuGraphInstantiate(recording, 0)
+    return answer
 
 
 def _ask(doing: str, answer: Tuple[Any, ...]) -> Any:

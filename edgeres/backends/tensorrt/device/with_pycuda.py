@@ -12,12 +12,12 @@ from __future__ import annotations
 import atexit
 import threading
 from contextlib import contextmanager, suppress
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple, Type
 
 import numpy as np
 import pycuda.driver as cuda
 
-from edgeres.backends.tensorrt.device.interface import choose, failure
+from edgeres.backends.tensorrt.device.interface import Graph, choose, failure
 from edgeres.errors import BackendError
 
 NON_BLOCKING = 1
@@ -45,11 +45,16 @@ class PycudaDevice:
             self._name = str(device.name())
             self._capability: Tuple[int, int] = tuple(device.compute_capability())
             version = int(cuda.get_driver_version())
+        self._index = index
         self._driver = (version // 1000, version % 1000 // 10)
         self._memory: Dict[int, Any] = {}
         self._pinned: Dict[int, Any] = {}
         self._streams: Dict[int, Any] = {}
         self._events: Dict[int, Any] = {}
+
+    @property
+    def index(self) -> int:
+        return self._index
 
     @property
     def name(self) -> str:
@@ -91,9 +96,9 @@ class PycudaDevice:
         with _asking("freeing memory"):
             self._memory.pop(address).free()
 
-    def pinned(self, shape: Tuple[int, ...]) -> np.ndarray:
+    def pinned(self, shape: Tuple[int, ...], dtype: Type[np.generic] = np.float32) -> np.ndarray:
         with _asking(f"allocating page-locked memory for {shape}"):
-            array: np.ndarray = cuda.pagelocked_empty(shape, np.float32)
+            array: np.ndarray = cuda.pagelocked_empty(shape, dtype)
         self._pinned[array.ctypes.data] = array.base
         return array
 
@@ -109,6 +114,10 @@ class PycudaDevice:
         with _asking("copying from the GPU"):
             cuda.memcpy_dtoh_async(array, address, self._streams[stream])
 
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        with _asking("copying within the GPU"):
+            cuda.memcpy_dtod_async(target, source, size, self._streams[stream])
+
     def create_stream(self) -> int:
         with _asking("creating a stream"):
             stream = cuda.Stream(NON_BLOCKING)
@@ -121,6 +130,13 @@ class PycudaDevice:
     def synchronize(self, stream: int) -> None:
         with _asking("waiting for the GPU"):
             self._streams[stream].synchronize()
+
+    def synchronize_all(self) -> None:
+        with _asking("waiting for all work of the GPU"):
+            cuda.Context.synchronize()
+
+    def capture(self, stream: int, work: Callable[[], None]) -> Graph:
+        raise BackendError("pycuda has no CUDA graphs. Install cuda-python: edgeres doctor")
 
     def record(self, stream: int) -> int:
         with _asking("recording an event"):

@@ -1,0 +1,278 @@
+"""The gate in pytest: the fixture ``edgeres_gate``, the marker ``edgeres``, and a test that needs no file.
+
+pytest loads this module in every environment that has edgeres, so it imports nothing else before a gate is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Dict, Generator, List, Optional, Tuple
+
+import pytest
+
+from edgeres.errors import EdgeresError, printable
+
+if TYPE_CHECKING:
+    from edgeres.artifacts import Report
+
+PATHS = ("bundle", "data", "baseline")
+CHOICES = {"policy": ("ci", "point"), "inconclusive": ("fail", "skip", "pass")}
+KEYWORDS = {
+    "bundle": "the bundle to judge; as an option it adds a test of its own, unless one of yours asks for its gate",
+    "data": "labelled samples to judge on: a folder, list or array file (default: those of the bundle's build)",
+    "max_drop": "accuracy budget, percentage points of top-1 against FP32 (default: the bundle's own)",
+    "policy": "ci (the whole 95 %% interval decides) or point (default: the bundle's own)",
+    "baseline": "an accepted report.json to beat as well",
+    "backend": "which of the bundle's engines, or its target (default: the first)",
+    "inconclusive": "fail (default), skip or pass, where the samples cannot decide",
+}
+"""What a gate can be told: by the marker, as ``--edgeres-…`` and as ``edgeres_…`` in the ini file, in this order."""
+
+REPORTS = pytest.StashKey[Dict[Tuple[Any, ...], "Report"]]()
+
+
+class GateFailed(AssertionError):
+    """A gate that failed, or could not be decided; its text is the report's short form, and ``report`` the report."""
+
+    def __init__(self, text: str, report: Report) -> None:
+        super().__init__(text)
+        self.report = report
+
+
+class Gate:
+    """One bundle on one set of samples. It is judged when that is first asked for, and once in a session."""
+
+    def __init__(self, config: pytest.Config, settings: Dict[str, Any]) -> None:
+        self._config = config
+        self._settings = settings
+
+    @property
+    def bundle(self) -> Path:
+        """The bundle's folder."""
+        return Path(self._settings["bundle"])
+
+    @property
+    def report(self) -> Report:
+        """The comparison with FP32, whatever its verdict.
+
+        Raises:
+            EdgeresError: nothing could be judged.
+        """
+        known = self._config.stash.setdefault(REPORTS, {})
+        wanted = {name: value for name, value in self._settings.items() if name != "inconclusive"}
+        key = tuple(sorted(wanted.items()))
+        if key not in known:
+            known[key] = _judged(**wanted)
+        return known[key]
+
+    def check(self) -> Report:
+        """Return the report where the gate passes; where it cannot be decided, ``inconclusive`` says what happens.
+
+        Raises:
+            GateFailed: with the report in short.
+            EdgeresError: nothing could be judged.
+        """
+        report, outcome = self.report, self.report.outcome()
+        if outcome == "pass":
+            return report
+        text = _short_form(report, self.bundle)
+        if outcome == "fail":
+            raise GateFailed(text, report)
+        asked = self._settings.get("inconclusive", "fail")
+        if asked == "skip":
+            pytest.skip(text.splitlines()[0])
+        if asked == "fail":
+            raise GateFailed(f"{text}\n  To let it pass all the same: --edgeres-inconclusive pass (or skip).", report)
+        return report
+
+
+class GateItem(pytest.Item):
+    """The test that ``--edgeres-bundle`` adds."""
+
+    def runtest(self) -> None:
+        gate = Gate(self.config, _settings(self.config, self))
+        report = gate.report
+        self.user_properties.append(("edgeres_verdict", report.outcome()))
+        self.user_properties.append(("edgeres_drop_pp", report.drop_pp))
+        gate.check()
+        self.add_report_section("call", "edgeres", _short_form(report, gate.bundle))  # pytest -rP shows it
+
+    def reportinfo(self) -> Tuple[Path, Optional[int], str]:
+        return self.path, None, self.name
+
+
+class _Words:
+    """What pytest shows of a gate that failed: its words, without a traceback."""
+
+    def __init__(self, text: str) -> None:
+        self.reprcrash = SimpleNamespace(message=text.split("\n", 1)[0])
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def toterminal(self, writer: Any) -> None:
+        for line in self._text.splitlines():
+            writer.line(line)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add an option and an ini key for each keyword."""
+    group = parser.getgroup("edgeres", "the accuracy gate of edgeres")
+    for name, text in KEYWORDS.items():
+        kind: Dict[str, Any] = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": name.upper()}
+        if name == "max_drop":
+            kind["type"] = _points
+        group.addoption(f"--edgeres-{name.replace('_', '-')}", dest=f"edgeres_{name}", help=text, **kind)
+        parser.addini(f"edgeres_{name}", f"for edgeres_gate: {text.split(';')[0].replace('%%', '%')}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line("markers", f"edgeres({', '.join(KEYWORDS)}): what edgeres_gate judges, by keywords")
+
+
+@pytest.fixture
+def edgeres_gate(request: pytest.FixtureRequest) -> Gate:
+    """The gate of a bundle: ``edgeres_gate.check()`` fails with the report; ``edgeres_gate.report`` is the report."""
+    settings = _settings(request.config, request.node)
+    if settings.get("bundle") is None:
+        pytest.fail(
+            "edgeres_gate has no bundle to judge. Name one: --edgeres-bundle DIR, edgeres_bundle in the ini file, or "
+            "@pytest.mark.edgeres(bundle=DIR)",
+            pytrace=False,
+        )
+    return Gate(request.config, settings)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, None]:
+    """Add the gate's own test to what the session collects, where the command line names a bundle."""
+    outcome = yield
+    if isinstance(collector, pytest.Session) and collector.config.getoption("edgeres_bundle"):
+        item = GateItem.from_parent(collector, name="edgeres gate", nodeid="edgeres::gate")
+        item.add_marker("edgeres")
+        outcome.get_result().result.append(item)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """Take the gate's own test away again where one of those that will run asks for the gate of the same bundle."""
+    for own in [item for item in items if isinstance(item, GateItem)]:
+        bundle = _settings(config, own)["bundle"]
+        if any(_bundle_of(config, item) == bundle for item in items if item is not own):
+            items.remove(own)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Refuse a test that says what to judge and never asks for the gate: it would pass whatever the net does."""
+    marked = any(mark.name == "edgeres" for mark in item.own_markers)
+    if marked and not isinstance(item, GateItem) and "edgeres_gate" not in getattr(item, "fixturenames", ()):
+        pytest.fail(
+            f"{item.name} is marked with edgeres and does not take the fixture edgeres_gate: nothing would be judged. "
+            "Add it, and call edgeres_gate.check()",
+            pytrace=False,
+        )
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
+    """Show a gate that failed by its words alone, and what could not be judged by its error's."""
+    outcome = yield
+    raised = None if call.excinfo is None else call.excinfo.value
+    gated = isinstance(item, GateItem) or "edgeres_gate" in getattr(item, "fixturenames", ())
+    if isinstance(raised, GateFailed) or (gated and isinstance(raised, EdgeresError)):
+        outcome.get_result().longrepr = _Words(printable(str(raised)))
+
+
+def _bundle_of(config: pytest.Config, item: pytest.Item) -> Optional[Path]:
+    """Return the bundle whose gate a test asks for, or None."""
+    if "edgeres_gate" not in getattr(item, "fixturenames", ()):
+        return None
+    try:
+        return _settings(config, item).get("bundle")
+    except pytest.fail.Exception:  # said when the test runs
+        return None
+
+
+def _judged(bundle: Path, data: Any = None, baseline: Optional[Path] = None, **options: Any) -> Report:
+    from edgeres.judge import read_baseline, validate_bundle
+
+    accepted = None if baseline is None else read_baseline(baseline)
+    return validate_bundle(bundle, data, baseline=accepted, **options)
+
+
+def _short_form(report: Report, bundle: Path) -> str:
+    from edgeres.bundle import read_manifest
+    from edgeres.inspection import repairs
+    from edgeres.validation import short_form
+
+    return short_form(report, *repairs(bundle, read_manifest(bundle)))
+
+
+def _settings(config: pytest.Config, item: pytest.Item) -> Dict[str, Any]:
+    """Return what a test's gate is told: the nearest marker first, then the command line, then the ini file."""
+    told: Dict[str, Any] = {}
+    for name in KEYWORDS:
+        flag = config.getoption(f"edgeres_{name}")
+        value = config.getini(f"edgeres_{name}") if flag is None else flag
+        if value not in (None, ""):
+            told[name] = config.invocation_params.dir / value if flag and name in PATHS else value
+    for mark in reversed(list(item.iter_markers("edgeres"))):
+        told.update(_keywords(mark))
+    problems = _problems(told)
+    if problems:
+        pytest.fail(f"edgeres, for {item.name}: {'; '.join(problems)}", pytrace=False)
+    if "max_drop" in told:
+        told["max_drop"] = float(told["max_drop"])
+    for name in PATHS:
+        if name in told:
+            told[name] = _place(config, os.fspath(told[name]))
+    return told
+
+
+def _keywords(mark: pytest.Mark) -> Dict[str, Any]:
+    """Return a marker's keywords; those that are None count as not given."""
+    unknown = [name for name in mark.kwargs if name not in KEYWORDS]
+    if mark.args or unknown:
+        what = f"no keyword {', '.join(map(repr, unknown))}" if unknown else "no values without a keyword"
+        pytest.fail(f"@pytest.mark.edgeres has {what}; it has {', '.join(KEYWORDS)}", pytrace=False)
+    return {name: value for name, value in mark.kwargs.items() if value is not None}
+
+
+def _problems(told: Dict[str, Any]) -> List[str]:
+    """Return a sentence for each value that is none of its keyword's."""
+    found = []
+    for name, value in told.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            found.append(f"{name} is {value!r}: choose one of {', '.join(CHOICES[name])}")
+        elif name in (*PATHS, "backend") and not isinstance(value, (str, os.PathLike)):
+            found.append(f"{name} is {value!r}: give {'a name' if name == 'backend' else 'a path'}")
+        elif name == "max_drop":
+            try:
+                _points(value)
+            except (argparse.ArgumentTypeError, TypeError) as problem:
+                found.append(f"max_drop: {problem}")
+    return found
+
+
+def _points(value: Any) -> float:
+    """Return percentage points, 0 to 100."""
+    try:
+        points = float(value)
+    except ValueError:
+        points = math.nan
+    if isinstance(value, bool) or not 0 <= points <= 100:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of percentage points, 0 to 100")
+    return points
+
+
+def _place(config: pytest.Config, path: str) -> Path:
+    """Return the place of a marker's or an ini file's path: from the root folder, or from where pytest was called."""
+    expanded = os.path.expanduser(path)
+    rooted = config.rootpath / expanded
+    return rooted if rooted.exists() else config.invocation_params.dir / expanded

@@ -1,0 +1,296 @@
+"""The gate in pytest, in sessions of its own. Judging is replaced: a bundle's name says how many answers it loses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from typing import Any, List
+
+import pytest
+
+from edgeres.artifacts import Manifest, Preprocessing, to_json
+
+pytest_plugins = "pytester"
+
+CONFTEST = '''
+import json
+from pathlib import Path
+
+import numpy as np
+
+import edgeres.judge
+from edgeres.errors import SampleError
+from edgeres.validation import compare
+
+
+def validate_bundle(bundle, images=None, labels=None, *, baseline=None, max_drop=None, **options):
+    """400 of 4,000 answers lost of "bad", none of "good"; 20 samples are all that "open" has."""
+    with open(Path(__file__).parent / "calls.txt", "a") as stream:
+        told = {"bundle": str(bundle), "data": images and str(images), "max_drop": max_drop, **options}
+        stream.write(json.dumps(told) + "\\n")
+    name = Path(bundle).name
+    if name == "empty":
+        raise SampleError("there are no samples")
+    labels = np.arange(20 if name == "open" else 4000) % 10
+    answers = labels.copy()
+    answers[: 400 if name == "bad" else 0] += 1
+    truth, given = np.eye(11, dtype=np.float32)[labels], np.eye(11, dtype=np.float32)[answers]
+    return compare(
+        truth, given, None if name == "unlabelled" else labels, max_drop_pp=1.0 if max_drop is None else max_drop,
+        backend="cpu", precision="int8",
+    )
+
+
+edgeres.judge.validate_bundle = validate_bundle
+'''
+
+
+def installed() -> bool:
+    found: Any = entry_points()
+    named = found.select(group="pytest11") if hasattr(found, "select") else found.get("pytest11", ())
+    return any(one.name == "edgeres" for one in named)
+
+
+class Session:
+    """A folder with bundles of every kind, in which pytest is run."""
+
+    def __init__(self, pytester: pytest.Pytester) -> None:
+        self.pytester = pytester
+        self.calls_file = pytester.path / "calls.txt"
+        pytester.makeconftest(CONFTEST)
+        raw = Preprocessing((4, 4), None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        for name in ("good", "bad", "open", "empty", "unlabelled"):
+            folder = pytester.mkdir(name)
+            (folder / "manifest.json").write_bytes(to_json(Manifest(name, "int8", {}, raw, (), {}, {})))
+
+    def run(self, *arguments: str) -> pytest.RunResult:
+        plugin = () if installed() else ("-p", "edgeres.pytest_plugin")
+        return self.pytester.runpytest_inprocess(*plugin, "-p", "no:cacheprovider", *arguments)
+
+    def calls(self) -> List[Any]:
+        return (
+            [json.loads(line) for line in self.calls_file.read_text().splitlines()] if self.calls_file.exists() else []
+        )
+
+
+@pytest.fixture
+def session(pytester: pytest.Pytester) -> Session:
+    return Session(pytester)
+
+
+GATED = "def test_net(edgeres_gate):\n    edgeres_gate.check()\n"
+
+
+def marked(keywords: str, body: str = GATED) -> str:
+    return f"import pytest\n\n@pytest.mark.edgeres({keywords})\n{body}"
+
+
+@pytest.mark.parametrize(
+    ("bundle", "outcome", "said"),
+    [
+        ("good", {"passed": 1}, ""),
+        ("bad", {"failed": 1}, "FAIL: INT8 loses 10.00 pp of top-1 *: fails with 4,000 samples."),
+        ("open", {"failed": 1}, "INCONCLUSIVE: INT8 keeps top-1 *: cannot be decided with 20 samples*"),
+        ("unlabelled", {"failed": 1}, "UNLABELLED: * without labels its accuracy cannot be judged."),
+        ("empty", {"failed": 1}, "there are no samples"),
+    ],
+)
+@pytest.mark.parametrize("by", ["file", "option"])
+def test_a_gate_says_what_the_report_says(session: Session, bundle: str, outcome: Any, said: str, by: str) -> None:
+    if by == "file":
+        session.pytester.makepyfile(marked(f"bundle={bundle!r}"))
+        result = session.run()
+    else:
+        result = session.run("--edgeres-bundle", bundle)
+    result.assert_outcomes(**outcome)
+    assert result.ret == (0 if "passed" in outcome else 1)
+    lines = result.outlines
+    assert "collected 1 item" in "".join(lines)
+    if said:
+        result.stdout.fnmatch_lines([said])
+        assert not any(word in line for line in lines for word in ("Traceback", "edgeres_gate", "def ", "Error"))
+        assert len([line for line in lines if line.startswith("FAILED")]) == 1
+    if bundle == "bad":
+        result.stdout.fnmatch_lines(["Class * fell: *", "  *--precision fp16."])
+
+
+def test_no_test_file_is_needed_and_none_is_made(session: Session) -> None:
+    assert session.run().ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    assert session.run("--edgeres-bundle", "good", "--edgeres-data", "samples").ret == 0
+    place = session.pytester.path
+    (call,) = session.calls()
+    assert call == {"bundle": str(place / "good"), "data": str(place / "samples"), "max_drop": None}
+    assert sorted(path.name for path in (place / "good").iterdir()) == ["manifest.json"]
+
+
+def test_the_gates_own_test_can_be_chosen_and_left_out(session: Session) -> None:
+    session.pytester.makepyfile("def test_else():\n    pass\n")
+    session.run("--edgeres-bundle", "bad").assert_outcomes(failed=1, passed=1)
+    session.run("--edgeres-bundle", "bad", "-m", "edgeres").assert_outcomes(failed=1, deselected=1)
+    session.run("--edgeres-bundle", "bad", "-m", "not edgeres").assert_outcomes(passed=1, deselected=1)
+    before = session.calls()
+    result = session.run("--edgeres-bundle", "bad", "--collect-only", "-q")
+    result.stdout.fnmatch_lines(["*::test_else", "edgeres::gate", "*2 tests collected*"])
+    assert session.calls() == before  # nothing is judged
+
+
+def test_the_gates_own_test_makes_way_for_one_of_the_same_bundle(session: Session) -> None:
+    session.pytester.makepyfile(GATED, test_other=marked("bundle='good'"))
+    session.run("--edgeres-bundle", "bad").assert_outcomes(failed=1, passed=1)
+    session.run("--edgeres-bundle", "bad", "test_other.py").assert_outcomes(failed=1, passed=1)  # that one is of good
+    session.run("--edgeres-bundle", "bad", "-k", "gate and not net").assert_outcomes(failed=1, deselected=2)
+    session.pytester.makepyfile(test_other=marked("bundle='good', max_drop='much'"))
+    session.run("--edgeres-bundle", "good", "test_other.py").assert_outcomes(errors=1, passed=1)
+
+
+def test_a_bundle_is_judged_once_for_all_its_tests(session: Session) -> None:
+    session.pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("number", range(3))
+        def test_net(edgeres_gate, number):
+            assert edgeres_gate.check() is edgeres_gate.report
+
+        @pytest.mark.edgeres(inconclusive="skip")
+        def test_again(edgeres_gate):
+            assert edgeres_gate.report.verdict == "pass"
+
+        @pytest.mark.edgeres(max_drop=2)
+        def test_otherwise(edgeres_gate):
+            assert edgeres_gate.report.max_drop_pp == 2
+        """
+    )
+    session.run("--edgeres-bundle", "good").assert_outcomes(passed=5)
+    assert [call["max_drop"] for call in session.calls()] == [None, 2.0]
+
+
+def test_each_worker_of_xdist_does_its_share(session: Session) -> None:
+    """The gate's own test runs once, and its words come back whole."""
+    session.pytester.makepyfile("import pytest\n\n@pytest.mark.parametrize('n', range(4))\ndef test(n):\n    pass\n")
+    result = session.run("-n", "2", "--edgeres-bundle", "bad")
+    result.assert_outcomes(passed=4, failed=1)
+    result.stdout.fnmatch_lines(["FAIL: INT8 loses 10.00 pp of top-1 *", "FAILED edgeres::gate*"])
+    assert len(session.calls()) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "outcome"), [("fail", {"failed": 1}), ("skip", {"skipped": 1}), ("pass", {"passed": 1})]
+)
+def test_what_cannot_be_decided_is_not_green_unless_asked_for(session: Session, asked: str, outcome: Any) -> None:
+    session.pytester.makepyfile(GATED)
+    result = session.run("--edgeres-bundle", "open", "--edgeres-inconclusive", asked)
+    result.assert_outcomes(**outcome)
+    # what fails, fails, whatever is asked for
+    session.run("--edgeres-bundle", "bad", "--edgeres-inconclusive", asked).assert_outcomes(failed=1)
+
+
+def test_the_nearest_mark_counts_before_the_command_line_and_that_before_the_file(session: Session) -> None:
+    session.pytester.makeini(
+        "[pytest]\nedgeres_bundle = bad\nedgeres_max_drop = 5\nedgeres_policy = point\naddopts = --strict-markers\n"
+    )
+    session.pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.edgeres(bundle="open", max_drop=50)
+        class TestOne:
+            def test_class(self, edgeres_gate):
+                assert edgeres_gate.bundle.name == "open"
+                assert edgeres_gate.check().max_drop_pp == 50
+
+            @pytest.mark.edgeres(max_drop=60.5, backend="cpu")
+            def test_nearer(self, edgeres_gate):
+                assert edgeres_gate.check().max_drop_pp == 60.5
+
+        def test_none(edgeres_gate):
+            assert edgeres_gate.bundle.name == "bad"
+            assert edgeres_gate.report.max_drop_pp == 7
+        """
+    )
+    session.run("--edgeres-max-drop", "7").assert_outcomes(passed=3)
+    assert {call["policy"] for call in session.calls()} == {"point"}
+    assert [call.get("backend") for call in session.calls()] == [None, "cpu", None]
+
+
+def test_paths_of_a_mark_count_from_the_root_folder(session: Session) -> None:
+    session.pytester.makeini("[pytest]\n")
+    folder = session.pytester.mkdir("inner")
+    (folder / "test_inner.py").write_text(marked("bundle='good', data='samples'"))
+    session.pytester.chdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        session.run().assert_outcomes(passed=1)
+        session.run("--edgeres-bundle", "../good", "-m", "not edgeres", "--co").assert_outcomes()
+    assert session.calls()[0]["bundle"] == str(session.pytester.path / "good")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ("bundel='good'", "*has no keyword 'bundel'; it has bundle, data, max_drop, *"),
+        ("'good'", "*has no values without a keyword; it has bundle, *"),
+        (
+            "bundle='good', max_drop='much', policy='mood'",
+            "*max_drop: 'much' is no number *policy is 'mood': choose one of*",
+        ),
+        ("bundle='good', max_drop=-1", "*max_drop: -1 is no number of percentage points, 0 to 100"),
+        ("bundle='good', max_drop=True", "*max_drop: True is no number *"),
+        ("bundle=7, data=[1]", "*bundle is 7: give a path; data is [[]1]: give a path"),
+        ("bundle='good', inconclusive='maybe'", "*inconclusive is 'maybe': choose one of fail, skip, pass"),
+        ("max_drop=1", "edgeres_gate has no bundle to judge. Name one: --edgeres-bundle DIR, *"),
+    ],
+)
+def test_what_a_mark_does_not_have_is_refused(session: Session, keywords: str, said: str) -> None:
+    session.pytester.makepyfile(marked(keywords))
+    result = session.run()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([said])
+    assert session.calls() == []
+
+
+@pytest.mark.parametrize("points", ["nan", "-1", "101", "much"])
+def test_what_an_option_does_not_take_is_wrong_usage(session: Session, points: str) -> None:
+    result = session.run("--edgeres-bundle", "good", "--edgeres-max-drop", points)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*--edgeres-max-drop: '{points}' is no number of percentage points, 0 to 100"])
+
+
+def test_a_marked_test_without_the_fixture_is_no_gate(session: Session) -> None:
+    session.pytester.makepyfile(
+        marked("bundle='bad'", "def test_net():\n    pass\n")
+        + "\n\n@pytest.mark.edgeres(bundle='good')\nclass TestMany:\n    def test_else(self):\n        pass\n"
+    )
+    result = session.run()
+    result.assert_outcomes(errors=1, passed=1)
+    result.stdout.fnmatch_lines(["test_net is marked with edgeres and does not take the fixture edgeres_gate: *"])
+
+
+def test_an_own_failure_keeps_its_traceback(session: Session) -> None:
+    session.pytester.makepyfile(marked("bundle='good'", "def test_net(edgeres_gate):\n    assert 1 == 2\n"))
+    session.run().stdout.fnmatch_lines([">       assert 1 == 2"])
+
+
+def test_the_verdict_stands_in_pytests_own_junit(session: Session) -> None:
+    session.run("--edgeres-bundle", "bad", "--junitxml", "out.xml")
+    text = (session.pytester.path / "out.xml").read_text(encoding="utf-8")
+    assert '<property name="edgeres_verdict" value="fail"' in text
+    assert "<failure" in text
+    assert "FAIL: INT8 loses 10.00 pp" in text
+
+
+def test_help_names_every_option(session: Session) -> None:
+    text = "\n".join(session.run("--help").outlines)
+    for option in ("bundle", "data", "max-drop", "policy", "baseline", "backend", "inconclusive"):
+        assert f"--edgeres-{option}" in text
+    assert "edgeres(bundle, data, " in "\n".join(session.run("--markers").outlines)
+
+
+def test_a_session_without_a_gate_pays_nothing() -> None:
+    code = "import edgeres.pytest_plugin, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "edgeres.pytest_plugin" in loaded
+    assert loaded.isdisjoint({"numpy", "msgspec", "click", "rich", "onnxruntime", "edgeres.artifacts", "edgeres.judge"})
