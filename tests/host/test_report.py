@@ -24,6 +24,7 @@ from edgeres.artifacts import (
     BaselineChange,
     Benchmark,
     CalibrationTable,
+    ClassChange,
     Climb,
     Discordant,
     Engine,
@@ -49,6 +50,7 @@ from edgeres.page import Contents, plots
 from edgeres.page.render import render
 from edgeres.reporting import page_loss, page_of, report_bundle, with_page
 from edgeres.samples import open_samples
+from edgeres.validation import fallen_words
 
 HOSTILE = "<script>alert('x')</script>\"'&\u202e\x1b"
 """What a name may hold, a slash aside: markup, quotes of both kinds, a mark that turns the text around, an escape."""
@@ -350,6 +352,18 @@ def test_what_is_not_known_is_left_out() -> None:
     content = render(Contents(bare_manifest(unlabelled)))
     assert problems(content) == []
     assert not list(parsed(content).iter("{http://www.w3.org/2000/svg}svg"))
+
+
+def test_of_many_classes_that_fell_three_are_told_at_once_and_all_in_their_section() -> None:
+    fallen = tuple(ClassChange(i, f"kind {i}", 100, 30 + i, 0, 30.0 + i, 1e-6, True) for i in range(7))
+    report = plain_report(classes=fallen)
+    content = render(Contents(bare_manifest(report), fallen=fallen_words(report)))
+    assert problems(content) == []
+    words = words_of(content)
+    assert words.count("corrected for the number of classes).") == 3
+    assert "4 more fell: see Classes" in words
+    at = [words.index(f"kind {i} fell +3{i}") for i in range(7)]
+    assert at == sorted(at, reverse=True)  # the largest drop first
 
 
 @pytest.mark.parametrize("value", [1e300, -1e300, 1e-300, 0.0])
