@@ -91,7 +91,7 @@ class Recovery:
     read exact pixels; None leaves it as it is. ``images`` are batches, float32 ``(n, 3, H, W)``, normalized.
     ``rounding``: whether weights are rounded by the layer's output, or each to its nearest. ``rounds`` are
     reconstruction's, by gradient; 0 leaves it out. ``left_float``: nodes that stay in float besides those that
-    the recipe names, and why.
+    the recipe names, and why. ``paired``: whether weights are to be such that no multiply–add saturates.
     """
 
     scalings: Mapping[str, Scaling]
@@ -100,6 +100,7 @@ class Recovery:
     rounding: bool = True
     rounds: int = 0
     left_float: Mapping[str, str] = field(default_factory=dict)
+    paired: bool = False
 
 
 def recovered_content(
@@ -117,7 +118,7 @@ def recovered_content(
     """
     model, placement, ranges = scaled(fp32, modules, keep_float, ranges, recovery)
     follower, quantizer = follower_of(model, placement), quantizer_of(placement, ranges)
-    found = compensate(follower, placement, quantizer, recovery.images, recovery.rounding, watch)
+    found = compensate(follower, placement, quantizer, recovery.images, recovery.rounding, watch, recovery.paired)
     if recovery.rounds:
         images = np.concatenate(recovery.images)
         found = reconstruct(follower, placement, ranges, found, images, recovery.rounds, watch) or found

@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgeres.affine import channel_amax, scale_from_amax
+
 LARGEST = 2**15 - 1
+REACH = 128
+"""How far a pair may reach to either side, in steps."""
 
 
 def pair_reach(rows: np.ndarray) -> np.ndarray:
@@ -39,3 +43,30 @@ def in_reading_order(weights: np.ndarray) -> np.ndarray:
 def cannot_saturate(weights: np.ndarray, top: int = 255) -> bool:
     """Whether integers ``(K, C, kh, kw)`` or ``(K, D)`` are safe with unsigned inputs of at most ``top``."""
     return bool((pair_reach(in_reading_order(weights)) * top <= LARGEST).all())
+
+
+def partners(shape: tuple[int, ...]) -> np.ndarray:
+    """Return for each weight of an output, in the order of ``(C, kh, kw)`` or ``(D,)``, the place of its neighbour in
+    what is read: int64 ``(D,)``, its own where it has none.
+
+    Args:
+        shape: of the weights, ``(K, C, kh, kw)`` or ``(K, D)``.
+    """
+    size = int(np.prod(shape[1:]))
+    reading = in_reading_order(np.arange(size).reshape(1, *shape[1:]))[0]
+    neighbour = np.arange(size) ^ 1
+    neighbour[neighbour >= size] = size - 1
+    found = np.empty(size, np.int64)
+    found[reading] = reading[neighbour]
+    return found
+
+
+def paired_scale(weights: np.ndarray) -> np.ndarray:
+    """Return the step per output, float32 ``(K,)``, with which neither a weight nor a pair leaves its reach.
+
+    Args:
+        weights: float32 ``(K, C, kh, kw)`` or ``(K, D)``.
+    """
+    alone = scale_from_amax(channel_amax(weights, 0))
+    pairs = np.nextafter((pair_reach(in_reading_order(weights)) / REACH).astype(np.float32), np.float32(np.inf))
+    return np.asarray(np.where(pairs < np.finfo(np.float32).tiny, alone, np.maximum(alone, pairs)))
