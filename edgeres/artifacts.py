@@ -201,7 +201,7 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``mixed`` is the int8 model's second form, in which everything that is not quantized computes in float16: strongly
     typed TensorRT (10.12 and later) takes precisions from the graph alone. ``activation_range`` is ``shifted`` where
     tensors that are never negative have the full int8 range. ``grouped_int8`` counts the int8 convolutions that are
-    in groups.
+    in groups. ``integer`` is the same model in onnxruntime's integer operators, for a CPU.
     """
 
     file: FileRef
@@ -210,6 +210,7 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mixed: Optional[FileRef] = None
     activation_range: str = "symmetric"
     grouped_int8: int = 0
+    integer: Optional[FileRef] = None
 
 
 class LayerError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -302,7 +303,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``model_sha256`` is of the ONNX that it was compiled from, ``activation_range`` is that one's; ``layers`` are the
     builder's own report, and ``not_as_planned`` says which of them are not what was planned. ``warnings`` is all that
-    was said when it was made, and goes when it goes.
+    was said when it was made, and goes when it goes. ``measured_ms`` are the medians by which it was chosen for this
+    machine: milliseconds per image, by what was tried; empty where nothing was measured.
     """
 
     target: str
@@ -316,6 +318,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_range: str = "symmetric"
     not_as_planned: Tuple[str, ...] = ()
     warnings: Tuple[str, ...] = ()
+    measured_ms: Dict[str, float] = {}
 
     @property
     def summary(self) -> Optional[LayerSummary]:

@@ -169,5 +169,3 @@ def output_size(layer: Layer, shape: Shape) -> tuple[int, int] | None:
         for axis in (0, 1)
     )  # fmt: skip
     return height, width
-
-

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeres.affine import QMAX, channel_amax, scale_from_amax
+from edgeres.affine import QMAX
 from edgeres.quantize.follow import Follower, Quantizer, padded
 from edgeres.quantize.graph import WEIGHTED, attribute
-from edgeres.quantize.placement import Placement
-from edgeres.quantize.saturation import REACH, paired_scale, partners
+from edgeres.quantize.placement import Placement, Weight
+from edgeres.quantize.saturation import REACH, partners, weight_scale
 
 RIDGE = 1.0  # pulls the least squares to the original weights, in shares of each input's own variance: with less they
 # learn the calibration images (CONTRIBUTING, decisions)
@@ -77,7 +77,6 @@ def compensate(
     images: Sequence[np.ndarray],
     rounding: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    paired: bool = False,
 ) -> Compensation:
     """Return weights on their int8 grids, and biases, that bring each layer's output back to the float network's.
 
@@ -86,9 +85,8 @@ def compensate(
         quantizer: what quantization makes of each activation.
         images: batches, float32 ``(n, 3, H, W)``, normalized.
         rounding: False leaves the weights' integers as plain rounding has them, and corrects biases only.
-        paired: whether integers are to be such that no multiply–add saturates (:mod:`edgeres.quantize.saturation`).
     """
-    axes = {weight.readers[0][0]: weight.axis for weight in placement.weights if len(weight.readers) == 1}
+    planned = {weight.readers[0][0]: weight for weight in placement.weights if len(weight.readers) == 1}
     found = Compensation({}, {})
     constants: dict[str, Tensor] = {}
     chunks = [_Chunk({follower.input: x}, {follower.input: x}, {}) for x in map(torch.from_numpy, images)]
@@ -98,7 +96,7 @@ def compensate(
     with torch.no_grad():
         for node in order:
             if _is_layer(follower, node):
-                _fit(follower, node, axes.get(node.name), chunks, quantizer, constants, found, rounding, paired)
+                _fit(follower, node, planned.get(node.name), chunks, quantizer, constants, found, rounding)
                 progress(layers.index(node) + 1, len(layers))
             for chunk in chunks:
                 chunk.exact[node.output[0]] = follower.step(node, chunk.exact, {}, None)
@@ -126,26 +124,24 @@ def _is_layer(follower: Follower, node: onnx.NodeProto) -> bool:
 def _fit(
     follower: Follower,
     node: onnx.NodeProto,
-    axis: int | None,
+    planned: Weight | None,
     chunks: list[_Chunk],
     quantizer: Quantizer,
     constants: dict[str, Tensor],
     found: Compensation,
     rounding: bool,
-    paired: bool,
 ) -> None:
-    """Find one layer's weights (``axis`` is their output channels'; None leaves them) and bias."""
+    """Find one layer's weights (``planned`` is what the plan says of them; None leaves them) and bias."""
     weights = follower.constants[node.input[1]].double()
     rows = weights.T if _columns_are_outputs(node) else weights
     groups = attribute(node, "group", 1)
     assert isinstance(groups, int)
     flat = rows.reshape(groups, rows.shape[0] // groups, -1)  # (g, K / g, D)
-    moments = _moments(follower, node, chunks, quantizer, constants, rounding and axis is not None)
+    moments = _moments(follower, node, chunks, quantizer, constants, rounding and planned is not None)
     fitted = flat
-    if axis is not None:
-        reals = rows.float().numpy()
-        scale = paired_scale(reals) if paired else scale_from_amax(channel_amax(reals, 0))
-        mates = torch.from_numpy(partners(reals.shape)) if paired else None
+    if planned is not None:
+        scale = weight_scale(rows.float().numpy(), 0, planned.paired)
+        mates = torch.from_numpy(partners(rows.shape)) if planned.paired else None
         steps = torch.from_numpy(scale.astype(np.float64)).reshape(groups, -1)
         fitted = torch.stack([
             _rounded(flat[i], steps[i], moments, i, mates) if rounding else nearest(flat[i], steps[i], mates)

@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgeres.affine import channel_amax, scale_from_amax
 from edgeres.artifacts import TensorRange
 from edgeres.errors import QuantizationError
 from edgeres.quantize.graph import Graph
 from edgeres.quantize.lint import check
 from edgeres.quantize.placement import Placement, Weight
+from edgeres.quantize.saturation import weight_scale
 from edgeres.quantize.shift import write_shifted
 
 
@@ -78,10 +78,10 @@ def shift_of(chosen: TensorRange) -> np.ndarray:
 
 
 def _weight_scale(graph: Graph, weight: Weight, given: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return a weight's steps, float32 ``(K,)``: those that were given, or what reaches its largest magnitudes."""
+    """Return a weight's steps, float32 ``(K,)``: those that were given, or those that just reach what it holds."""
     values = numpy_helper.to_array(graph.initializers[weight.tensor]).astype(np.float32)
     if weight.tensor not in given:
-        return scale_from_amax(channel_amax(values, weight.axis))
+        return weight_scale(values, weight.axis, weight.paired)
     scale = np.asarray(given[weight.tensor], np.float32)
     if scale.shape != (values.shape[weight.axis],) or not (np.isfinite(scale).all() and (scale > 0).all()):
         raise QuantizationError(

@@ -118,7 +118,7 @@ def recovered_content(
     """
     model, placement, ranges = scaled(fp32, modules, keep_float, ranges, recovery)
     follower, quantizer = follower_of(model, placement), quantizer_of(placement, ranges)
-    found = compensate(follower, placement, quantizer, recovery.images, recovery.rounding, watch, recovery.paired)
+    found = compensate(follower, placement, quantizer, recovery.images, recovery.rounding, watch)
     if recovery.rounds:
         images = np.concatenate(recovery.images)
         found = reconstruct(follower, placement, ranges, found, images, recovery.rounds, watch) or found
@@ -142,13 +142,13 @@ def scaled(
     """Return the float graph that Q/DQ goes into, scaled and with a bias in every layer, its plan, and its ranges."""
     factors = {name: part.factors for name, part in recovery.scalings.items()}
     model = with_biases(apply_factors(onnx.load(fp32), factors))
-    placement, ranges = plan(model, modules, keep_float, recovery.left_float), dict(ranges)
+    placement, ranges = plan(model, modules, keep_float, recovery.left_float, recovery.paired), dict(ranges)
     source = Graph(model).inputs[0]
     if recovery.exact_input is not None and source in placement.tensors:
         model, pixels = exact_pixels(model, recovery.exact_input)
         if pixels:
             ranges[pixels] = pixel_range(recovery.exact_input, ranges[source].elements)
-            placement = plan(model, modules, keep_float, recovery.left_float)
+            placement = plan(model, modules, keep_float, recovery.left_float, recovery.paired)
     return model, placement, {name: ranges[name] for name in placement.tensors}
 
 

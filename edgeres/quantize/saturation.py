@@ -61,12 +61,16 @@ def partners(shape: tuple[int, ...]) -> np.ndarray:
     return found
 
 
-def paired_scale(weights: np.ndarray) -> np.ndarray:
-    """Return the step per output, float32 ``(K,)``, with which neither a weight nor a pair leaves its reach.
+def weight_scale(weights: np.ndarray, axis: int, paired: bool) -> np.ndarray:
+    """Return the step per output channel, float32 ``(K,)``, with which no weight leaves int8, and if ``paired`` no pair
+    its reach: that of two which are rounded may be REACH, and never more.
 
     Args:
-        weights: float32 ``(K, C, kh, kw)`` or ``(K, D)``.
+        weights: float32, of a layer's shape; output channels lie along ``axis``.
     """
-    alone = scale_from_amax(channel_amax(weights, 0))
-    pairs = np.nextafter((pair_reach(in_reading_order(weights)) / REACH).astype(np.float32), np.float32(np.inf))
+    alone = scale_from_amax(channel_amax(weights, axis))
+    if not paired:
+        return alone
+    reach = pair_reach(in_reading_order(np.moveaxis(weights, axis, 0))) / REACH
+    pairs = np.nextafter(reach.astype(np.float32), np.float32(np.inf))
     return np.asarray(np.where(pairs < np.finfo(np.float32).tiny, alone, np.maximum(alone, pairs)))
