@@ -141,8 +141,7 @@ def with_border(layer: Layer, border: np.ndarray | None, shape: Shape) -> Layer:
     """
     if border is None or is_flat(border):
         return replace(layer, bias=layer.bias if border is None else layer.bias + border.reshape(-1))
-    whole = np.isclose(layer.codes.shift, HALF * np.float64(layer.codes.scale), rtol=1e-6).all()
-    if whole and layer.codes.zero == HALF:
+    if is_whole(layer.codes):
         given = convolved(layer.node, _reals(layer), layer.codes.shift.reshape(-1), shape)
         if given is not None and given.shape == border.shape:
             rest = border - given
@@ -150,6 +149,12 @@ def with_border(layer: Layer, border: np.ndarray | None, shape: Shape) -> Layer:
             if np.abs(rest - flat).max() <= FLAT * max(np.abs(border).max(), np.abs(given).max()):
                 return replace(layer, bias=layer.bias + flat.reshape(-1), zero=0)
     return replace(layer, border=border)
+
+
+def is_whole(codes: Codes) -> bool:
+    """Whether a shift is such that the byte 0 stands for the true value 0."""
+    whole = codes.shift.ndim == 0 and np.isclose(codes.shift, HALF * np.float64(codes.scale), rtol=1e-6)
+    return bool(whole) and codes.zero == HALF
 
 
 def _reals(layer: Layer) -> np.ndarray:

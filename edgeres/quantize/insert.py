@@ -53,9 +53,12 @@ def write_int8(
     names = _Names(result)
     behind: dict[str, list[onnx.NodeProto]] = {}
     front: list[onnx.NodeProto] = []
+    scales = {weight.tensor: _weight_scale(graph, weight, weight_scales) for weight in placement.weights}
+    _round_biases(graph, placement, ranges, scales)
+    meant = onnx.ModelProto()
+    meant.CopyFrom(result)
     for weight in placement.weights:
-        scale = _weight_scale(graph, weight, weight_scales)
-        pair, output = _pair(result, names, weight.tensor, scale, weight.axis)
+        pair, output = _pair(result, names, weight.tensor, scales[weight.tensor], weight.axis)
         front.extend(pair)
         for name, index in weight.readers:
             nodes[name].input[index] = output
@@ -68,8 +71,27 @@ def write_int8(
     shifts = {point.tensor: shift_of(ranges[point.range_of]) for point in placement.points}
     if any(shift.any() for shift in shifts.values()):
         result = write_shifted(result, {tensor: shift for tensor, shift in shifts.items() if shift.any()})
-    check(result, "model.int8.onnx", placement.kept, model)
+    check(result, "model.int8.onnx", placement.kept, meant)
     return result
+
+
+def _round_biases(
+    graph: Graph, placement: Placement, ranges: Mapping[str, TensorRange], steps: Mapping[str, np.ndarray]
+) -> None:
+    """Round the biases beside paired weights to whole steps of the layer's sums, as integer kernels add them.
+
+    Args:
+        steps: by weight, its scales.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    scales = {reader: ranges[point.range_of].scale for point in placement.points for reader in point.readers}
+    for weight in placement.weights:
+        for name, _ in weight.readers if weight.paired else ():
+            node = nodes[name]
+            bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+            unit = np.float64(steps[weight.tensor]) * scales.get((name, 0), 0.0)
+            if bias is not None and bias.shape == unit.shape and unit.all() and len(graph.uses(node.input[2])) == 1:
+                graph.set_values(node.input[2], np.rint(bias / unit) * unit)
 
 
 def shift_of(chosen: TensorRange) -> np.ndarray:

@@ -20,7 +20,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgeres.files import sha256_bytes
-from edgeres.quantize.accumulate import HALF, Codes, Layer, layer_of, output_size, tail_of, with_border
+from edgeres.quantize.accumulate import HALF, Codes, Layer, is_whole, layer_of, output_size, tail_of, with_border
 from edgeres.quantize.graph import Graph, attribute
 from edgeres.quantize.offset import Shape, integers, shapes_of, shifts_of
 from edgeres.quantize.saturation import cannot_saturate, in_reading_order
@@ -329,6 +329,9 @@ class _Writer:
                 if one.name in ("pads", "strides", "dilations", "auto_pad")
             })  # fmt: skip
         stored, zero = self.stored(layer, weights)
+        bias, begin = layer.bias, grid
+        if is_whole(grid):  # what the file subtracts stands in its bias; here bytes begin where the true value is 0
+            bias, begin = bias + float(grid.shift), replace(grid, zero=0)
         inputs = [
             data.name,
             self.constant("scale", layer.codes.scale),
@@ -336,8 +339,8 @@ class _Writer:
             stored,
             self.constant(f"{layer.node.name}_steps", layer.steps.astype(np.float32)),
             zero,
-            *self.grid(grid),
-            self.constant(f"{layer.node.name}_bias", np.rint(layer.bias / layer.unit).astype(np.int32)),
+            *self.grid(begin),
+            self.constant(f"{layer.node.name}_bias", np.rint(bias / layer.unit).astype(np.int32)),
         ]
         return self.emit("QLinearConv", inputs, f"{layer.node.output[0]}_bytes", MICROSOFT, **attributes)
 
