@@ -1,7 +1,8 @@
 """ExportedModel + CalibrationTable → QuantizedModel: where int8 goes and why, written as standard ONNX.
 
 ``plan`` decides where, ``shiftable`` what may have the full int8 range; ``write_int8``, ``write_mixed``,
-``write_integer`` and ``write_fp16`` write, ``lint`` states the rules that every written graph keeps; the rest does it from file to file.
+``write_integer`` and ``write_fp16`` write, ``lint`` states the rules that every written graph but the integer form
+keeps; the rest does it from file to file.
 """
 
 from __future__ import annotations

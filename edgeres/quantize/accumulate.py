@@ -1,8 +1,7 @@
-"""What a quantized layer of a Q/DQ graph adds up in integers, and what follows it: facts that the integer form needs."""
+"""What a quantized layer of a Q/DQ graph adds up in integers, and what follows it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +15,7 @@ from edgeres.quantize.shift import effective_bias
 HALF = 128
 """What is added to an int8 to make it an unsigned byte."""
 FLAT = 1e-5
-"""Of the larger of two maps: as far as float32 lets their difference vary over an image where it stands for a constant."""
+"""Of the larger of two maps: how far float32 lets their difference vary where it stands for a constant."""
 
 
 @dataclass(frozen=True)

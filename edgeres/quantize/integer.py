@@ -17,17 +17,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from edgeres.files import sha256_bytes
 from edgeres.quantize.accumulate import HALF, Codes, Layer, is_whole, layer_of, output_size, tail_of, with_border
-from edgeres.quantize.graph import Graph, attribute
+from edgeres.quantize.graph import Graph
+from edgeres.quantize.moves import moved, pooled
 from edgeres.quantize.offset import Shape, integers, shapes_of, shifts_of
 from edgeres.quantize.saturation import cannot_saturate, in_reading_order
+from edgeres.quantize.sheet import FIRST, LAST, MICROSOFT, Sheet, channels_last
+from edgeres.quantize.windows import gathered
 
-MICROSOFT = "com.microsoft"
-LAST = (0, 2, 3, 1)
-FIRST = (0, 3, 1, 2)
 FEW = 16
 """Input channels up to which gathering the windows in the graph is faster than in ONNX Runtime's convolution."""
 ELEMENTWISE = ("Add", "Sub", "Mul", "Relu", "Clip", "Sigmoid", "Identity")
@@ -59,10 +58,10 @@ def write_integer(model: onnx.ModelProto) -> onnx.ModelProto:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     del result.graph.node[:], result.graph.initializer[:], result.graph.value_info[:], result.metadata_props[:]
-    read = {name for node in writer.nodes for name in node.input}
-    result.graph.node.extend(writer.nodes)
+    read = {name for node in writer.sheet.nodes for name in node.input}
+    result.graph.node.extend(writer.sheet.nodes)
     result.graph.initializer.extend(
-        tensor for tensor in (*model.graph.initializer, *writer.constants.values()) if tensor.name in read
+        tensor for tensor in (*model.graph.initializer, *writer.sheet.constants.values()) if tensor.name in read
     )
     if all(found.domain != MICROSOFT for found in result.opset_import):
         result.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
@@ -78,13 +77,11 @@ class _Writer:
     shifts: dict[str, np.ndarray]
     held: dict[str, Held] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
-    used: set[str] = field(default_factory=set)
+    sheet: Sheet = field(default_factory=Sheet)
 
     def __post_init__(self) -> None:
-        self.used = {name for node in self.graph.nodes for name in (*node.input, *node.output, node.name)}
-        self.used.update(self.graph.initializers)
+        self.sheet.used.update(name for node in self.graph.nodes for name in (*node.input, *node.output, node.name))
+        self.sheet.used.update(self.graph.initializers)
         for name in (*self.graph.inputs, *self.graph.initializers):
             self.held[name] = Held(plain=name)
 
@@ -100,44 +97,33 @@ class _Writer:
             self.held[node.output[0]] = Held(codes=self.quantized(node))
         elif node.op_type == "DequantizeLinear" and held.codes:
             self.held[node.output[0]] = Held(codes=held.codes)
-        elif node.op_type == "Conv" and self.convolution(node):
+        elif self.convolution(node) or self.product(node):
             return
-        elif node.op_type in ("Gemm", "MatMul") and self.product(node):
-            return
-        elif held.codes and (moved := self.moved(node, held.codes)):
-            self.held[node.output[0]] = Held(codes=moved)
+        elif held.codes and (changed := moved(self.graph, self.sheet, node, held.codes, self.shapes)):
+            self.held[node.output[0]] = Held(codes=changed)
         elif node.op_type == "Relu" and self.is_implied(node):
             self.held[node.output[0]] = held
         elif node.op_type in ELEMENTWISE and self.elementwise(node):
             return
         elif node.op_type == "GlobalAveragePool" and self.is_image(first) and self.opset() < 18:
-            output = self.emit("ReduceMean", [self.last(first)], node.output[0], axes=[1, 2], keepdims=1)
+            output = self.sheet.emit("ReduceMean", [self.last(first)], node.output[0], axes=[1, 2], keepdims=1)
             self.held[node.output[0]] = Held(last=output)
         elif node.op_type == "Flatten" and held.last and self.shapes.get(first, ())[2:] == (1, 1):
-            self.held[node.output[0]] = Held(plain=self.copy(node, [held.last]))
+            self.held[node.output[0]] = Held(plain=self.sheet.copy(node, [held.last]))
         else:
             self.copied(node)
 
     def opset(self) -> int:
-        return max(one.version for one in self.graph.model.opset_import if one.domain in ("", "ai.onnx"))
+        return max(int(one.version) for one in self.graph.model.opset_import if one.domain in ("", "ai.onnx"))
 
     def copied(self, node: onnx.NodeProto) -> None:
         """Write a node as it is, on its inputs as the file has them."""
         made = onnx.NodeProto()
         made.CopyFrom(node)
         made.input[:] = [self.plain(name) if name else "" for name in node.input]
-        self.nodes.append(made)
+        self.sheet.nodes.append(made)
         for name in node.output:
             self.held[name] = Held(plain=name)
-
-    def copy(self, node: onnx.NodeProto, inputs: Sequence[str]) -> str:
-        """Write a node with other inputs, and return its output's name, a new one."""
-        made = onnx.NodeProto()
-        made.CopyFrom(node)
-        made.input[:] = inputs
-        made.output[:] = [self.name(node.output[0])]
-        self.nodes.append(made)
-        return made.output[0]
 
     def is_weight(self, node: onnx.NodeProto) -> bool:
         """Whether a node is one of the pair on a weight: those are written where somebody reads them in float."""
@@ -175,49 +161,9 @@ class _Writer:
             elif found.size == 1 and found.ndim == 0:
                 inputs.append(name)
             else:
-                inputs.append(self.constant(f"{name}_last", channels_last(found)))
-        self.held[node.output[0]] = Held(last=self.copy(node, inputs))
+                inputs.append(self.sheet.constant(f"{name}_last", channels_last(found)))
+        self.held[node.output[0]] = Held(last=self.sheet.copy(node, inputs))
         return True
-
-    def moved(self, node: onnx.NodeProto, codes: Codes) -> Codes | None:
-        """Return what a node makes of bytes that it only moves or picks; None where it does more, or needs values."""
-        image = self.is_image(node.input[0])
-        if node.op_type == "MaxPool" and image and len(node.output) == 1:
-            return replace(codes, name=self.pooled(node, codes.name))
-        if node.op_type == "Flatten" and image and self.shapes[node.input[0]][2:] == (1, 1):
-            return replace(codes, name=self.copy(node, [codes.name]))
-        if node.op_type == "Slice" and image and len(node.input) > 3:
-            return self.sliced(node, codes)
-        if node.op_type == "Pad" and image and len(node.input) < 4:
-            return self.padded(node, codes)
-        return None
-
-    def sliced(self, node: onnx.NodeProto, codes: Codes) -> Codes | None:
-        axes = self.graph.constant(node.input[3])
-        if axes is None:
-            return None
-        turned = np.array([FIRST[int(axis) % 4] for axis in axes], np.int64)
-        inputs = [codes.name, *node.input[1:3], self.constant(f"{node.name}_axes", turned), *node.input[4:]]
-        return replace(codes, name=self.copy(node, inputs))
-
-    def padded(self, node: onnx.NodeProto, codes: Codes) -> Codes | None:
-        pads = self.graph.constant(node.input[1])
-        value = self.graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(1)
-        if pads is None or value is None or attribute(node, "mode", b"constant") != b"constant":
-            return None
-        code = float(value.reshape(())) / float(codes.scale) + codes.zero
-        if abs(code - round(code)) > 1e-3 or not 0 <= round(code) <= 255:
-            return None
-        turned = pads.reshape(2, 4)[:, list(LAST)].reshape(-1)
-        inputs = [
-            self.constant(f"{node.name}_pads", turned.astype(np.int64)),
-            self.constant(f"{node.name}_code", np.uint8(round(code))),
-        ]
-        return replace(codes, name=self.copy(node, [codes.name, *inputs]))
-
-    def pooled(self, node: onnx.NodeProto, source: str) -> str:
-        known = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name != "storage_order"}
-        return self.emit("NhwcMaxPool", [source], node.output[0], MICROSOFT, **known)
 
     # Bytes
 
@@ -229,10 +175,10 @@ class _Writer:
         if held.codes and held.codes.scale == grid.scale:  # it lies on this grid already
             return held.codes
         is_last = bool(held.last or held.codes)
-        name = self.emit("QuantizeLinear", [self.last(source) if is_last else self.plain(source), *self.grid(grid)],
-                         f"{source}_bytes")  # fmt: skip
+        name = self.last(source) if is_last else self.plain(source)
+        name = self.sheet.emit("QuantizeLinear", [name, *self.grid(grid)], f"{source}_bytes")
         if self.is_image(source) and not is_last:
-            name = self.emit("Transpose", [name], f"{source}_bytes", perm=LAST)
+            name = self.sheet.emit("Transpose", [name], f"{source}_bytes", perm=LAST)
         return replace(grid, name=self.limited(name, grid))
 
     def grid_of(self, node: onnx.NodeProto, rectified: bool) -> Codes:
@@ -245,19 +191,21 @@ class _Writer:
         """Write where int8 ends, if bytes would go on."""
         if codes.top == 255:
             return name
-        bounds = [self.constant("least", np.uint8(0)), self.constant(f"most_{codes.top}", np.uint8(codes.top))]
-        return self.emit("Clip", [name, *bounds], f"{name}_limited")
+        bounds = [
+            self.sheet.constant("least", np.uint8(0)),
+            self.sheet.constant(f"most_{codes.top}", np.uint8(codes.top)),
+        ]
+        return self.sheet.emit("Clip", [name, *bounds], f"{name}_limited")
 
     def grid(self, codes: Codes) -> list[str]:
         """Return the names of a grid's scale and zero point."""
-        return [self.constant("scale", codes.scale), self.constant("zero", np.uint8(codes.zero))]
+        return [self.sheet.constant("scale", codes.scale), self.sheet.constant("zero", np.uint8(codes.zero))]
 
     # Layers
 
     def convolution(self, node: onnx.NodeProto) -> bool:
         """Write a convolution on bytes, and what goes with it of the nodes behind it; False where it stays in float."""
-        codes = self.codes(node.input[0])
-        layer = layer_of(self.graph, node, codes) if codes and self.is_image(node.input[0]) else None
+        layer = self.layer(node, ("Conv",), 4)
         if layer is None:
             return False
         tail, shape = tail_of(self.graph, node), self.shapes[node.input[0]]
@@ -274,9 +222,9 @@ class _Writer:
                 name = self.requantized(layer, data, grid)
             else:
                 name = self.multiplied(layer, data, tail.tensor)
-                name = self.emit("QuantizeLinear", [name, *self.grid(grid)], f"{tail.tensor}_bytes")
+                name = self.sheet.emit("QuantizeLinear", [name, *self.grid(grid)], f"{tail.tensor}_bytes")
             for pool in tail.pools:
-                name = self.pooled(pool, name)
+                name = pooled(self.sheet, pool, name)
             self.held[tail.quantizer.output[0]] = Held(codes=replace(grid, name=self.limited(name, grid)))
             self.done.add(tail.quantizer.name)
         self.done.update(one.name for one in tail.taken)
@@ -287,35 +235,13 @@ class _Writer:
 
         ONNX Runtime gathers windows itself, where the output is bytes; slowly, where channels are few.
         """
-        kernel = layer.weights.shape[2:]
-        single = kernel == (1, 1) and not any(integers(layer.node, "pads", (0,)))
+        single = layer.weights.shape[2:] == (1, 1) and not any(integers(layer.node, "pads", (0,)))
         if fused and (single or layer.groups > 1 or layer.weights.shape[1] > FEW):
             return Windows(layer.codes.name, False)
         size = output_size(layer, shape)
         if layer.groups > 1 or size is None:
             return Windows(layer.codes.name, False) if fused else None
-        strides, dilations = integers(layer.node, "strides", (1, 1)), integers(layer.node, "dilations", (1, 1))
-        name = layer.codes.name
-        pads = integers(layer.node, "pads", (0, 0, 0, 0))
-        if any(pads):
-            inputs = [
-                self.constant("pads", np.array([0, *pads[:2], 0, 0, *pads[2:], 0], np.int64)),
-                self.constant("padding", np.uint8(layer.zero)),
-            ]
-            name = self.emit("Pad", [name, *inputs], f"{name}_padded")
-        for axis in (1, 0):  # columns side by side first, so that rows then move whole
-            parts = []
-            for tap in range(kernel[axis]):
-                start = tap * dilations[axis]
-                bounds = start, start + (size[axis] - 1) * strides[axis] + 1, axis + 1, strides[axis]
-                whole = kernel[axis] == 1 and strides[axis] == 1
-                parts.append(name if whole else self.emit("Slice", [name, *self.bounds(bounds)], f"{name}_{tap}"))
-            name = parts[0] if len(parts) == 1 else self.emit("Concat", parts, f"{name}_taps", axis=3)
-        return Windows(name, True)
-
-    def bounds(self, values: tuple[int, int, int, int]) -> list[str]:
-        """Return the names of a Slice's start, end, axis and step."""
-        return [self.constant("bound", np.array([value], np.int64)) for value in values]
+        return Windows(gathered(self.sheet, layer, size), True)
 
     def requantized(self, layer: Layer, data: Windows, grid: Codes) -> str:
         """Write a convolution from bytes to bytes."""
@@ -334,15 +260,15 @@ class _Writer:
             bias, begin = bias + float(grid.shift), replace(grid, zero=0)
         inputs = [
             data.name,
-            self.constant("scale", layer.codes.scale),
-            self.constant("zero", np.uint8(layer.zero)),
+            self.sheet.constant("scale", layer.codes.scale),
+            self.sheet.constant("zero", np.uint8(layer.zero)),
             stored,
-            self.constant(f"{layer.node.name}_steps", layer.steps.astype(np.float32)),
+            self.sheet.constant(f"{layer.node.name}_steps", layer.steps.astype(np.float32)),
             zero,
             *self.grid(begin),
-            self.constant(f"{layer.node.name}_bias", np.rint(bias / layer.unit).astype(np.int32)),
+            self.sheet.constant(f"{layer.node.name}_bias", np.rint(bias / layer.unit).astype(np.int32)),
         ]
-        return self.emit("QLinearConv", inputs, f"{layer.node.output[0]}_bytes", MICROSOFT, **attributes)
+        return self.sheet.emit("QLinearConv", inputs, f"{layer.node.output[0]}_bytes", MICROSOFT, **attributes)
 
     def multiplied(self, layer: Layer, data: Windows, tensor: str) -> str:
         """Write a product of bytes that ends in float32, bias and border included."""
@@ -350,16 +276,16 @@ class _Writer:
         inputs = [
             data.name,
             stored,
-            self.constant("scale", layer.codes.scale),
-            self.constant(f"{layer.node.name}_steps", layer.steps.astype(np.float32)),
-            self.constant("zero", np.uint8(layer.zero)),
+            self.sheet.constant("scale", layer.codes.scale),
+            self.sheet.constant(f"{layer.node.name}_steps", layer.steps.astype(np.float32)),
+            self.sheet.constant("zero", np.uint8(layer.zero)),
             zero,
-            self.constant(f"{layer.node.name}_bias", layer.bias.astype(np.float32)),
+            self.sheet.constant(f"{layer.node.name}_bias", layer.bias.astype(np.float32)),
         ]
-        name = self.emit("MatMulIntegerToFloat", inputs, tensor, MICROSOFT)
+        name = self.sheet.emit("MatMulIntegerToFloat", inputs, tensor, MICROSOFT)
         if layer.border is not None:
-            border = self.constant(f"{layer.node.name}_border", channels_last(layer.border.astype(np.float32)))
-            name = self.emit("Add", [name, border], tensor)
+            border = self.sheet.constant(f"{layer.node.name}_border", channels_last(layer.border.astype(np.float32)))
+            name = self.sheet.emit("Add", [name, border], tensor)
         return name
 
     def stored(self, layer: Layer, weights: np.ndarray) -> tuple[str, str]:
@@ -367,12 +293,13 @@ class _Writer:
         safe = cannot_saturate(layer.weights, layer.codes.top)
         values = weights if safe else (weights.astype(np.int16) + HALF).astype(np.uint8)
         zeros = np.full(len(layer.weights), 0 if safe else HALF, values.dtype)
-        return self.constant(f"{layer.node.name}_weights", values), self.constant(f"{layer.node.name}_zeros", zeros)
+        return self.sheet.constant(f"{layer.node.name}_weights", values), self.sheet.constant(
+            f"{layer.node.name}_zeros", zeros
+        )
 
     def product(self, node: onnx.NodeProto) -> bool:
         """Write a Gemm or MatMul of a matrix of bytes; False where it stays in float."""
-        codes = self.codes(node.input[0])
-        layer = layer_of(self.graph, node, codes) if codes and len(self.shapes.get(node.input[0], ())) == 2 else None
+        layer = self.layer(node, ("Gemm", "MatMul"), 2)
         if layer is None:
             return False
         self.held[node.output[0]] = Held(plain=self.multiplied(layer, Windows(layer.codes.name, True), node.output[0]))
@@ -383,16 +310,19 @@ class _Writer:
     def is_image(self, tensor: str) -> bool:
         return len(self.shapes.get(tensor, ())) == 4
 
-    def codes(self, tensor: str) -> Codes | None:
-        return self.held.get(tensor, Held()).codes
+    def layer(self, node: onnx.NodeProto, kinds: Sequence[str], rank: int) -> Layer | None:
+        """Return a node's layer if it is one of these kinds, and reads bytes of so many dimensions."""
+        codes = self.held.get(node.input[0], Held()).codes if node.op_type in kinds else None
+        fits = codes is not None and len(self.shapes.get(node.input[0], ())) == rank
+        return layer_of(self.graph, node, codes) if codes and fits else None
 
     def last(self, tensor: str) -> str:
         """Return the name of an image in float, channels last."""
         held = self.held[tensor]
         if not held.last and held.codes:
-            held.last = self.emit("DequantizeLinear", [held.codes.name, *self.grid(held.codes)], f"{tensor}_last")
+            held.last = self.sheet.emit("DequantizeLinear", [held.codes.name, *self.grid(held.codes)], f"{tensor}_last")
         elif not held.last:
-            held.last = self.emit("Transpose", [self.plain(tensor)], f"{tensor}_last", perm=LAST)
+            held.last = self.sheet.emit("Transpose", [self.plain(tensor)], f"{tensor}_last", perm=LAST)
         return held.last
 
     def plain(self, tensor: str) -> str:
@@ -403,12 +333,12 @@ class _Writer:
         if held.plain:
             return held.plain
         if self.is_image(tensor):
-            held.plain = self.emit("Transpose", [self.last(tensor)], tensor, perm=FIRST)
+            held.plain = self.sheet.emit("Transpose", [self.last(tensor)], tensor, perm=FIRST)
         elif held.last:  # a matrix has one form
             held.plain = held.last
         else:
             assert held.codes is not None
-            held.plain = self.emit("DequantizeLinear", [held.codes.name, *self.grid(held.codes)], tensor)
+            held.plain = self.sheet.emit("DequantizeLinear", [held.codes.name, *self.grid(held.codes)], tensor)
         return held.plain
 
     def unfolded(self, tensor: str) -> None:
@@ -420,35 +350,6 @@ class _Writer:
     def finish(self, tensor: str) -> None:
         """Let an output have its name."""
         if (name := self.plain(tensor)) != tensor:
-            self.nodes.append(helper.make_node("Identity", [name], [tensor], name=self.name(f"{tensor}_Identity")))
-
-    # Names
-
-    def emit(self, op_type: str, inputs: Sequence[str], stem: str, domain: str = "", **attributes: Any) -> str:
-        """Write a node of one output, and return that one's name."""
-        output = self.name(stem)
-        name = self.name(f"{output}_{op_type}")
-        self.nodes.append(helper.make_node(op_type, inputs, [output], name=name, domain=domain, **attributes))
-        return output
-
-    def constant(self, stem: str, values: np.ndarray | np.generic) -> str:
-        """Return the name of an initializer with these values; equal ones are kept once."""
-        array = np.ascontiguousarray(values).reshape(np.shape(values))
-        key = f"{array.dtype} {array.shape} {sha256_bytes(array.tobytes())}"
-        if key not in self.constants:
-            self.constants[key] = numpy_helper.from_array(array, self.name(stem))
-        return self.constants[key].name
-
-    def name(self, stem: str) -> str:
-        """Return a name that nothing has yet."""
-        name, number = stem, 1
-        while name in self.used:
-            number += 1
-            name = f"{stem}_{number}"
-        self.used.add(name)
-        return name
-
-
-def channels_last(values: np.ndarray) -> np.ndarray:
-    """Return a constant that meets an image ``(N, C, H, W)`` as one that meets ``(N, H, W, C)``."""
-    return values.reshape((1,) * (4 - values.ndim) + values.shape).transpose(LAST)
+            self.sheet.nodes.append(
+                helper.make_node("Identity", [name], [tensor], name=self.sheet.name(f"{tensor}_Identity"))
+            )

@@ -4,8 +4,8 @@ x86 without VNNI multiplies unsigned with signed bytes by vpmaddubsw, which adds
 bits. That is exact where both weights of a pair together are no more than 128 to either side, for 255 · 128 < 2¹⁵. The
 neighbours are the first and second, third and fourth, … of what one output reads, channels innermost: (kh, kw, C).
 
-Source: Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual", volume 2, PMADDUBSW; which weights meet is
-measured on ONNX Runtime's kernels, convolution by convolution (tests/host/test_saturation.py).
+Source: Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual", volume 2, PMADDUBSW. Which
+weights meet is measured on ONNX Runtime's kernels, product by product (tests/host/test_saturation.py).
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 By default ONNX Runtime fuses Q/DQ into int8 kernels. On x86 processors without VNNI their 8-bit multiply–add saturates
 at 16 bits, and everywhere their fused requantization rounds at other places than the file does; either costs accuracy
-that no other runtime of the same file loses. So such a model is either written for these kernels with what cannot saturate (``model.int8-cpu.onnx``),
-or Q/DQ stays in float: the weights are dequantized once, activations
-are rounded to their grid where the file says so, and everything else is optimized as usual, but for the last level:
-its blocked layout sums in another order, which flips a rounding here and there. Without it the answers are those of the
-unoptimized graph, bit for bit.
+that no other runtime of the same file loses. So a model is either written for these kernels, with weights that cannot
+saturate (``model.int8-cpu.onnx``), or Q/DQ stays in float: the weights are dequantized once, activations are rounded to
+their grid where the file says so, and everything else is optimized as usual, but for the last level: its blocked layout
+sums in another order, which flips a rounding here and there. Without it the answers are those of the unoptimized graph,
+bit for bit.
 """
 
 from __future__ import annotations
