@@ -21,7 +21,7 @@ from edgeres.validation import compare
 PACE = Pace(seconds=1.0, warmup=0.1)
 """For all candidates of a round together: a choice between numbers that are far apart needs no more."""
 INTEGERS, FLOAT, FP32 = "int8 in integers", "int8 in float", "fp32"
-FAITHFUL_DB = 10.0
+FAITHFUL_DB = 15.0
 """What lies below is no rounding on the border between two steps, however sensitive the net, but another function."""
 ONE_THREAD = ", 1 thread"
 
