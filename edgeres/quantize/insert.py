@@ -7,7 +7,7 @@ alone: TensorRT 8.5 wants three inputs on Q and DQ, and no version before 10 is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -53,12 +53,12 @@ def write_int8(
     names = _Names(result)
     behind: dict[str, list[onnx.NodeProto]] = {}
     front: list[onnx.NodeProto] = []
-    scales = {weight.tensor: _weight_scale(graph, weight, weight_scales) for weight in placement.weights}
+    scales = [_weight_scale(graph, weight, weight_scales) for weight in placement.weights]
     _round_biases(graph, placement, ranges, scales)
     meant = onnx.ModelProto()
     meant.CopyFrom(result)
-    for weight in placement.weights:
-        pair, output = _pair(result, names, weight.tensor, scales[weight.tensor], weight.axis)
+    for weight, scale in zip(placement.weights, scales, strict=True):
+        pair, output = _pair(result, names, weight.tensor, scale, weight.axis)
         front.extend(pair)
         for name, index in weight.readers:
             nodes[name].input[index] = output
@@ -76,20 +76,20 @@ def write_int8(
 
 
 def _round_biases(
-    graph: Graph, placement: Placement, ranges: Mapping[str, TensorRange], steps: Mapping[str, np.ndarray]
+    graph: Graph, placement: Placement, ranges: Mapping[str, TensorRange], steps: Sequence[np.ndarray]
 ) -> None:
     """Round the biases beside paired weights to whole steps of the layer's sums, as integer kernels add them.
 
     Args:
-        steps: by weight, its scales.
+        steps: of each of the plan's weights, its scales.
     """
     nodes = {node.name: node for node in graph.nodes}
     scales = {reader: ranges[point.range_of].scale for point in placement.points for reader in point.readers}
-    for weight in placement.weights:
+    for weight, scale in zip(placement.weights, steps, strict=True):
         for name, _ in weight.readers if weight.paired else ():
             node = nodes[name]
             bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-            unit = np.float64(steps[weight.tensor]) * scales.get((name, 0), 0.0)
+            unit = scale.astype(np.float64) * scales.get((name, 0), 0.0)
             if bias is not None and bias.shape == unit.shape and unit.all() and len(graph.uses(node.input[2])) == 1:
                 graph.set_values(node.input[2], np.rint(bias / unit) * unit)
 
