@@ -57,6 +57,7 @@ OPTIONS = {
     "keep_float": "quantization.keep_float",
     "activation_range": "quantization.activation_range",
     "grouped": "quantization.grouped",
+    "weight_range": "quantization.weight_range",
     "recovery": "quantization.recovery",
     "budget_minutes": "quantization.budget_minutes",
     "validation": "validation.samples",

@@ -204,7 +204,7 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``mixed`` is the int8 model's second form, in which everything that is not quantized computes in float16: strongly
     typed TensorRT (10.12 and later) takes precisions from the graph alone. ``activation_range`` is ``shifted`` where
     tensors that are never negative have the full int8 range. ``grouped_int8`` counts the int8 convolutions that are
-    in groups.
+    in groups. ``integer`` is the same model in onnxruntime's integer operators, for a CPU.
     """
 
     file: FileRef
@@ -213,6 +213,7 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mixed: Optional[FileRef] = None
     activation_range: str = "symmetric"
     grouped_int8: int = 0
+    integer: Optional[FileRef] = None
 
 
 class LayerError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -305,7 +306,8 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``model_sha256`` is of the ONNX that it was compiled from, ``activation_range`` is that one's; ``layers`` are the
     builder's own report, and ``not_as_planned`` says which of them are not what was planned. ``warnings`` is all that
-    was said when it was made, and goes when it goes.
+    was said when it was made, and goes when it goes. ``measured_ms`` are the medians by which it was chosen for this
+    machine: milliseconds per image, by what was tried; empty where nothing was measured.
 
     ``input`` is what it takes: ``float32``, normalized ``(N, 3, h, w)``, or ``uint8`` ``(N, h, w, 3)``, pixels in the
     network's channel order, not normalized. ``whole_pixels``: what is not whole pixels it would round to such.
@@ -324,6 +326,7 @@ class Engine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warnings: Tuple[str, ...] = ()
     input: str = "float32"
     whole_pixels: bool = False
+    measured_ms: Dict[str, float] = {}
 
     @property
     def summary(self) -> Optional[LayerSummary]:

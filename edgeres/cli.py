@@ -178,6 +178,12 @@ BUILD_OPTIONS = (
         help="How convolutions in groups run (ResNeXt, depthwise). Default: auto, float for gpu, int8 for others.",
     ),
     click.option(
+        "--weight-range",
+        type=click.Choice(["auto", "full", "paired"]),
+        help="paired: neighbours within what 8-bit multiply–adds of any CPU hold. Default: auto, paired where the "
+        "engine is for a CPU and activations are shifted.",
+    ),
+    click.option(
         "--recovery",
         type=click.Choice(["auto", "none", "fast", "full"]),
         help="How much is done for the accuracy: full takes up to two minutes more. Default: auto, "

@@ -77,6 +77,19 @@ def grouped_precision(recipe: Recipe) -> str:
     return "float" if resolve(recipe.engine)[1] in SLOW_GROUPS else "int8"
 
 
+def pairs_weights(recipe: Recipe) -> bool:
+    """Whether a recipe's weights are to be such that no CPU's multiply–add saturates: what it says, or what suits its
+    target on this machine. Behind a symmetric range hardly any does.
+
+    Raises:
+        BackendError: the target is not one of the backend's.
+    """
+    wanted = recipe.quantization.weight_range
+    if wanted != "auto":
+        return wanted == "paired"
+    return resolve(recipe.engine)[1] == "cpu" and activation_range(recipe) == "shifted"
+
+
 class Source(NamedTuple):
     """What an engine is compiled from: the files in ``folder`` and their records. ``equalized`` says whether there was
     a stage of that name, whose ``scalings.npz`` the ranges then belong to; a file of that name proves nothing, for an
@@ -89,8 +102,13 @@ class Source(NamedTuple):
     preprocessing: Preprocessing
 
 
-def compile_engine(source: Source, section: EngineSection, watch: Watch) -> Tuple[Engine, Tuple[str, ...]]:
+def compile_engine(
+    source: Source, section: EngineSection, watch: Watch, measure: bool = False
+) -> Tuple[Engine, Tuple[str, ...]]:
     """Return the engine of a model, and warnings; its own file is written to the model's folder too.
+
+    Args:
+        measure: whether a CPU's engine is chosen by timing what the bundle holds; equal builds are to come out equal.
 
     Raises:
         BackendError: the backend refuses the model, or cannot serve the target.
@@ -102,11 +120,10 @@ def compile_engine(source: Source, section: EngineSection, watch: Watch) -> Tupl
     if backend == "cpu":
         instead = cpu_instead(section)
         require_onnxruntime(section)
-        from edgeres.backends import cpu
+        from edgeres.forms import cpu_engine
 
-        cpu.open_model(source.folder / model.file.path, model.precision).close()
-        engine = cpu.compile_engine(model.file, model.precision, model.activation_range)
-        warnings = (instead, *warnings) if instead else warnings
+        engine, told = cpu_engine(source.folder, source.exported, model, measure)
+        warnings = (*((instead,) if instead else ()), *told, *warnings)
     else:
         decided = msgspec.structs.replace(section, backend=backend, target=target)
         engine, told = _tensorrt_engine(source, decided, watch)
@@ -269,7 +286,7 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
         for ref in manifest.files:
             workspace.write(ref.path, read_verified(bundle, ref))
         source = Source(workspace.folder, exported, model, "equalize" in manifest.stages, manifest.preprocessing)
-        engine, warnings = compile_engine(source, section, watch)
+        engine, warnings = compile_engine(source, section, watch, measure=True)
         changed = with_engine(manifest, engine, warnings)
         if changed.report is not None:
             workspace.write(files.REPORT, to_json(changed.report))
@@ -288,7 +305,7 @@ def _models(bundle: Path, manifest: Manifest) -> Tuple[ExportedModel, QuantizedM
     model = QuantizedModel(exported.file, "fp32", ())
     if "quantize" in manifest.stages:
         model = from_data(manifest.stages["quantize"].facts, QuantizedModel, "stage quantize")
-    for ref in (exported.file, model.file, model.mixed):
+    for ref in (exported.file, model.file, model.mixed, model.integer):
         if ref is not None and ref not in manifest.files:
             raise BundleError(
                 f"{bundle}: {ref.path} is not in the list of files. Build it again: edgeres build {bundle}"
@@ -348,6 +365,8 @@ def engine_words(engine: Engine) -> str:
     if engine.backend == "cpu":
         from edgeres.backends import cpu
 
-        return cpu.describe(engine.precision)
+        how = cpu.describe(engine.precision, engine.file.path == files.INTEGER_MODEL)
+        times = [f"{name} {ms:.2f} ms" for name, ms in engine.measured_ms.items()]
+        return f"{how}; measured: {', '.join(times)}" if times else how
     made_by = f"{engine.built_for.get('flavour', engine.backend)} {engine.built_for.get('tensorrt', '')}".strip()
     return f"{engine.file.path} by {made_by}, {engine.summary.words if engine.summary else 'its layers are not known'}"

@@ -239,10 +239,11 @@ def read_baseline(path: Path) -> Report:
 
 def known_meaning(engine: Engine, reference: np.ndarray, logits: np.ndarray) -> Optional[np.ndarray]:
     """Return what an engine's model answers where that is known already: an FP32 model is the reference, and the CPU
-    computes just what the file says. None elsewhere."""
+    computes just what the model's own file says. None elsewhere."""
     if engine.precision == "fp32":
         return reference
-    return logits if engine.backend == "cpu" else None
+    own = engine.file.path == files.model_file(engine.precision)
+    return logits if engine.backend == "cpu" and own else None
 
 
 def computed_meaning(

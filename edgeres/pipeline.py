@@ -377,13 +377,16 @@ class Build:
 
         else:
             from edgeres import explanation, recovery
-            from edgeres.compilation import activation_range
+            from edgeres.compilation import activation_range, pairs_weights
             from edgeres.quantize import grouped_in_file, int8_content, plan_file, shiftable_file, twin_file
+            from edgeres.targets import resolve
 
             fp32 = self.workspace.folder / files.FP32_MODEL
             own, self.grouped = self.imported, grouped_in_file(fp32)
             inputs["left_float"] = self.left_float
-            placement = plan_file(fp32, exported.modules, keep, self.left_float)
+            inputs["paired"] = paired = pairs_weights(self.recipe)
+            inputs["for_cpu"] = resolve(self.recipe.engine)[1] == "cpu"
+            placement = plan_file(fp32, exported.modules, keep, self.left_float, paired)
             every = {*plan_file(fp32, exported.modules, keep).tensors, *placement.tensors}
             shifted = activation_range(self.recipe) == "shifted"
             statistics = self.observe(exported, tuple(sorted(every)))
@@ -430,6 +433,8 @@ class Build:
             second = ""
         if not any(layer.precision == "int8" for layer in layers):
             self.warn("NOT ONE layer is in int8: see `edgeres inspect` for the reason of each")
+        integer = self._write_integer(name)
+        paths += [integer] if integer else []
         count = sum(layer.precision == "int8" for layer in layers)
         grouped = sum(layer.precision == "int8" for layer in layers if layer.node in self.grouped)
         shifted = sum(value.shift > 0 for value in ranges.values())
@@ -440,10 +445,21 @@ class Build:
             mixed=files.file_ref(self.workspace.folder, second) if second else None,
             activation_range="shifted" if shifted else "symmetric",
             grouped_int8=grouped,
+            integer=files.file_ref(self.workspace.folder, integer) if integer else None,
         )
         made = f"{name}, {counted(count, 'layer')} in int8"
         made += f", {counted(shifted, 'tensor')} over the full range" if shifted else ""
         return noun, tuple(paths), made
+
+    def _write_integer(self, name: str) -> str:
+        """Write the Q/DQ model in integer operators where the engine is for a CPU; return the file's name, or none."""
+        from edgeres.quantize import integer_content
+        from edgeres.targets import resolve
+
+        if resolve(self.recipe.engine)[1] != "cpu":
+            return ""
+        self.workspace.write(files.INTEGER_MODEL, integer_content(self.workspace.folder / name))
+        return files.INTEGER_MODEL
 
     def make(self, exported: ExportedModel) -> None:
         """Quantize, compile and validate at the present level of recovery, with what is given back to float."""
@@ -475,7 +491,9 @@ class Build:
         section = self.recipe.engine
         backend, target = resolve(section)
         inputs = {
-            "models": [to_data(ref) for ref in (exported.file, model.file, model.mixed) if ref is not None],
+            "models": [
+                to_data(ref) for ref in (exported.file, model.file, model.mixed, model.integer) if ref is not None
+            ],
             "precision": model.precision,
             "preprocessing": to_data(self.recipe.preprocessing),
             "engine": to_data(section),

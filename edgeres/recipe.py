@@ -32,6 +32,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 ACTIVATION_RANGES = ("auto", "symmetric", "shifted")
 GROUPED = ("auto", "int8", "float")
+WEIGHT_RANGES = ("auto", "full", "paired")
 RECOVERIES = ("auto", "none", "fast", "full")
 POLICIES = ("ci", "point")
 ENGINE_INPUTS = ("auto", "uint8", "float32")
@@ -89,11 +90,14 @@ class QuantizationSection(msgspec.Struct, frozen=True):
     ``fast``, ``full``, or ``auto``, which is ``fast``, and more where the verdict is ``fail``. Then ``auto`` and
     ``full`` also give layers back to float until the accuracy budget is kept, for up to ``budget_minutes``; 0: neither.
     ``grouped`` is how convolutions in groups run: ``int8``, ``float``, or ``auto``, which is by the engine's target.
+    ``weight_range`` is ``full``; ``paired``, which keeps neighbours within what 16 bits hold beside any byte; or
+    ``auto``, by the engine's target.
     """
 
     keep_float: Tuple[str, ...] = ()
     activation_range: str = "auto"
     grouped: str = "auto"
+    weight_range: str = "auto"
     recovery: str = "auto"
     budget_minutes: float = 10.0
 
@@ -395,6 +399,9 @@ def _mistakes(recipe: Recipe) -> List[str]:
     if recipe.quantization.grouped not in GROUPED:
         given = recipe.quantization.grouped
         problems.append(f"quantization.grouped: {given!r} is not one of {', '.join(GROUPED)}")
+    if recipe.quantization.weight_range not in WEIGHT_RANGES:
+        given = recipe.quantization.weight_range
+        problems.append(f"quantization.weight_range: {given!r} is not one of {', '.join(WEIGHT_RANGES)}")
     return problems
 
 

@@ -128,6 +128,7 @@ def content(
 
 
 def _recovery(job: Build, scalings: Mapping[str, Scaling]) -> Recovery:
+    from edgeres.compilation import pairs_weights
     from edgeres.quantize.recover import Recovery
 
     images, batch = images_of(job)
@@ -137,6 +138,7 @@ def _recovery(job: Build, scalings: Mapping[str, Scaling]) -> Recovery:
         images=[images[start : start + batch] for start in range(0, len(images), batch)],
         rounds=reconstruction(job)[0] if level(job) > 1 else 0,
         left_float=job.left_float,
+        paired=pairs_weights(job.recipe),
     )
 
 

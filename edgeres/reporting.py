@@ -36,6 +36,7 @@ from edgeres.workspace import Workspace
 
 SHOWN = 24  # samples with their pictures
 SIDE = 160  # pixels, the longer side of a picture
+SAME_DB = 60.0  # from here on an engine is as sure as its model is, in whole percent
 BENCH = ".bench.json"  # behind a bundle's name: where a result of `bench` is looked for, beside the bundle
 
 
@@ -206,8 +207,9 @@ def _changes(folder: Path, manifest: Manifest, report: Report) -> Tuple[List[Fli
     reference = _reference(folder, manifest)
     if reference is None or not report.answers or len(reference["logits"]) != report.samples:
         return [], "The answers to each sample are not in this bundle."
-    logits = None
-    if report.backend == "cpu":  # which computes what the model means, and that is in the bundle
+    logits, parts = None, report.attribution
+    # The bundle holds what the model means, and not what the engine answered, which may be the same.
+    if parts is not None and (parts.engine.sqnr_db is None or parts.engine.sqnr_db >= SAME_DB):
         meaning = _reference(folder, manifest, files.MEANING)
         logits = None if meaning is None else meaning["logits"]
     return flips(reference, unpacked(report.answers, report.samples), logits), ""

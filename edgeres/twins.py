@@ -169,7 +169,8 @@ def _twins(bundle: Folder, engine: LoadedEngine, settings: Settings) -> Dict[str
     if record.backend == "cpu" and record.precision != "fp32":
         from edgeres.backends import cpu
 
-        records = [msgspec.structs.replace(fp32_record(manifest), options=cpu.options_for("fp32"))]
+        options = {**cpu.options_for("fp32"), **{k: v for k, v in record.options.items() if k == cpu.THREADS}}
+        records = [msgspec.structs.replace(fp32_record(manifest), options=options)]
     found: Dict[str, Callable[[], LoadedEngine]] = {}
     for twin in () if settings.alone else records:
         found[twin.precision] = partial(_open_twin, bundle, manifest, twin, settings.threads)

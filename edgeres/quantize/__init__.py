@@ -1,7 +1,8 @@
 """ExportedModel + CalibrationTable → QuantizedModel: where int8 goes and why, written as standard ONNX.
 
-``plan`` decides where, ``shiftable`` what may have the full int8 range; ``write_int8``, ``write_mixed`` and
-``write_fp16`` write, ``lint`` states the rules that every written graph keeps; the rest does it from file to file.
+``plan`` decides where, ``shiftable`` what may have the full int8 range; ``write_int8``, ``write_mixed``,
+``write_integer`` and ``write_fp16`` write, ``lint`` states the rules that every written graph but the integer form
+keeps; the rest does it from file to file.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from edgeres.quantize.documents import (
     fp16_content,
     grouped_in_file,
     int8_content,
+    integer_content,
     mixed_content,
     plan_file,
     shiftable_file,
@@ -32,6 +34,7 @@ __all__ = [
     "fp16_content",
     "grouped_in_file",
     "int8_content",
+    "integer_content",
     "lint",
     "mixed_content",
     "plan",

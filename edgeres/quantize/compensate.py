@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeres.affine import QMAX, channel_amax, scale_from_amax
+from edgeres.affine import QMAX
 from edgeres.quantize.follow import Follower, Quantizer, padded
 from edgeres.quantize.graph import WEIGHTED, attribute
-from edgeres.quantize.placement import Placement
+from edgeres.quantize.placement import Placement, Weight
+from edgeres.quantize.saturation import REACH, partners, weight_scale
 
 RIDGE = 1.0  # pulls the least squares to the original weights, in shares of each input's own variance: with less they
 # learn the calibration images (CONTRIBUTING, decisions)
@@ -85,7 +86,7 @@ def compensate(
         images: batches, float32 ``(n, 3, H, W)``, normalized.
         rounding: False leaves the weights' integers as plain rounding has them, and corrects biases only.
     """
-    axes = {weight.readers[0][0]: weight.axis for weight in placement.weights if len(weight.readers) == 1}
+    planned = {weight.readers[0][0]: weight for weight in placement.weights if len(weight.readers) == 1}
     found = Compensation({}, {})
     constants: dict[str, Tensor] = {}
     chunks = [_Chunk({follower.input: x}, {follower.input: x}, {}) for x in map(torch.from_numpy, images)]
@@ -95,7 +96,7 @@ def compensate(
     with torch.no_grad():
         for node in order:
             if _is_layer(follower, node):
-                _fit(follower, node, axes.get(node.name), chunks, quantizer, constants, found, rounding)
+                _fit(follower, node, planned.get(node.name), chunks, quantizer, constants, found, rounding)
                 progress(layers.index(node) + 1, len(layers))
             for chunk in chunks:
                 chunk.exact[node.output[0]] = follower.step(node, chunk.exact, {}, None)
@@ -123,26 +124,28 @@ def _is_layer(follower: Follower, node: onnx.NodeProto) -> bool:
 def _fit(
     follower: Follower,
     node: onnx.NodeProto,
-    axis: int | None,
+    planned: Weight | None,
     chunks: list[_Chunk],
     quantizer: Quantizer,
     constants: dict[str, Tensor],
     found: Compensation,
     rounding: bool,
 ) -> None:
-    """Find one layer's weights (``axis`` is their output channels'; None leaves them) and bias."""
+    """Find one layer's weights (``planned`` is what the plan says of them; None leaves them) and bias."""
     weights = follower.constants[node.input[1]].double()
     rows = weights.T if _columns_are_outputs(node) else weights
     groups = attribute(node, "group", 1)
     assert isinstance(groups, int)
     flat = rows.reshape(groups, rows.shape[0] // groups, -1)  # (g, K / g, D)
-    moments = _moments(follower, node, chunks, quantizer, constants, rounding and axis is not None)
+    moments = _moments(follower, node, chunks, quantizer, constants, rounding and planned is not None)
     fitted = flat
-    if axis is not None:
-        scale = scale_from_amax(channel_amax(rows.float().numpy(), 0))
+    if planned is not None:
+        scale = weight_scale(rows.float().numpy(), 0, planned.paired)
+        mates = torch.from_numpy(partners(rows.shape)) if planned.paired else None
         steps = torch.from_numpy(scale.astype(np.float64)).reshape(groups, -1)
         fitted = torch.stack([
-            _rounded(flat[i], steps[i], moments, i) if rounding else nearest(flat[i], steps[i]) for i in range(groups)
+            _rounded(flat[i], steps[i], moments, i, mates) if rounding else nearest(flat[i], steps[i], mates)
+            for i in range(groups)
         ])  # fmt: skip
         found.scales[node.input[1]] = scale
         new = fitted.reshape(rows.shape)
@@ -163,18 +166,19 @@ def _columns_are_outputs(node: onnx.NodeProto) -> bool:
     return node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
 
 
-def _rounded(weights: Tensor, steps: Tensor, moments: _Moments, group: int) -> Tensor:
+def _rounded(weights: Tensor, steps: Tensor, moments: _Moments, group: int, mates: Tensor | None) -> Tensor:
     """Return a group's weights, float64 ``(K, D)``, fitted and then rounded to multiples of ``steps``, ``(K,)``.
 
     A row that this does not bring nearer to its target than plain rounding would is rounded plainly.
     """
     square, cross = moments.square[group], moments.cross[group]
     if not (torch.isfinite(square).all() and torch.isfinite(cross).all()):  # values near float32's largest
-        return nearest(weights, steps)
+        return nearest(weights, steps, mates)
     scarcity = max(1.0, ENOUGH * weights.shape[1] / moments.positions)
     ridge = torch.diag(RIDGE * scarcity * torch.diagonal(square) + 1e-12)
     fitted = weights + torch.linalg.solve(square + ridge, cross - square @ weights.T).T
-    turned, plain = round_in_turn(fitted, steps, square, DAMPING * scarcity), nearest(weights, steps)
+    turned = round_in_turn(fitted, steps, square, DAMPING * scarcity, mates)
+    plain = nearest(weights, steps, mates)
 
     def distance(rows: Tensor) -> Tensor:  # from the target, squared, but for a constant
         return ((rows @ square - 2 * cross.T) * rows).sum(1)
@@ -182,12 +186,28 @@ def _rounded(weights: Tensor, steps: Tensor, moments: _Moments, group: int) -> T
     return torch.where((distance(turned) > distance(plain))[:, None], plain, turned)
 
 
-def nearest(weights: Tensor, steps: Tensor) -> Tensor:
-    """Return ``weights``, float64 ``(K, D)``, rounded to the nearest int8 multiples of ``steps``, float64 ``(K,)``."""
-    return torch.clamp(torch.round(weights / steps[:, None]), -QMAX, QMAX) * steps[:, None]
+def nearest(weights: Tensor, steps: Tensor, mates: Tensor | None = None) -> Tensor:
+    """Return ``weights``, float64 ``(K, D)``, rounded to the nearest int8 multiples of ``steps``, float64 ``(K,)``;
+    with ``mates``, each input's neighbour, no pair reaches too far."""
+    integers = torch.clamp(torch.round(weights / steps[:, None]), -QMAX, QMAX)
+    return (integers if mates is None else kept_in_reach(integers, mates)) * steps[:, None]
 
 
-def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor, damping: float = DAMPING) -> Tensor:
+def kept_in_reach(integers: Tensor, mates: Tensor) -> Tensor:
+    """Return integers ``(K, D)`` of which the larger of each pair is brought back where both reach too far."""
+    other = integers[:, mates]
+    excess = torch.clamp((integers + other).abs() - REACH, min=0) * (integers * other > 0) * (mates != _places(mates))
+    larger = (integers.abs() > other.abs()) | ((integers.abs() == other.abs()) & (_places(mates) < mates))
+    return integers - torch.sign(integers) * excess * larger
+
+
+def _places(mates: Tensor) -> Tensor:
+    return torch.arange(len(mates))
+
+
+def round_in_turn(
+    weights: Tensor, steps: Tensor, square: Tensor, damping: float = DAMPING, mates: Tensor | None = None
+) -> Tensor:
     """Return ``weights`` rounded to int8 multiples of ``steps``, each input's error passed on to those after it.
 
     Passing errors on is greedy. A row that loses by it is rounded to the nearest instead, so that none does.
@@ -197,6 +217,7 @@ def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor, damping: float
         steps: float64 ``(K,)``.
         square: float64 ``(D, D)``, the covariance of the inputs.
         damping: in shares of the mean variance, what is added to every input's.
+        mates: int64 ``(D,)``, each input's neighbour, if no pair may reach too far.
 
     Source: Frantar et al. 2023 (arXiv:2210.17323), section 3, step 3 (Cholesky) and algorithm 1, with inputs taken in
     the order of falling variance.
@@ -205,20 +226,29 @@ def round_in_turn(weights: Tensor, steps: Tensor, square: Tensor, damping: float
     variance = torch.diagonal(square).clone()
     order = torch.argsort(variance, descending=True)
     inverse = _inverse_factor(square[order][:, order], float(damping * variance.mean().clamp(min=0)) + 1e-12)
-    rest, rounded = weights[:, order].clone(), torch.empty_like(weights)
+    rest, rounded = weights[:, order].clone(), torch.zeros_like(weights)
+    place = torch.arange(size) if mates is None else torch.argsort(order)[mates[order]]  # of each one's neighbour
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
         part, own = rest[:, start:stop], inverse[start:stop, start:stop]
         errors = torch.empty_like(part)
         for j in range(stop - start):
             column = part[:, j]
-            rounded[:, start + j] = torch.clamp(torch.round(column / steps), -QMAX, QMAX) * steps
+            least, most = _room(rounded, place, start + j, steps)
+            rounded[:, start + j] = torch.clamp(torch.round(column / steps), least, most) * steps
             errors[:, j] = (column - rounded[:, start + j]) / own[j, j]
             part[:, j:] -= errors[:, j : j + 1] * own[j, j:]
         rest[:, stop:] -= errors @ inverse[start:stop, stop:]
-    turned, plain = rounded[:, torch.argsort(order)], nearest(weights, steps)
+    turned, plain = rounded[:, torch.argsort(order)], nearest(weights, steps, mates)
     worse, before = (((rows - weights) @ square * (rows - weights)).sum(1) for rows in (turned, plain))
     return torch.where((worse > before)[:, None], plain, turned)
+
+
+def _room(rounded: Tensor, place: Tensor, column: int, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest integer of each row that a column may take beside its neighbour's, which is 0
+    where it comes later."""
+    mate = torch.round(rounded[:, place[column]] / steps)
+    return torch.clamp(-REACH - mate.clamp(max=0), min=-QMAX), torch.clamp(REACH - mate.clamp(min=0), max=QMAX)
 
 
 def _inverse_factor(square: Tensor, floor: float) -> Tensor:

@@ -15,6 +15,7 @@ from edgeres.quantize.graph import Graph
 from edgeres.quantize.grouped import grouped_nodes
 from edgeres.quantize.half import write_fp16
 from edgeres.quantize.insert import write_int8
+from edgeres.quantize.integer import write_integer
 from edgeres.quantize.lint import check
 from edgeres.quantize.mixed import write_mixed
 from edgeres.quantize.placement import Placement, plan
@@ -28,9 +29,10 @@ def plan_file(
     modules: Mapping[str, str],
     keep_float: Sequence[str],
     given_back: Mapping[str, str] = MappingProxyType({}),
+    paired: bool = False,
 ) -> Placement:
     """Return the plan for an FP32 file; see :func:`edgeres.quantize.placement.plan`."""
-    return plan(onnx.load(fp32), modules, keep_float, given_back)
+    return plan(onnx.load(fp32), modules, keep_float, given_back, paired)
 
 
 def grouped_in_file(fp32: Path) -> dict[str, str]:
@@ -84,6 +86,12 @@ def fp16_content(fp32: Path, modules: Mapping[str, str]) -> tuple[bytes, tuple[L
     model, layers = write_fp16(onnx.load(fp32), dict(modules))
     check(model, "model.fp16.onnx")
     return model.SerializeToString(deterministic=True), layers
+
+
+def integer_content(int8: Path) -> bytes:
+    """Return the integer form of a Q/DQ file; see :func:`edgeres.quantize.integer.write_integer`."""
+    content: bytes = write_integer(onnx.load(int8)).SerializeToString(deterministic=True)
+    return content
 
 
 def mixed_content(int8: Path) -> bytes:

@@ -7,7 +7,7 @@ alone: TensorRT 8.5 wants three inputs on Q and DQ, and no version before 10 is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgeres.affine import channel_amax, scale_from_amax
 from edgeres.artifacts import TensorRange
 from edgeres.errors import QuantizationError
 from edgeres.quantize.graph import Graph
 from edgeres.quantize.lint import check
 from edgeres.quantize.placement import Placement, Weight
+from edgeres.quantize.saturation import weight_scale
 from edgeres.quantize.shift import write_shifted
 
 
@@ -53,8 +53,11 @@ def write_int8(
     names = _Names(result)
     behind: dict[str, list[onnx.NodeProto]] = {}
     front: list[onnx.NodeProto] = []
-    for weight in placement.weights:
-        scale = _weight_scale(graph, weight, weight_scales)
+    scales = [_weight_scale(graph, weight, weight_scales) for weight in placement.weights]
+    _round_biases(graph, placement, ranges, scales)
+    meant = onnx.ModelProto()
+    meant.CopyFrom(result)
+    for weight, scale in zip(placement.weights, scales, strict=True):
         pair, output = _pair(result, names, weight.tensor, scale, weight.axis)
         front.extend(pair)
         for name, index in weight.readers:
@@ -68,8 +71,27 @@ def write_int8(
     shifts = {point.tensor: shift_of(ranges[point.range_of]) for point in placement.points}
     if any(shift.any() for shift in shifts.values()):
         result = write_shifted(result, {tensor: shift for tensor, shift in shifts.items() if shift.any()})
-    check(result, "model.int8.onnx", placement.kept, model)
+    check(result, "model.int8.onnx", placement.kept, meant)
     return result
+
+
+def _round_biases(
+    graph: Graph, placement: Placement, ranges: Mapping[str, TensorRange], steps: Sequence[np.ndarray]
+) -> None:
+    """Round the biases beside paired weights to whole steps of the layer's sums, as integer kernels add them.
+
+    Args:
+        steps: of each of the plan's weights, its scales.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    scales = {reader: ranges[point.range_of].scale for point in placement.points for reader in point.readers}
+    for weight, scale in zip(placement.weights, steps, strict=True):
+        for name, _ in weight.readers if weight.paired else ():
+            node = nodes[name]
+            bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+            unit = scale.astype(np.float64) * scales.get((name, 0), 0.0)
+            if bias is not None and bias.shape == unit.shape and unit.all() and len(graph.uses(node.input[2])) == 1:
+                graph.set_values(node.input[2], np.rint(bias / unit) * unit)
 
 
 def shift_of(chosen: TensorRange) -> np.ndarray:
@@ -78,10 +100,10 @@ def shift_of(chosen: TensorRange) -> np.ndarray:
 
 
 def _weight_scale(graph: Graph, weight: Weight, given: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return a weight's steps, float32 ``(K,)``: those that were given, or what reaches its largest magnitudes."""
+    """Return a weight's steps, float32 ``(K,)``: those that were given, or those that just reach what it holds."""
     values = numpy_helper.to_array(graph.initializers[weight.tensor]).astype(np.float32)
     if weight.tensor not in given:
-        return scale_from_amax(channel_amax(values, weight.axis))
+        return weight_scale(values, weight.axis, weight.paired)
     scale = np.asarray(given[weight.tensor], np.float32)
     if scale.shape != (values.shape[weight.axis],) or not (np.isfinite(scale).all() and (scale > 0).all()):
         raise QuantizationError(

@@ -46,11 +46,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Weight:
-    """One Q/DQ pair on a weight: output channels lie along ``axis``; ``readers`` as in :class:`Point`."""
+    """One Q/DQ pair on a weight: output channels lie along ``axis``; ``readers`` as in :class:`Point`.
+
+    ``paired``: its integers are to be such that no multiply–add saturates; see :mod:`edgeres.quantize.saturation`.
+    """
 
     tensor: str
     axis: int
     readers: tuple[tuple[str, int], ...]
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def plan(
     modules: Mapping[str, str],
     keep_float: Sequence[str] = (),
     given_back: Mapping[str, str] = MappingProxyType({}),
+    paired: bool = False,
 ) -> Placement:
     """Return where int8 goes in ``model``, with a reason for every node.
 
@@ -97,6 +102,7 @@ def plan(
         keep_float: shell patterns of torch modules, each with all that is inside it, or of node names, that stay in
             float.
         given_back: more nodes that stay in float, by name, and why.
+        paired: of all weights, as in :class:`Weight`.
 
     Raises:
         QuantizationError: a pattern of ``keep_float`` names nothing.
@@ -127,7 +133,7 @@ def plan(
         Point(tensor, draft.ranges[tensor], tuple(readers))
         for tensor, readers in sorted(draft.activations.items(), key=lambda item: order[item[0]])
     )
-    weights = tuple(Weight(name, axis, tuple(readers)) for (name, axis), readers in draft.weights.items())
+    weights = tuple(Weight(name, axis, tuple(readers), paired) for (name, axis), readers in draft.weights.items())
     return Placement(points, weights, layers, tuple(name for name in kept if name not in gated))
 
 

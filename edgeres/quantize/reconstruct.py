@@ -24,12 +24,13 @@ from torch.nn import functional as F
 
 from edgeres.affine import QMAX, QMIN, SHIFTED, SYMMETRIC
 from edgeres.artifacts import TensorRange
-from edgeres.quantize.compensate import Compensation
+from edgeres.quantize.compensate import Compensation, kept_in_reach
 from edgeres.quantize.follow import Follower, Quantizer
 from edgeres.quantize.graph import WEIGHTED, Graph
 from edgeres.quantize.insert import shift_of
 from edgeres.quantize.offset import Shape, shapes_of
 from edgeres.quantize.placement import Placement
+from edgeres.quantize.saturation import partners
 
 ROUNDS, FEWEST = 400, 60
 WORK, SECONDS = 3.2e10, 120.0
@@ -93,13 +94,15 @@ def reconstruct(
     """
     start, weight_scales = found.constants, found.scales
     axes = {weight.tensor: weight.axis for weight in placement.weights}
+    paired = {weight.tensor for weight in placement.weights if weight.paired}
     steps = {name: _spread(scale, start[name].ndim, axes[name]) for name, scale in weight_scales.items()}
     weights = {n: (torch.from_numpy(start[n]) / s).requires_grad_(True) for n, s in steps.items()}
     biases = {n: torch.from_numpy(v.copy()).requires_grad_(True) for n, v in start.items() if n not in steps}
     quantizer = _quantizer(placement, ranges)
 
     def constants() -> dict[str, Tensor]:
-        rounded = {n: torch.clamp(straight_through(w), -QMAX, QMAX) * steps[n] for n, w in weights.items()}
+        rounded = {n: torch.clamp(straight_through(w), -QMAX, QMAX) for n, w in weights.items()}
+        rounded = {n: (in_reach(w, axes[n]) if n in paired else w) * steps[n] for n, w in rounded.items()}
         return {**rounded, **biases}
 
     optimizer = torch.optim.Adam(
@@ -129,6 +132,13 @@ def reconstruct(
         values = {name: value.detach().numpy() for name, value in constants().items()}
     finite = all(np.isfinite(value).all() for value in values.values())
     return Compensation(values, found.scales) if finite else None
+
+
+def in_reach(integers: Tensor, axis: int) -> Tensor:
+    """Return a weight's integers with no pair that reaches too far."""
+    rows = integers.movedim(axis, 0)
+    mates = torch.from_numpy(partners(rows.shape))
+    return kept_in_reach(rows.reshape(len(rows), -1), mates).reshape(rows.shape).movedim(0, axis)
 
 
 def _quantizer(placement: Placement, ranges: Mapping[str, TensorRange]) -> Quantizer:

@@ -91,7 +91,7 @@ class Recovery:
     read exact pixels; None leaves it as it is. ``images`` are batches, float32 ``(n, 3, H, W)``, normalized.
     ``rounding``: whether weights are rounded by the layer's output, or each to its nearest. ``rounds`` are
     reconstruction's, by gradient; 0 leaves it out. ``left_float``: nodes that stay in float besides those that
-    the recipe names, and why.
+    the recipe names, and why. ``paired``: whether weights are to be such that no multiply–add saturates.
     """
 
     scalings: Mapping[str, Scaling]
@@ -100,6 +100,7 @@ class Recovery:
     rounding: bool = True
     rounds: int = 0
     left_float: Mapping[str, str] = field(default_factory=dict)
+    paired: bool = False
 
 
 def recovered_content(
@@ -141,13 +142,13 @@ def scaled(
     """Return the float graph that Q/DQ goes into, scaled and with a bias in every layer, its plan, and its ranges."""
     factors = {name: part.factors for name, part in recovery.scalings.items()}
     model = with_biases(apply_factors(onnx.load(fp32), factors))
-    placement, ranges = plan(model, modules, keep_float, recovery.left_float), dict(ranges)
+    placement, ranges = plan(model, modules, keep_float, recovery.left_float, recovery.paired), dict(ranges)
     source = Graph(model).inputs[0]
     if recovery.exact_input is not None and source in placement.tensors:
         model, pixels = exact_pixels(model, recovery.exact_input)
         if pixels:
             ranges[pixels] = pixel_range(recovery.exact_input, ranges[source].elements)
-            placement = plan(model, modules, keep_float, recovery.left_float)
+            placement = plan(model, modules, keep_float, recovery.left_float, recovery.paired)
     return model, placement, {name: ranges[name] for name in placement.tensors}
 
 

@@ -14,12 +14,13 @@ import onnx
 import torch
 from torch import Tensor
 
-from edgeres.affine import QMAX, QMIN, channel_amax, dequantize, quantize, scale_from_amax
+from edgeres.affine import QMAX, QMIN, dequantize, quantize
 from edgeres.artifacts import TensorRange
 from edgeres.quantize.follow import Follower, Quantizer
 from edgeres.quantize.graph import Graph
 from edgeres.quantize.insert import shift_of
 from edgeres.quantize.placement import Placement
+from edgeres.quantize.saturation import weight_scale
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Twin:
             if weight.tensor in given:
                 continue
             values = graph.values(weight.tensor).astype(np.float32)
-            scale = scale_from_amax(channel_amax(values, weight.axis))
+            scale = weight_scale(values, weight.axis, weight.paired)
             rounded = dequantize(quantize(values, scale, weight.axis), scale, weight.axis)
             for node, _ in weight.readers:
                 found[node][weight.tensor] = torch.from_numpy(rounded)

@@ -190,5 +190,10 @@ def followed() -> Callable[..., Followed]:
 
 @pytest.fixture
 def quantize(tmp_path: Path) -> Callable[..., Net]:
-    """Return ``quantize(module, keep_float)``: any module for 32×32 images, calibrated on random ones and quantized."""
-    return lambda module, keep_float=(): quantized(module, tmp_path, keep_float)
+    """Return ``quantize(module, keep_float, shift)``: any module for 32×32 images, calibrated on random ones and
+    quantized; with a seed its batch norms come alive first."""
+
+    def make(module: nn.Module, keep_float: Sequence[str] = (), shift: bool = False, seed: int | None = None) -> Net:
+        return quantized(module if seed is None else enliven(module, seed), tmp_path, keep_float, shift)
+
+    return make

@@ -20,6 +20,7 @@ from edgeres.bundle import verify
 from edgeres.cli import cli
 from edgeres.errors import BundleError, CalibrationError, EdgeresError, IntegrityError, RecipeError
 from edgeres.inspection import inspect_bundle
+from edgeres.judge import open_file
 from edgeres.progress import Progress
 from edgeres.quantize import lint
 from edgeres.recipe import dossier
@@ -85,7 +86,7 @@ def test_default_is_verified_and_passes(digits: Path) -> None:
     assert report.top1_reference > 0.98
     assert report.agreement >= 0.998
     assert report.verdict in ("pass", "inconclusive")  # fewer than two flips among 1,000 decide which
-    models = ["model.fp32.onnx", "model.int8.onnx"]
+    models = ["model.fp32.onnx", "model.int8.onnx", "model.int8-cpu.onnx"]
     found = ["calibration.json", "statistics.npz", "scalings.npz", "reference.npz", "report.json", "report.html"]
     assert sorted(f.path for f in manifest.files) == sorted(
         [*models, *found, "errors.json", "quantized.npz", "recipe.toml"]
@@ -180,8 +181,14 @@ def test_engine_means_what_the_file_says(digits: Path) -> None:
     session = ort.InferenceSession(digits / "model.int8.onnx", options, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(1).standard_normal((64, 3, 32, 32)).astype(np.float32)
     meaning = session.run(None, {"input": x})[0]
+    np.testing.assert_array_equal(open_file(digits / "model.int8.onnx", "int8")(x), meaning)
     with edgeres.load(digits) as engine:
-        np.testing.assert_array_equal(engine(x), meaning)
+        noise = np.square(engine(x).astype(np.float64) - meaning).sum()
+    assert 10 * np.log10(np.square(meaning.astype(np.float64)).sum() / noise) >= 33
+    report = verify(digits).report
+    assert report is not None
+    assert report.attribution is not None
+    assert report.attribution.engine.agreement == 1.0  # on a thousand digits
 
 
 def test_second_build_reuses_every_stage(copy: Path) -> None:

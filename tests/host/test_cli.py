@@ -185,7 +185,8 @@ def test_compile_replaces_the_engine_of_its_target_and_nothing_else(place: Path)
     edgeres("build", "--out", "compiled", cwd=place)
     before = {path.name: path.read_bytes() for path in (place / "compiled").iterdir() if path.name != "manifest.json"}
     answer = json.loads(edgeres("compile", "compiled", "--backend", "cpu", "--json", cwd=place).stdout)
-    assert (answer["target"], answer["backend"], answer["file"]["path"]) == ("cpu", "cpu", "model.int8.onnx")
+    assert (answer["target"], answer["backend"], answer["file"]["path"]) == ("cpu", "cpu", "model.int8-cpu.onnx")
+    assert {"int8 in integers", "int8 in float", "fp32"} <= answer["measured_ms"].keys()
     manifest = verify(place / "compiled")
     assert [engine.target for engine in manifest.engines] == ["cpu"]
     assert manifest.report is not None

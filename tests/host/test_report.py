@@ -24,6 +24,7 @@ from edgeres.artifacts import (
     BaselineChange,
     Benchmark,
     CalibrationTable,
+    Change,
     ClassChange,
     Climb,
     Discordant,
@@ -307,6 +308,23 @@ def test_a_picture_is_of_the_very_sample_that_was_judged(tmp_path: Path, picture
     assert [x.get("alt") for x in parsed(content).iter("img")] == shown[2:]
     assert "Some samples have changed or are gone" in words_of(content)
     assert problems(content) == []
+
+
+def test_how_sure_an_engine_is_is_told_where_the_bundle_knows(
+    tmp_path: Path, pictures: Callable[..., np.ndarray]
+) -> None:
+    """The bundle holds the model's logits; an engine whose answers differ from these has its own confidence."""
+    bundle = made(tmp_path / "bundle", photos(tmp_path / "images", pictures, side=24))
+    said = [x.get("alt") or "" for x in parsed(page_of(bundle)).iter("img")]
+    assert all(text.count("% sure)") == 2 for text in said)
+    manifest = verify(bundle)
+    assert manifest.report is not None
+    assert manifest.report.attribution is not None
+    other = msgspec.structs.replace(manifest.report.attribution, engine=Change(1.0, 40.0, 0.0))
+    report = msgspec.structs.replace(manifest.report, attribution=other)
+    (bundle / files.MANIFEST).write_bytes(to_json(msgspec.structs.replace(manifest, report=report)))
+    said = [x.get("alt") or "" for x in parsed(page_of(bundle)).iter("img")]
+    assert all(text.count("% sure)") == 1 for text in said)
 
 
 def test_at_most_24_are_shown_and_all_are_counted(tmp_path: Path, pictures: Callable[..., np.ndarray]) -> None:

@@ -471,6 +471,7 @@ VALUES = {
     "quantization.budget_minutes": ([0, 0.5, 10080], [-1, 10080.5, math.nan, math.inf, "10"]),
     "quantization.activation_range": (["auto", "symmetric", "shifted"], ["full", "", "Shifted", 1]),
     "quantization.grouped": (["auto", "int8", "float"], ["full", "", "Int8", 1]),
+    "quantization.weight_range": (["auto", "full", "paired"], ["half", "", "Paired", 1]),
     "quantization.recovery": (["auto", "none", "fast", "full"], ["some", "", "Fast", 1]),
     "validation.max_drop": ([0, 0.0, 0.5, 100], [-0.1, 100.1, math.nan, math.inf, -math.inf, "0.5", 10**400]),
     "validation.policy": (["ci", "point"], ["CI", ""]),

@@ -2,10 +2,11 @@
 
 By default ONNX Runtime fuses Q/DQ into int8 kernels. On x86 processors without VNNI their 8-bit multiply–add saturates
 at 16 bits, and everywhere their fused requantization rounds at other places than the file does; either costs accuracy
-that no other runtime of the same file loses. So Q/DQ stays in float here: the weights are dequantized once, activations
-are rounded to their grid where the file says so, and everything else is optimized as usual, but for the last level:
-its blocked layout sums in another order, which flips a rounding here and there. Without it the answers are those of the
-unoptimized graph, bit for bit.
+that no other runtime of the same file loses. So a model is either written for these kernels, with weights that cannot
+saturate (``model.int8-cpu.onnx``), or Q/DQ stays in float: the weights are dequantized once, activations are rounded to
+their grid where the file says so, and everything else is optimized as usual, but for the last level: its blocked layout
+sums in another order, which flips a rounding here and there. Without it the answers are those of the unoptimized graph,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import onnxruntime as ort
 from edgeres.artifacts import Engine, FileRef
 from edgeres.errors import BackendError, first_line
 
+THREADS = "threads"
 LEVEL = "graph_optimization_level"
 LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -82,22 +84,25 @@ def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] 
 
     Args:
         content: the ONNX file's bytes, already verified.
-        options: as the Engine holds them: the level of graph optimization, and session configuration entries.
-        threads: for one operator; None leaves it to onnxruntime (one per core).
+        options: as the Engine holds them: the level of graph optimization, the threads, and session configuration
+            entries.
+        threads: for one operator; None leaves it to the options, and these to onnxruntime (one per core).
 
     Raises:
         BackendError: onnxruntime does not accept the model.
     """
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # what fails is told by the exception
-    if threads is not None:
-        settings.intra_op_num_threads = threads
     try:
         for key, value in options.items():
             if key == LEVEL:
                 settings.graph_optimization_level = LEVELS[value]
+            elif key == THREADS:
+                settings.intra_op_num_threads = int(value)
             else:
                 settings.add_session_config_entry(key, value)
+        if threads is not None:
+            settings.intra_op_num_threads = threads
         return CpuRunner(ort.InferenceSession(content, settings, providers=["CPUExecutionProvider"]))
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
         raise BackendError(f"onnxruntime does not accept this model: {first_line(problem)}") from problem
@@ -121,12 +126,14 @@ def cpu_flags() -> FrozenSet[str]:
     return frozenset()
 
 
-def describe(precision: str = "int8") -> str:
-    """Return in words how a model of this precision is run here."""
+def describe(precision: str = "int8", integers: bool = False) -> str:
+    """Return in words how a model of this precision is run here; ``integers``: in its integer form."""
     if precision == "fp32":
         return "float32"
     if precision == "fp16":
         return "float16 weights, computed in float32 where this CPU has no float16"
+    if integers:
+        return "int8 in onnxruntime's integer kernels, where no sum can saturate (exact)"
     flags = cpu_flags()
     machine = platform.machine()
     if machine in ("x86_64", "AMD64") and not VNNI & flags:

@@ -1,0 +1,131 @@
+"""Which form of a model runs on this CPU, and how fast: the integer form where it computes what the model means, else
+Q/DQ in float; measured beside FP32 where a bundle is compiled for the machine that will run it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import msgspec
+import numpy as np
+
+from edgeres.artifacts import Engine, ExportedModel, FileRef, Latency, QuantizedModel
+from edgeres.backends import Runner
+from edgeres.benchmark import Pace, summarize, take_turns
+from edgeres.errors import BackendError
+from edgeres.provenance import cores
+from edgeres.validation import compare
+
+PACE = Pace(seconds=1.0, warmup=0.1)
+"""For all candidates of a round together: a choice between numbers that are far apart needs no more."""
+INTEGERS, FLOAT, FP32 = "int8 in integers", "int8 in float", "fp32"
+FAITHFUL_DB = 15.0
+"""What lies below is no rounding on the border between two steps, however sensitive the net, but another function."""
+CLEARLY = 0.9
+"""Of the time of what was built and judged, what another choice has to come below: a few rounds tell no less."""
+ONE_THREAD = ", 1 thread"
+
+
+def cpu_engine(
+    folder: Path, exported: ExportedModel, model: QuantizedModel, measure: bool
+) -> Tuple[Engine, Tuple[str, ...]]:
+    """Return a model's engine for this CPU, and warnings.
+
+    Args:
+        folder: holds the files of the two records.
+        measure: whether to time the forms, FP32 and thread counts, and take what is fastest of the model's precision;
+            without, it is the integer form, if there is one.
+
+    Raises:
+        BackendError: onnxruntime does not accept the model.
+    """
+    from edgeres.backends import cpu
+
+    refs = {FLOAT if model.precision == "int8" else model.precision: model.file}
+    with closing(cpu.open_model(folder / model.file.path, model.precision)) as exact:
+        obstacle = _obstacle(folder, exported, model.integer, exact)
+    if model.integer is not None and obstacle is None:
+        refs[INTEGERS] = model.integer
+    warnings = (obstacle,) if obstacle else ()
+    chosen = refs[list(refs)[-1]]
+    engine = cpu.compile_engine(chosen, model.precision, model.activation_range)
+    if not measure or model.precision != "int8":
+        return engine, warnings
+    engine, said = _fastest(folder, exported, engine, refs)
+    return engine, (*warnings, *said)
+
+
+def _obstacle(folder: Path, exported: ExportedModel, integer: Optional[FileRef], exact: Runner) -> Optional[str]:
+    """Return why the integer form cannot be used here; None where it can, or there is none."""
+    from edgeres.backends import cpu
+
+    if integer is None:
+        return None
+    batch = _images(exported, 2)
+    meant = exact(batch)
+    try:
+        with closing(cpu.open_model(folder / integer.path, "int8")) as run:
+            found = compare(meant, run(batch), None, max_drop_pp=0.0, backend="cpu", precision="int8").sqnr_db
+    except BackendError as problem:
+        return f"int8 is computed in float, because this onnxruntime does not run {integer.path}: {problem}"
+    if found is not None and not found >= FAITHFUL_DB:
+        return f"int8 is computed in float, because {integer.path} answers otherwise here ({found:.1f} dB)"
+    return None
+
+
+def _images(exported: ExportedModel, count: int) -> np.ndarray:
+    """Return random network input, float32 ``(count, 3, H, W)``, the same each time."""
+    shape = (count, *exported.input_shape)
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def _fastest(
+    folder: Path, exported: ExportedModel, engine: Engine, refs: Dict[str, FileRef]
+) -> Tuple[Engine, Tuple[str, ...]]:
+    """Return the engine in the form and with the threads that are fastest here, and whether int8 pays at all."""
+    from edgeres.backends import cpu
+
+    image = _images(exported, 1)
+    opened = {name: (ref, cpu.options_for("int8")) for name, ref in refs.items()}
+    opened[FP32] = (exported.file, cpu.options_for("fp32"))
+    times = _timed(folder, opened, image)
+    best = list(refs)[-1]
+    if times[FLOAT].p50_ms < CLEARLY * times[best].p50_ms:
+        best = FLOAT
+    if cores() > 1:
+        alone = {
+            f"{name}{ONE_THREAD}": (opened[name][0], {**opened[name][1], cpu.THREADS: "1"}) for name in (best, FP32)
+        }
+        again = _timed(folder, {best: opened[best], FP32: opened[FP32], **alone}, image)
+        times = {**times, **again}
+        opened.update(alone)
+        if times[f"{best}{ONE_THREAD}"].p50_ms < CLEARLY * times[best].p50_ms:
+            best += ONE_THREAD
+    floats = [name for name in times if name.startswith(FP32)]
+    fp32 = min(floats, key=lambda name: times[name].p50_ms)
+    measured = {name: round(found.p50_ms, 4) for name, found in times.items()}
+    file, options = opened[best]
+    made = msgspec.structs.replace(engine, file=file, options=options, measured_ms=measured)
+    if times[best].p50_ms < times[fp32].p50_ms:
+        return made, ()
+    return made, (
+        f"int8 does not pay on this CPU: {times[best].p50_ms:.2f} ms an image, and {times[fp32].p50_ms:.2f} ms in "
+        "FP32. The engine stays int8, whose verdict the bundle holds; for FP32, build with --precision fp32",
+    )
+
+
+def _timed(folder: Path, opened: Dict[str, Tuple[FileRef, Dict[str, str]]], image: np.ndarray) -> Dict[str, Latency]:
+    """Return the latencies of some models on one image, measured in turns."""
+    from edgeres.backends import cpu
+
+    with ExitStack() as held:
+        calls = {
+            name: partial(
+                held.enter_context(closing(cpu.open_engine((folder / ref.path).read_bytes(), options))), image
+            )
+            for name, (ref, options) in opened.items()
+        }
+        rounds: Dict[str, List[np.ndarray]] = take_turns(calls, PACE)
+    return {name: summarize(name, 1, found) for name, found in rounds.items()}
