@@ -36,7 +36,7 @@ from edgeres.workspace import Workspace
 
 SHOWN = 24  # samples with their pictures
 SIDE = 160  # pixels, the longer side of a picture
-SAME_DB = 60.0  # from here on an engine is as sure as its model is, in whole percent
+SAME_DB = 50.0  # from here on an engine is as sure as its model is, to about a percentage point
 BENCH = ".bench.json"  # behind a bundle's name: where a result of `bench` is looked for, beside the bundle
 
 

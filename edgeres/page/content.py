@@ -154,7 +154,8 @@ def flips(reference: Dict[str, np.ndarray], answers: np.ndarray, logits: Optiona
         reference: the arrays of ``reference.npz``: ``logits`` (N, K), ``names`` (N,), and ``labels``, ``classes`` where
             there are any.
         answers: the engine's, integers (N,).
-        logits: the engine's, (N, K), where they are known.
+        logits: the engine's, or such as are next to them, (N, K), where they are known. What answers otherwise than
+            the engine does not tell how sure that is.
     """
     before = reference["logits"].argmax(axis=1)
     labels, names = reference.get("labels"), reference.get("classes")
@@ -170,7 +171,7 @@ def flips(reference: Dict[str, np.ndarray], answers: np.ndarray, logits: Optiona
                 class_name(old, names),
                 class_name(new, names),
                 _share(reference["logits"][index], old),
-                None if logits is None else _share(logits[index], new),
+                None if logits is None or logits[index].argmax() != new else _share(logits[index], new),
                 {old: "lost", new: "gained"}.get(label, "other") if label is not None else "other",
             )
         )
