@@ -576,7 +576,8 @@ class BoardState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Benchmark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What ``edgeres bench`` measured. ``answers`` say in words what follows from the ratios, ``notes`` what to mind.
 
-    ``resident_bytes`` is the whole process's at the end; ``memory`` is by model.
+    ``resident_bytes`` is the whole process's at the end; ``memory`` is by model. ``engine_sha256`` is of the engine's
+    file, by which a result is known to be a bundle's own.
     """
 
     bundle: str
@@ -594,6 +595,7 @@ class Benchmark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     answers: Tuple[str, ...]
     notes: Tuple[str, ...] = ()
     interval_method: str = "sign test"
+    engine_sha256: str = ""
 
 
 class StageRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -473,6 +473,60 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it there; the bundle stays as it is."
+)
+@click.option("--bench", type=click.Path(path_type=Path), help="What `bench --out` kept. Default: BUNDLE.bench.json.")
+@click.option("--open", "show", is_flag=True, help="Show it in the browser.")
+def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool) -> int:
+    """The page about a bundle, report.html: verdict, changed answers, layers, latency; one file, no network, no script.
+
+    A build writes it; this makes it anew, for the samples' pictures, a benchmark or an older bundle, and binds it.
+    """
+    from edgeres.files import PAGE, write_atomic
+    from edgeres.reporting import page_of, report_bundle
+
+    if out is None:
+        report_bundle(bundle, bench)
+    elif bundle.resolve() in out.resolve().parents:
+        raise click.UsageError(f"--out {out} lies in the bundle. Without --out the page goes there, and is bound.")
+    else:
+        write_atomic(out, page_of(bundle, bench))
+    place = (out or bundle / PAGE).absolute()
+    click.echo(printable(str(place)))
+    if show and click.launch(str(place)):
+        click.echo("there is no browser that this machine can open it with", err=True)
+    return OK
+
+
+@cli.command()
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option(
+    "--json", "as_json", is_flag=True, help="As one JSON object on stdout, with every tensor, layer and sample."
+)
+def diff(first: Path, second: Path, as_json: bool) -> int:
+    """How two bundles differ: recipe, ranges, layers, accuracy (paired by sample), latency, answers.
+
+    It informs and is no gate: exit code 0 however different they are. The gate is `validate --baseline`.
+    """
+    from edgeres.difference import difference, tables, words
+    from edgeres.terminal import show_rows
+
+    found = difference(first, second)
+    if as_json:
+        _print_json(found)
+        return OK
+    click.echo(printable(f"first:  {first}\nsecond: {second}"))
+    for table in tables(found):
+        show_rows(table.columns, table.rows, table.title)
+    for text in words(found):
+        click.echo(printable(text))
+    return OK
+
+
+@cli.command()
 @click.argument("path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
 def inspect(path: Path, as_json: bool) -> int:

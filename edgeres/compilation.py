@@ -32,6 +32,7 @@ from edgeres.errors import BackendError, BundleError
 from edgeres.files import content_ref, file_ref
 from edgeres.noise import scalings_from_bytes
 from edgeres.recipe import EngineSection, Recipe
+from edgeres.reporting import page_loss, with_page
 from edgeres.targets import cpu_instead, gpu_is_usable, require_onnxruntime, resolve
 from edgeres.workspace import Workspace
 
@@ -289,8 +290,9 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
         changed = with_engine(manifest, engine, warnings)
         if changed.report is not None:
             workspace.write(files.REPORT, to_json(changed.report))
+        changed = with_page(workspace.folder, changed)
         workspace.commit(changed)
-    return Bundle(str(bundle), changed), engine, warnings
+    return Bundle(str(bundle), changed), engine, (*warnings, *page_loss(manifest, changed))
 
 
 def _models(bundle: Path, manifest: Manifest) -> Tuple[ExportedModel, QuantizedModel]:

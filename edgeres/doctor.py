@@ -14,6 +14,7 @@ from edgeres.provenance import version
 ABILITIES = (
     ("run a bundle on the CPU", ("onnxruntime",), "cpu"),
     ("read image folders", ("PIL",), "images"),
+    ("write report.html", ("jinja2",), "report"),
     ("build bundles", ("torch", "onnx", "onnxruntime", "safetensors", "numba", "PIL", "tomli_w"), "host"),
 )
 DISTRIBUTIONS = {"PIL": "pillow", "tomli_w": "tomli-w"}

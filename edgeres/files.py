@@ -25,6 +25,7 @@ ERRORS = "errors.json"
 REFERENCE = "reference.npz"
 MEANING = "quantized.npz"
 REPORT = "report.json"
+PAGE = "report.html"
 ENGINES = "engines/"
 
 CHUNK = 1 << 20

@@ -625,6 +625,7 @@ def build(
         EdgeresError: with what is wrong and what to do; the earlier bundle, if any, is whole.
     """
     from edgeres.budget import build_within
+    from edgeres.reporting import with_page
 
     if until not in STAGES:
         raise BundleError(f"there is no stage {until!r}. The stages are {', '.join(STAGES)}")
@@ -637,11 +638,12 @@ def build(
             exported = job.export()
             build_within(job, exported)
         manifest = _manifest(job)
-        lost = workspace.left_out(manifest)
+        lost = [path for path in workspace.left_out(manifest) if path != files.PAGE]  # which is made anew
         if lost:
             for text in _losses(lost, place):
                 job.warn(text)
             manifest = _manifest(job)
+        manifest = with_page(workspace.folder, manifest)
         workspace.commit(manifest)
     return Bundle(str(place), manifest)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
 
 from edgeres.artifacts import (
     Benchmark,
@@ -23,6 +25,7 @@ from edgeres.artifacts import (
     summaries,
 )
 from edgeres.errors import printable
+from edgeres.files import PAGE
 from edgeres.inspection import layer_errors, repairs, worst_errors
 from edgeres.progress import Progress, counted
 from edgeres.validation import advice, baseline_headline, decibels, fallen_words, headline
@@ -34,11 +37,20 @@ SPEEDUP_STYLE = {"faster": "bold green", "slower": "bold red", "undecided": "bol
 
 
 def console(stderr: bool = False) -> Console:
-    """Return a console; plain text where there is no terminal, no colour where NO_COLOR is set, no guessed markup."""
+    """Return a console; plain text where there is no terminal, no colour where NO_COLOR is set, no guessed markup.
+
+    It is as wide as the terminal, or as COLUMNS says.
+    """
     made = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
-    if not made.is_terminal:
+    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         made.width = WIDTH_OF_A_LOG
     return made
+
+
+def _table(columns: Sequence[str], title: str) -> Table:
+    """Return an empty table, whose cells go on in the next line where they are too narrow: nothing is cut off."""
+    headed = [Column(header, overflow="fold") for header in columns]
+    return Table(*headed, title=title or None, title_justify="left")
 
 
 class TerminalProgress(Progress):
@@ -100,13 +112,7 @@ class TerminalProgress(Progress):
 def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
     """Print what a build did and how its result compares with FP32."""
     out = console()
-    table = Table(
-        "stage",
-        "result",
-        "time",
-        title=printable(f"{bundle.manifest.name}, {bundle.manifest.precision}"),
-        title_justify="left",
-    )
+    table = _table(("stage", "result", "time"), printable(f"{bundle.manifest.name}, {bundle.manifest.precision}"))
     for name, text, time in lines:
         table.add_row(*map(printable, (name, text, time)))
     out.print(table)
@@ -120,6 +126,8 @@ def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
     if bundle.report is not None:
         show_report(bundle.report, *repairs(place, bundle.manifest))
     out.print(printable(f"bundle: {bundle.path}"))
+    if any(ref.path == PAGE for ref in bundle.manifest.files):
+        out.print(printable(f"report: {place / PAGE}  (show it: edgeres report {shlex.quote(bundle.path)} --open)"))
 
 
 def show_ladder(climb: Climb) -> None:
@@ -200,9 +208,7 @@ def show_report(report: Report, worst: Sequence[str] = (), untried: str = "") ->
     """Print FP32 and the engine side by side, the verdict in words, and what to do next: see ``advice``."""
     out = console()
     engine = f"{report.precision.upper()} ({report.backend})"
-    table = Table(
-        "", "FP32", engine, title=counted(report.samples, f"{report.samples_source} sample"), title_justify="left"
-    )
+    table = _table(("", "FP32", engine), counted(report.samples, f"{report.samples_source} sample"))
     if report.top1_reference is not None and report.top1_engine is not None:
         table.add_row("top-1", f"{100 * report.top1_reference:.2f} %", f"{100 * report.top1_engine:.2f} %")
     if report.top5_reference is not None and report.top5_engine is not None:
@@ -255,7 +261,7 @@ def show_layers(layers: Sequence[LayerSummary]) -> None:
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table."""
-    table = Table(*columns, title=title or None, title_justify="left")
+    table = _table(columns, title)
     for row in rows:
         table.add_row(*map(printable, row))
     console().print(table)

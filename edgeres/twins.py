@@ -107,6 +107,7 @@ def bench_bundle(
             *_busy(load_average),
             *minding(latencies),
         ),
+        engine_sha256=record.file.sha256,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional, Union
+from typing import Optional, Tuple, Union
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from edgeres.samples.collection import Samples, Source
 from edgeres.samples.hygiene import examine
 from edgeres.samples.listing import IMAGE_ENDINGS, Listing, list_file, list_folder
 
-__all__ = ["Samples", "examine", "open_samples", "samples_from_arrays"]
+__all__ = ["Samples", "examine", "open_samples", "picture", "samples_from_arrays"]
 
 LIST_ENDINGS = (".txt", ".lst")
 ARRAY_ENDINGS = (".npy", ".npz")
@@ -54,6 +54,20 @@ def samples_from_arrays(images: np.ndarray, labels: Optional[np.ndarray] = None)
         SampleError: the arrays are not such.
     """
     return Samples("images", from_arrays(images, labels, "images"))
+
+
+def picture(samples: Samples, index: int, side: int) -> Tuple[bytes, str, Tuple[int, int]]:
+    """Return a small picture of a sample, its MIME type, and its (width, height): no side is longer than ``side``.
+
+    Raises:
+        SampleError: its file cannot be read.
+        MissingPackageError: pictures need Pillow.
+    """
+    try:
+        from edgeres.samples.images import encoded
+    except ImportError:
+        raise MissingPackageError.for_extra("Pillow", "pictures of samples", "images") from None
+    return encoded(samples.glimpse(index, side), side)
 
 
 def _source(path: Path, labelled: bool) -> Source:

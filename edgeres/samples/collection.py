@@ -114,6 +114,11 @@ class Samples:
         taken = [self._taken[index * total // count] for index in range(count)]
         return Samples(self.source, self._content, taken, self._hashes)
 
+    def at(self, positions: Sequence[int]) -> Samples:
+        """Return the samples at some positions among these."""
+        taken = [self._taken[position] for position in positions]
+        return Samples(self.source, self._content, taken, self._hashes)
+
     def after(self, count: int) -> Samples:
         """Return these samples without the first ``count``, in the same order; none if there are no more."""
         return Samples(self.source, self._content, self._taken[count:], self._hashes)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Tuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +16,8 @@ from edgeres.files import sha256_file
 from edgeres.samples.listing import Listing
 
 FULL_SCALE = 65535
+LOSSLESS = 64  # pixels: a frame no larger is a few kB as it is, and JPEG would smear what little it has
+QUALITY = 80  # of a JPEG; 160 pixels of a photograph take some 5 kB
 
 
 class ImageSource:
@@ -92,6 +95,21 @@ class ImageSource:
         except Exception as problem:  # as in frame()
             return f"cannot read {path}: {_words(problem)}. Repair or remove it."
         return None
+
+
+def encoded(frame: np.ndarray, side: int) -> Tuple[bytes, str, Tuple[int, int]]:
+    """Return a small picture of a frame, its MIME type, and its (width, height): no side is longer than ``side``.
+
+    Args:
+        frame: uint8 (H, W, 3), RGB.
+    """
+    image, content = Image.fromarray(frame), io.BytesIO()
+    if max(image.size) <= LOSSLESS:
+        image.save(content, "PNG")
+        return content.getvalue(), "image/png", image.size
+    image.thumbnail((side, side))
+    image.save(content, "JPEG", quality=QUALITY)
+    return content.getvalue(), "image/jpeg", image.size
 
 
 def _check_file(path: Path) -> None:

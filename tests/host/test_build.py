@@ -87,7 +87,7 @@ def test_default_is_verified_and_passes(digits: Path) -> None:
     assert report.agreement >= 0.998
     assert report.verdict in ("pass", "inconclusive")  # fewer than two flips among 1,000 decide which
     models = ["model.fp32.onnx", "model.int8.onnx", "model.int8-cpu.onnx"]
-    found = ["calibration.json", "statistics.npz", "scalings.npz", "reference.npz", "report.json"]
+    found = ["calibration.json", "statistics.npz", "scalings.npz", "reference.npz", "report.json", "report.html"]
     assert sorted(f.path for f in manifest.files) == sorted(
         [*models, *found, "errors.json", "quantized.npz", "recipe.toml"]
     )

@@ -15,6 +15,8 @@ import pytest
 
 from edgeres.bundle import verify
 from edgeres.recipe import dossier
+from edgeres.runtime.engine import load
+from edgeres.samples import open_samples
 
 REPORT_KEYS = {
     "samples", "top1_reference", "top1_engine", "drop_pp", "drop_ci95_pp", "discordant", "agreement", "sqnr_db",
@@ -86,6 +88,45 @@ def test_a_ruined_build_fails_and_so_does_its_gate(place: Path) -> None:
     assert "fell" in done.stdout
 
 
+def test_a_build_writes_its_page_and_binds_it(place: Path) -> None:
+    """The same build, all of it reused or nothing, has the same page; `report` finds nothing to change."""
+    bundle = place / "build/digits-int8"
+    page = (bundle / "report.html").read_bytes()
+    assert "report.html" in [ref.path for ref in verify(bundle).files]
+    assert verify(bundle).report is not None
+    assert b"pass" in page[: page.index(b"</header>")]
+    edgeres("build", cwd=place)
+    assert (bundle / "report.html").read_bytes() == page
+    before = (bundle / "manifest.json").read_bytes()
+    done = edgeres("report", "build/digits-int8", cwd=place)
+    assert done.stdout.strip() == str(bundle / "report.html")
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert (bundle / "report.html").read_bytes() == page
+
+
+def test_diff_informs_and_is_no_gate(place: Path) -> None:
+    """The oracle are the two engines themselves, run here."""
+    names = ("build/digits-int8", "ruined")
+    found = json.loads(edgeres("diff", *names, "--json", cwd=place).stdout)
+    samples, answers = open_samples(dossier() / "digits/validation", labelled=True), []
+    for name in names:
+        with load(place / name) as engine:
+            batches = samples.batches(engine.manifest.preprocessing, 64)
+            answers.append(np.concatenate([engine(batch) for batch in batches]).argmax(1))
+    reference = np.load(place / "ruined/reference.npz")
+    changed = np.flatnonzero(answers[0] != answers[1])
+    assert [row["name"] for row in found["answers"]] == reference["names"][changed].tolist()
+    right = [int(np.sum(one == reference["labels"])) for one in answers]
+    assert found["accuracy"]["drop_pp"] == pytest.approx(100 * (right[0] - right[1]) / len(reference["labels"]))
+    assert found["recipe"]["calibration.samples"][1].endswith("grey.npy")
+    assert len(found["ranges"]) >= 8
+    out = edgeres("diff", *names, cwd=place).stdout
+    assert f"(20 of {len(changed)}; all: --json)" in out
+    assert "The second loses" in out
+    assert "\x1b" not in out
+    edgeres("diff", names[0], "nowhere", cwd=place, code=1)
+
+
 def test_a_baseline_is_written_by_hand_and_compared_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = ("validate", "build/digits-int8", "--max-drop", "1", "--baseline", "accepted.json")
     assert "--update-baseline" in edgeres(*gate, cwd=place, code=1).stderr  # there is none yet
@@ -148,7 +189,8 @@ def test_verify_finds_a_flipped_bit(place: Path) -> None:
 
 def test_compile_replaces_the_engine_of_its_target_and_nothing_else(place: Path) -> None:
     edgeres("build", "--out", "compiled", cwd=place)
-    before = {path.name: path.read_bytes() for path in (place / "compiled").iterdir() if path.name != "manifest.json"}
+    telling = ("manifest.json", "report.html")  # of the engine that is there now
+    before = {path.name: path.read_bytes() for path in (place / "compiled").iterdir() if path.name not in telling}
     answer = json.loads(edgeres("compile", "compiled", "--backend", "cpu", "--json", cwd=place).stdout)
     assert (answer["target"], answer["backend"], answer["file"]["path"]) == ("cpu", "cpu", "model.int8-cpu.onnx")
     assert {"int8 in integers", "int8 in float", "fp32"} <= answer["measured_ms"].keys()
@@ -156,8 +198,9 @@ def test_compile_replaces_the_engine_of_its_target_and_nothing_else(place: Path)
     assert [engine.target for engine in manifest.engines] == ["cpu"]
     assert manifest.report is not None
     assert before == {
-        path.name: path.read_bytes() for path in (place / "compiled").iterdir() if path.name != "manifest.json"
+        path.name: path.read_bytes() for path in (place / "compiled").iterdir() if path.name not in telling
     }
+    assert "report.html" in [ref.path for ref in manifest.files]
     targets = {
         row["target"]: row for row in json.loads(edgeres("compile", "--list-targets", "--json", cwd=place).stdout)
     }

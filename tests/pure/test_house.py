@@ -25,6 +25,8 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
     "PIL": ("samples/images.py",),
     "torch": ("models/", "export/", "quantize/"),  # quantize: accuracy recovery needs gradients
     "safetensors": ("models/",),
+    "jinja2": ("page/render.py",),
+    "markupsafe": ("page/render.py",),  # jinja2's own: text that is HTML already
     "google": ("export/",),  # protobuf, for the error of a damaged ONNX file
     "onnx": ("export/", "calibrate/", "quantize/"),
     "onnxruntime": ("calibrate/", "export/", "backends/cpu/", "backends/cpu.py"),
@@ -38,7 +40,7 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
 }
 # The order of the work is written in the language alone.
 NO_THIRD_PARTY = ("pipeline.py",)
-ROOMS = {"models", "export", "calibrate", "quantize", "backends", "runtime", "validation", "samples"}
+ROOMS = {"models", "export", "calibrate", "quantize", "backends", "runtime", "validation", "samples", "page"}
 ENGINES = {"cpu", "tensorrt"}
 # The rooms that never run on a robot; the rest is the runtime half, for Python 3.8.
 HOST_ROOMS = {"models", "export", "calibrate", "quantize"}

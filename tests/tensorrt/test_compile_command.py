@@ -64,6 +64,8 @@ def assert_all_tell_the_same(rtx: Any, bundle: Path) -> Manifest:
     assert [summary.precisions for summary in manifest.report.layers] == counted
     assert [summary.not_as_planned for summary in manifest.report.layers] == [one.not_as_planned for one in engines]
     assert from_json((bundle / "report.json").read_bytes(), Report, "report.json") == manifest.report
+    page = (bundle / "report.html").read_text()
+    assert all(f"Engine for {engine.target}, as its builder reported" in page for engine in engines)
     facts = json.loads(rtx.run(COMMAND, "inspect", str(bundle), "--json"))
     assert [summary["precisions"] for summary in facts["summaries"]] == counted
     assert facts["validation"]["layers"] == facts["summaries"]

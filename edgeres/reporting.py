@@ -1,0 +1,240 @@
+"""``report.html``: what is read of a bundle for it, and how it gets into the bundle."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import msgspec
+import numpy as np
+
+from edgeres import files
+from edgeres.artifacts import (
+    Benchmark,
+    Bundle,
+    CalibrationTable,
+    Manifest,
+    QuantizedModel,
+    Report,
+    from_data,
+    from_json,
+    to_json,
+)
+from edgeres.bundle import read_verified, verify
+from edgeres.errors import BundleError, EdgeresError, MissingPackageError, SampleError
+from edgeres.files import PAGE
+from edgeres.inspection import layer_errors, repairs
+from edgeres.judge import read_reference
+from edgeres.page import Contents, Flip, flips, pairs
+from edgeres.recipe import locate
+from edgeres.samples import Samples, open_samples, picture
+from edgeres.validation import advice, baseline_headline, fallen_words, headline
+from edgeres.validation.baseline import unpacked
+from edgeres.workspace import Workspace
+
+SHOWN = 24  # samples with their pictures
+SIDE = 160  # pixels, the longer side of a picture
+SAME_DB = 50.0  # from here on an engine is as sure as its model is, to about a percentage point
+BENCH = ".bench.json"  # behind a bundle's name: where a result of `bench` is looked for, beside the bundle
+
+
+def page(folder: Path, manifest: Manifest, measured: Optional[Benchmark] = None) -> bytes:
+    """Return the page of a bundle, with pictures of the samples where these are at hand; the same bundle and the same
+    samples give the same bytes.
+
+    Args:
+        folder: where the manifest's files lie.
+        measured: how fast the engine is, where that is known.
+
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+        BundleError: a file is not what the manifest says.
+    """
+    try:
+        from edgeres.page.render import render
+    except ImportError:
+        raise MissingPackageError.for_extra("jinja2", PAGE, "report") from None
+    # As it is read from the file: a build's own still has tuples where JSON has lists.
+    manifest = from_json(to_json(without_page(manifest)), Manifest, files.MANIFEST)
+    contents = Contents(manifest, model=_model(manifest), errors=layer_errors(folder, manifest), measured=measured)
+    content = _read(folder, manifest, files.TABLE)
+    if content is not None:
+        contents = contents._replace(table=from_json(content, CalibrationTable, files.TABLE))
+    report = manifest.report
+    if report is None:
+        return render(contents)
+    found, unseen = _changes(folder, manifest, report)
+    shown = found[:SHOWN]
+    if shown and not unseen:
+        shown, unseen = _with_pictures(folder, manifest, shown)
+    return render(
+        contents._replace(
+            headlines=[line for line in (headline(report), baseline_headline(report)) if line],
+            fallen=fallen_words(report),
+            advice=advice(report, *repairs(folder, manifest)),
+            flips=shown,
+            flipped=len(found),
+            unseen=unseen,
+            pairs=pairs(found),
+        )
+    )
+
+
+def with_page(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the page of a bundle into its folder, and return the manifest with it; without it where jinja2 is missing,
+    for an earlier page may not hold any more."""
+    if importlib.util.find_spec("jinja2") is None:
+        return without_page(manifest)
+    return _bound(folder, manifest, page(folder, manifest))
+
+
+def without_page(manifest: Manifest) -> Manifest:
+    """Return a manifest that binds no page."""
+    return msgspec.structs.replace(manifest, files=tuple(ref for ref in manifest.files if ref.path != PAGE))
+
+
+def page_loss(before: Manifest, after: Manifest) -> Tuple[str, ...]:
+    """Return what to say where a bundle had a page that :func:`with_page` could not make anew."""
+    had, has = (any(ref.path == PAGE for ref in manifest.files) for manifest in (before, after))
+    if not had or has:
+        return ()
+    return (
+        f"{PAGE} told of the bundle as it was, and is left out. Make it again: edgeres report BUNDLE, with "
+        "pip install 'edgeres[report]'",
+    )
+
+
+def report_bundle(bundle: Path, bench: Optional[Path] = None) -> Bundle:
+    """Return a bundle whose page is made anew, with the samples' pictures and a benchmark as far as they are at hand.
+
+    The bundle is verified first; where the page is as it was, nothing is written.
+
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+        BundleError: the bundle is damaged, or cannot be changed.
+    """
+    manifest = verify(bundle)
+    content = page_of(bundle, bench)
+    if any(ref == files.content_ref(PAGE, content) for ref in manifest.files):
+        return Bundle(str(bundle), manifest)
+    with Workspace(bundle, f"Or write the page elsewhere: edgeres report {bundle} --out FILE") as workspace:
+        if workspace.unfinished:
+            raise BundleError(f"an unfinished build stands beside {bundle}. Finish it first: edgeres build {bundle}")
+        manifest = verify(bundle)  # again, now that no other build can change it
+        for ref in without_page(manifest).files:
+            workspace.write(ref.path, read_verified(bundle, ref))
+        changed = _bound(workspace.folder, manifest, page_of(bundle, bench))
+        workspace.commit(changed)
+    return Bundle(str(bundle), changed)
+
+
+def page_of(bundle: Path, bench: Optional[Path] = None) -> bytes:
+    """Return the page of a bundle, which is verified and not changed.
+
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+        BundleError: the bundle is damaged; the benchmark is none, or of another engine.
+    """
+    manifest = verify(bundle)
+    return page(bundle, manifest, benchmark_of(bundle, manifest, bench))
+
+
+def benchmark_of(bundle: Path, manifest: Manifest, chosen: Optional[Path] = None) -> Optional[Benchmark]:
+    """Return what ``bench`` measured of a bundle: in the file ``chosen``, or else in ``NAME.bench.json`` beside it,
+    where that is of one of its engines. None: there is nothing.
+
+    Raises:
+        BundleError: the chosen file cannot be read, or is of another engine.
+    """
+    place = chosen or bundle.resolve().parent / f"{bundle.resolve().name}{BENCH}"
+    try:
+        found = from_json(place.read_bytes(), Benchmark, str(place))
+    except OSError as problem:
+        if chosen is None:
+            return None
+        raise BundleError(
+            f"cannot read {place}: {problem.strerror}. Write it: edgeres bench {bundle} --out FILE"
+        ) from None
+    if any(found.engine_sha256 == engine.file.sha256 for engine in manifest.engines):
+        return found
+    if chosen is None:
+        return None
+    raise BundleError(
+        f"{place} was measured of another engine than {bundle} holds. Measure again: edgeres bench {bundle}"
+    )
+
+
+def judged_samples(manifest: Manifest) -> Optional[Samples]:
+    """Return the samples that a bundle's verdict is on, unread; None where they are not at hand."""
+    if manifest.report is None:
+        return None
+    section = manifest.recipe.get(manifest.report.samples_source, {})
+    source = section.get("samples") if isinstance(section, dict) else None
+    if not isinstance(source, str):
+        return None
+    try:
+        return open_samples(locate(source), labelled=manifest.report.samples_source == "validation")
+    except (EdgeresError, OSError):  # a page is made without pictures too
+        return None
+
+
+def _bound(folder: Path, manifest: Manifest, content: bytes) -> Manifest:
+    """Write a page, and return the manifest that binds it."""
+    files.write_atomic(folder / PAGE, content)
+    refs = [*without_page(manifest).files, files.content_ref(PAGE, content)]
+    return msgspec.structs.replace(manifest, files=tuple(sorted(refs, key=lambda ref: ref.path)))
+
+
+def _read(folder: Path, manifest: Manifest, path: str) -> Optional[bytes]:
+    """Return a file of the bundle, checked; None where the bundle has none of that name."""
+    return next((read_verified(folder, ref) for ref in manifest.files if ref.path == path), None)
+
+
+def _model(manifest: Manifest) -> Optional[QuantizedModel]:
+    record = manifest.stages.get("quantize")
+    return None if record is None else from_data(record.facts, QuantizedModel, "stage quantize")
+
+
+def _reference(folder: Path, manifest: Manifest, path: str = files.REFERENCE) -> Optional[Dict[str, np.ndarray]]:
+    content = _read(folder, manifest, path)
+    return None if content is None else read_reference(content, path)
+
+
+def _changes(folder: Path, manifest: Manifest, report: Report) -> Tuple[List[Flip], str]:
+    """Return the samples whose answer changed, and why they cannot be told, where they cannot."""
+    reference = _reference(folder, manifest)
+    if reference is None or not report.answers or len(reference["logits"]) != report.samples:
+        return [], "The answers to each sample are not in this bundle."
+    logits, parts = None, report.attribution
+    # The bundle holds what the model means, and not what the engine answered, which may be the same.
+    if parts is not None and (parts.engine.sqnr_db is None or parts.engine.sqnr_db >= SAME_DB):
+        meaning = _reference(folder, manifest, files.MEANING)
+        logits = None if meaning is None else meaning["logits"]
+    return flips(reference, unpacked(report.answers, report.samples), logits), ""
+
+
+def _with_pictures(folder: Path, manifest: Manifest, shown: List[Flip]) -> Tuple[List[Flip], str]:
+    """Return samples with their pictures, and why there are none, where there are none. A picture is shown only of the
+    very sample that was judged, by its hash."""
+    samples, reference = judged_samples(manifest), _reference(folder, manifest)
+    if samples is None or reference is None:
+        return shown, "The samples are not at hand, so there are no pictures."
+    places = {name: position for position, name in enumerate(samples.names)}
+    pictured, missing = [], ""
+    for flip in shown:
+        try:
+            chosen = samples.at([places[flip.name]])
+            if chosen.sha256()[0] != str(reference["sha256"][flip.position]):
+                raise SampleError("changed")
+            content, kind, size = picture(chosen, 0, SIDE)
+        except MissingPackageError:
+            return shown, "There are no pictures without Pillow."
+        except (SampleError, KeyError):
+            missing = "Some samples have changed or are gone, so there is no picture of them."
+            pictured.append(flip)
+            continue
+        text = base64.b64encode(content).decode("ascii")
+        pictured.append(flip._replace(picture=f"data:{kind};base64,{text}", size=size))
+    return pictured, missing

@@ -1,0 +1,506 @@
+"""The page about a bundle: what it says, that it is valid, safe, and always the same; and that the bundle binds it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree.ElementTree import Element
+
+import html5lib
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgeres import files
+from edgeres.artifacts import (
+    BaselineChange,
+    Benchmark,
+    CalibrationTable,
+    Change,
+    ClassChange,
+    Climb,
+    Discordant,
+    Engine,
+    EngineLayer,
+    LayerError,
+    LayerPlan,
+    Manifest,
+    Preprocessing,
+    QuantizationErrors,
+    QuantizedModel,
+    Report,
+    Rung,
+    StageRecord,
+    TensorRange,
+    to_data,
+    to_json,
+)
+from edgeres.benchmark import answer, speedup, summarize
+from edgeres.bundle import verify
+from edgeres.errors import BundleError, MissingPackageError
+from edgeres.judge import judge, reference_content
+from edgeres.page import Contents, plots
+from edgeres.page.render import render
+from edgeres.reporting import page_loss, page_of, report_bundle, with_page
+from edgeres.samples import open_samples
+from edgeres.validation import fallen_words
+
+HOSTILE = "<script>alert('x')</script>\"'&\u202e\x1b"
+"""What a name may hold, a slash aside: markup, quotes of both kinds, a mark that turns the text around, an escape."""
+CLASSES = ("<script>alert(1)", 'it\'s "quoted" & more', "plain")
+
+
+def photos(folder: Path, pictures: Callable[..., np.ndarray], each: int = 20, side: int = 96) -> Path:
+    """Write images into one subfolder per class, whose names and whose files' names are hostile."""
+    frames = iter(pictures(each * len(CLASSES), side=side))
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            Image.fromarray(next(frames)).save(folder / name / f"\"><img src=x onerror='1' {number}.png")
+    return folder
+
+
+def layer_error(name: str, share: float) -> LayerError:
+    return LayerError(
+        f"/{name}/Conv", "Conv", name, f"/{name}/in", share, 40.0, 30.0, 41.0, None, 2.5, 2.5 / 127, -2.5, 2.5, -1.0,
+        2.6, 0.001, 0.002,
+    )  # fmt: skip
+
+
+def tensor_range(amax: float, sqnr_db: float | None, shift: float = 0.0) -> TensorRange:
+    return TensorRange(amax, amax / 127, "auto", -amax / 2, 1.1 * amax, 1000, 0.5, 0.001, sqnr_db, shift)
+
+
+def benchmark(engine_sha256: str) -> Benchmark:
+    """A result of `bench` whose latencies are 1 ms for int8 and 2 ms for fp32, give or take a little."""
+    random = np.random.default_rng(0)
+    found = [
+        summarize(name, size, [np.int64(size * ms * 1e6 * random.uniform(0.9, 1.2, 20)) for _ in range(8)])
+        for size in (1, 8)
+        for name, ms in (("int8", 1.0), (f"fp32 {HOSTILE}", 2.0))
+    ]
+    ratios = [speedup(found[0], found[1]), speedup(found[2], found[3])]
+    return Benchmark(
+        HOSTILE, "cpu", "cpu", "int8", (3, 32, 32), None, {"processor": HOSTILE}, tuple(found), tuple(ratios), {}, None,
+        (), tuple(answer(ratio, "this CPU") for ratio in ratios), ("mind this",), engine_sha256=engine_sha256,
+    )  # fmt: skip
+
+
+def made(folder: Path, samples_at: Path, noise: float = 0.6, name: str = "a net", backend: str = "cpu") -> Path:
+    """Write a bundle whose verdict is real (on made-up logits) and whose texts are hostile; there is no model in it."""
+    samples = open_samples(samples_at, labelled=True)
+    assert samples.labels is not None
+    random = np.random.default_rng(1)
+    reference = random.standard_normal((len(samples), len(CLASSES))) + 3.0 * np.eye(len(CLASSES))[samples.labels]
+    logits = np.float32(reference + noise * random.standard_normal(reference.shape))
+    folder.mkdir(parents=True)
+    (folder / files.REFERENCE).write_bytes(reference_content(reference, samples))
+    (folder / files.MEANING).write_bytes(reference_content(logits, samples))
+    (folder / "model.int8.onnx").write_bytes(b"no model")
+    layers = tuple(
+        EngineLayer(f"layer {kind}", "conv", kind, ("int8",), (), (kind,), ()) for kind in ("int8", "int8", "fp16")
+    )
+    engine = Engine(
+        "cpu", backend, "int8", files.file_ref(folder, "model.int8.onnx"), {"machine": HOSTILE}, {}, layers=layers,
+        not_as_planned=(f"{HOSTILE} runs in fp16",),
+    )  # fmt: skip
+    report = judge((folder / files.REFERENCE).read_bytes(), logits, engine, (0.5, "ci"), meaning=logits)
+    (folder / files.REPORT).write_bytes(to_json(report))
+    errors = QuantizationErrors(8, 30.0, 31.0, tuple(layer_error(f"{HOSTILE}{i}", 0.3 / (i + 1)) for i in range(15)))
+    (folder / files.ERRORS).write_bytes(to_json(errors))
+    chosen = samples.sample_set()
+    ranges = {f"{HOSTILE}{i}": tensor_range(i + 1.0, 20.0 + i, i % 2 * 0.5) for i in range(14)}
+    table = CalibrationTable(
+        "0" * 64, Preprocessing((32, 32)), chosen, "auto", 99.99, {**ranges, "dead": tensor_range(0.0, None)}
+    )
+    (folder / files.TABLE).write_bytes(to_json(table))
+    plan = tuple(
+        LayerPlan(f"node{i}", "Conv", f"{HOSTILE}{i}", kind, f"because of {HOSTILE}")
+        for i, kind in enumerate(("int8", "int8", "float"))
+    )
+    model = QuantizedModel(engine.file, "int8", plan)
+    rungs = (
+        Rung("fast", 1, (), 9.0, 0.8, 20.0, "fail", 1.0),
+        Rung("give back", 1, (HOSTILE,), 1.0, 0.9, 25.0, "fail", 1.0, 8.0),
+    )
+    stages = {
+        "quantize": StageRecord("q", (), 1.0, to_data(model)),
+        "budget": StageRecord("b", (), 1.0, to_data(Climb(rungs, 1))),
+    }
+    there = [files.file_ref(folder, path.name) for path in sorted(folder.iterdir())]
+    manifest = Manifest(
+        name, "int8", {"model": {"source": HOSTILE}, "validation": {"samples": str(samples_at), "max_drop": 0.5}},
+        Preprocessing((32, 32)), tuple(there), stages, {"tools": {"numpy": HOSTILE}, "host": {}, "git": None},
+        (engine,), report, (f"warned of {HOSTILE}",),
+    )  # fmt: skip
+    (folder / files.MANIFEST).write_bytes(to_json(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, pictures: Callable[..., np.ndarray]) -> Path:
+    """A bundle with everything a page can show, at ``bundle``, and its benchmark beside it."""
+    folder = tmp_path_factory.mktemp("report")
+    bundle = made(folder / "bundle", photos(folder / "images", pictures), name=HOSTILE)
+    engine = verify(bundle).engines[0]
+    (folder / "bundle.bench.json").write_bytes(to_json(benchmark(engine.file.sha256)))
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def page(place: Path) -> bytes:
+    return page_of(place)
+
+
+def parsed(content: bytes) -> Element:
+    """Parse a page by the HTML standard; anything that the standard calls an error is raised."""
+    return html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(content)
+
+
+def problems(content: bytes) -> list[str]:
+    """Return what a page must not have: markup that runs or loads something, broken anchors, pictures without words."""
+    tree = parsed(content)
+    found = []
+    ids = [element.get("id") for element in tree.iter() if element.get("id") is not None]
+    found += [f"two elements are called {name}" for name in set(ids) if ids.count(name) > 1]
+    for element in tree.iter():
+        tag = str(element.tag).rpartition("}")[2]
+        if tag in ("script", "iframe", "object", "embed", "link", "form", "base", "foreignObject", "animate", "use"):
+            found.append(f"there is a {tag}")
+        if (tag == "img" and not element.get("alt")) or (
+            tag == "svg" and not (element.get("role") == "img" and element.get("aria-label"))
+        ):
+            found.append(f"a {tag} has no words")
+        for name, value in element.attrib.items():
+            if str(name).startswith("on") or str(name) in ("style", "srcdoc", "srcset"):
+                found.append(f"a {tag} has {name}")
+            if str(name).rpartition("}")[2] in ("href", "src"):
+                allowed = value.startswith("data:image/") if tag == "img" else value[1:] in ids and value[0] == "#"
+                if not allowed:
+                    found.append(f"a {tag} refers to {value}")
+            if name == "aria-labelledby" and value not in ids:
+                found.append(f"a {tag} is called by {value}, which there is not")
+    style = "".join(element.text or "" for element in tree.iter("style"))
+    found += [f"the style has {word}" for word in ("url(", "@import", "expression", "<") if word in style]
+    return found
+
+
+def words_of(content: bytes) -> str:
+    return " ".join(" ".join(parsed(content).itertext()).split())
+
+
+def test_the_page_is_valid_and_loads_nothing_whatever_it_is_given(page: bytes) -> None:
+    assert problems(page) == []
+    assert b"\x1b" not in page
+    assert "\u202e" not in page.decode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("harm", "found"),
+    [
+        (b"<main><script>1</script>", "there is a script"),
+        (b"<main><p id=accuracy></p>", "two elements are called accuracy"),
+        (b"<main><a href='#nowhere'>x</a>", "a a refers to #nowhere"),
+        (b"<main><img src='https://example.com/x.png' alt=x>", "a img refers to https://example.com/x.png"),
+        (b"<main><img src='data:image/png;base64,' alt=''>", "a img has no words"),
+        (b"<main><p onclick='1'>x</p>", "a p has onclick"),
+    ],
+)
+def test_the_checker_sees_what_is_wrong(page: bytes, harm: bytes, found: str) -> None:
+    assert problems(page.replace(b"<main>", harm, 1)) == [found]
+
+
+def test_the_checker_refuses_what_is_not_html(page: bytes) -> None:
+    with pytest.raises(html5lib.html5parser.ParseError):
+        parsed(page.replace(b"</section>", b"", 1))
+
+
+def test_hostile_names_are_shown_as_they_are(page: bytes) -> None:
+    words = words_of(page)
+    shown = HOSTILE.replace("\u202e", "\\u202e").replace("\x1b", "\\x1b")
+    assert words.count(shown) > 15 + 14  # each layer, each range, and more
+    for name in CLASSES[:2]:
+        assert name in words
+    assert "\"><img src=x onerror='1' " in words
+
+
+def test_the_browser_is_told_to_run_and_fetch_nothing(page: bytes) -> None:
+    tree = parsed(page)
+    (policy,) = (x.get("content") for x in tree.iter("meta") if x.get("http-equiv") == "Content-Security-Policy")
+    style = next(tree.iter("style")).text or ""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy.startswith(f"default-src 'none'; img-src data:; style-src 'sha256-{digest}';")
+    assert len(list(tree.iter("style"))) == 1
+
+
+def test_every_section_of_a_full_page_is_there(page: bytes) -> None:
+    tree = parsed(page)
+    headings = [element.get("id") for element in tree.iter("h2")]
+    assert headings == [
+        "next", "accuracy", "changes", "classes", "confidence", "noise", "ranges", "precisions", "budget", "latency",
+        "warnings", "provenance",
+    ]  # fmt: skip
+    assert [element.get("href") for element in tree.iter("a")] == [f"#{name}" for name in headings]
+
+
+def test_the_verdict_and_its_numbers_come_first(place: Path, page: bytes) -> None:
+    report = verify(place).report
+    assert report is not None
+    assert report.drop_ci95_pp is not None
+    words = words_of(page[: page.index(b"<style>")] + page[page.index(b"</style>") + 8 :])
+    low, high = report.drop_ci95_pp
+    assert words.index(f" {report.verdict} INT8 loses") < words.index("What to do next")
+    assert words.index(f"95 % interval of the loss {low:.2f} to {high:.2f}") < words.index("Accuracy")
+    assert f"{100 * report.top1_engine:.2f} %" in words  # type: ignore[operator]
+
+
+def test_the_samples_whose_answer_changed_are_told_and_shown(place: Path, page: bytes) -> None:
+    """The oracle is the logits themselves, and the images by Pillow."""
+    with np.load(place / files.REFERENCE) as reference, np.load(place / files.MEANING) as meaning:
+        before, after, labels = (
+            x.tolist() for x in (reference["logits"].argmax(1), meaning["logits"].argmax(1), reference["labels"])
+        )
+        names = reference["names"].tolist()
+    changed = [index for index in range(len(before)) if before[index] != after[index]]
+    assert 1 < len(changed) <= 24
+    pictures = list(parsed(page).iter("img"))
+    assert len(pictures) == len(changed)
+    for index in changed:
+        (found,) = (x for x in pictures if (x.get("alt") or "").startswith(f"{names[index]}: "))
+        said = found.get("alt") or ""
+        assert f"label {CLASSES_SORTED[labels[index]]}, FP32 answers {CLASSES_SORTED[before[index]]} (" in said
+        assert f"the engine {CLASSES_SORTED[after[index]]} (" in said
+        drawn = decoded(found.get("src") or "")
+        with Image.open(place.parent / "images" / names[index]) as image:
+            original = np.asarray(image.convert("RGB"))
+        assert drawn.shape == original.shape  # 96 pixels: not scaled
+        assert np.abs(drawn.astype(int) - original).mean() < 12  # JPEG
+    losses = [index for index in changed if before[index] == labels[index]]
+    firsts = [(x.get("alt") or "").startswith(tuple(f"{names[index]}: " for index in losses)) for x in pictures]
+    assert firsts == sorted(firsts, reverse=True)
+
+
+CLASSES_SORTED = sorted(CLASSES)
+
+
+def decoded(source: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_a_picture_is_of_the_very_sample_that_was_judged(tmp_path: Path, pictures: Callable[..., np.ndarray]) -> None:
+    """A file that was replaced is not shown, nor is one that is gone; the page is made all the same."""
+    bundle = made(tmp_path / "bundle", photos(tmp_path / "images", pictures, side=40))
+    shown = [x.get("alt") or "" for x in parsed(page_of(bundle)).iter("img")]
+    assert len(shown) >= 2
+    first, second = (tmp_path / "images" / text.partition(": label")[0] for text in shown[:2])
+    Image.new("RGB", (40, 40)).save(first)
+    second.unlink()
+    content = page_of(bundle)
+    assert [x.get("alt") for x in parsed(content).iter("img")] == shown[2:]
+    assert "Some samples have changed or are gone" in words_of(content)
+    assert problems(content) == []
+
+
+def test_how_sure_an_engine_is_is_told_where_the_bundle_knows(
+    tmp_path: Path, pictures: Callable[..., np.ndarray]
+) -> None:
+    """The bundle holds the model's logits; an engine whose answers differ from these has its own confidence."""
+    bundle = made(tmp_path / "bundle", photos(tmp_path / "images", pictures, side=24))
+    said = [x.get("alt") or "" for x in parsed(page_of(bundle)).iter("img")]
+    assert all(text.count("% sure)") == 2 for text in said)
+    manifest = verify(bundle)
+    assert manifest.report is not None
+    assert manifest.report.attribution is not None
+    other = msgspec.structs.replace(manifest.report.attribution, engine=Change(1.0, 40.0, 0.0))
+    report = msgspec.structs.replace(manifest.report, attribution=other)
+    (bundle / files.MANIFEST).write_bytes(to_json(msgspec.structs.replace(manifest, report=report)))
+    said = [x.get("alt") or "" for x in parsed(page_of(bundle)).iter("img")]
+    assert all(text.count("% sure)") == 1 for text in said)
+
+
+def test_at_most_24_are_shown_and_all_are_counted(tmp_path: Path, pictures: Callable[..., np.ndarray]) -> None:
+    bundle = made(tmp_path / "bundle", photos(tmp_path / "images", pictures, side=20), noise=6.0)
+    report = verify(bundle).report
+    assert report is not None
+    changed = round((1 - report.agreement) * report.samples)
+    assert changed > 24
+    content = page_of(bundle)
+    assert len(list(parsed(content).iter("img"))) == 24
+    assert f"{changed} of {report.samples} samples are answered otherwise" in words_of(content)
+    assert problems(content) == []
+
+
+def test_equal_bundles_have_equal_pages(place: Path, page: bytes) -> None:
+    """Also in another process, whose hashes of strings are others."""
+    code = "import sys; from pathlib import Path; from edgeres.reporting import page_of; "
+    code += "sys.stdout.buffer.write(page_of(Path(sys.argv[1])))"
+    done = subprocess.run([sys.executable, "-c", code, str(place)], capture_output=True, check=True)
+    assert done.stdout == page
+
+
+def bare_manifest(report: Report | None) -> Manifest:
+    return Manifest("net", "int8", {}, Preprocessing((32, 32)), (), {}, {}, report=report)
+
+
+def plain_report(**changes: object) -> Report:
+    report = Report(
+        1000, 0.99, 30.0, 0.5, "pass", "cpu", "int8", top1_reference=0.9, top1_engine=0.899, drop_pp=0.1,
+        drop_ci95_pp=(-0.1, 0.3),
+    )  # fmt: skip
+    return msgspec.structs.replace(report, **changes)
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    content = render(Contents(bare_manifest(None)))
+    assert problems(content) == []
+    assert "not judged" in words_of(content)
+    assert [x.get("id") for x in parsed(content).iter("h2")] == ["provenance"]
+    unlabelled = plain_report(
+        top1_reference=None, top1_engine=None, drop_pp=None, drop_ci95_pp=None, verdict="unlabelled"
+    )
+    content = render(Contents(bare_manifest(unlabelled)))
+    assert problems(content) == []
+    assert not list(parsed(content).iter("{http://www.w3.org/2000/svg}svg"))
+
+
+def test_of_many_classes_that_fell_three_are_told_at_once_and_all_in_their_section() -> None:
+    fallen = tuple(ClassChange(i, f"kind {i}", 100, 30 + i, 0, 30.0 + i, 1e-6, True) for i in range(7))
+    report = plain_report(classes=fallen)
+    content = render(Contents(bare_manifest(report), fallen=fallen_words(report)))
+    assert problems(content) == []
+    words = words_of(content)
+    assert words.count("corrected for the number of classes).") == 3
+    assert "4 more fell: see Classes" in words
+    at = [words.index(f"kind {i} fell +3{i}") for i in range(7)]
+    assert at == sorted(at, reverse=True)  # the largest drop first
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 1e-300, 0.0])
+def test_numbers_that_no_build_would_write_are_drawn_within_bounds(value: float) -> None:
+    report = plain_report(max_drop_pp=value, drop_pp=value, drop_ci95_pp=(value, value), verdict='"><script>')
+    content = render(Contents(bare_manifest(report)))
+    assert problems(content) == []
+    for found in re.findall(rb' (?:x|x1|x2|cx|width)="([^"%]+)"', content):
+        assert found.isalnum() or abs(float(found)) <= 360
+
+
+def test_the_interval_stands_where_the_numbers_say() -> None:
+    plot = plots.budget(plain_report())
+    (row,) = plot.intervals
+    assert row.low < plot.zero < row.point < row.high < plot.limit  # −0.1 < 0 < 0.1 < 0.3 < 0.5
+    per_pp = (plot.limit - plot.zero) / 0.5
+    assert row.high - row.low == pytest.approx(0.4 * per_pp)
+    assert "0.10 percentage points, its 95 % interval -0.10 to 0.30; the budget is 0.50" in plot.words
+    baseline = BaselineChange(0.9, 0.2, (0.1, 0.7), Discordant(3, 1), 0.98, 0.5, "inconclusive")
+    first, second = plots.budget(plain_report(baseline=baseline)).intervals
+    assert (first.name, second.name) == ("against FP32", "against the baseline")
+    assert first.low < second.low < first.high < second.high
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 11.7), (0, 1e-4), (5, 5), (1e8, 2e8)])
+def test_ticks_are_where_they_say(low: float, high: float) -> None:
+    axis = plots.axis(low, high)
+    assert 2 <= len(axis.ticks) <= 7
+    for place, text in axis.ticks:
+        assert place == pytest.approx(axis.place(float(text)), abs=0.5)
+        assert plots.LEFT <= place <= plots.RIGHT
+
+
+def test_latencies_lie_in_order_of_their_percentiles(page: bytes) -> None:
+    measured = benchmark("0")
+    for batch in plots.batches(measured):
+        for spread in batch.spreads:
+            assert spread.p50 < spread.p90 < spread.p99 <= plots.RIGHT
+            assert len(spread.rounds) == 8
+        int8, fp32 = batch.spreads
+        assert (fp32.p50 - plots.LEFT) / (int8.p50 - plots.LEFT) == pytest.approx(
+            fp32.latency.p50_ms / int8.latency.p50_ms
+        )
+    assert "Batch 8. int8: p50 8." in page.decode()
+
+
+def test_a_page_is_bound_and_made_once(tmp_path: Path, pictures: Callable[..., np.ndarray]) -> None:
+    bundle = made(tmp_path / "bundle", photos(tmp_path / "images", pictures, side=24))
+    found = report_bundle(bundle)
+    assert verify(bundle) == found.manifest
+    assert files.PAGE in [ref.path for ref in found.manifest.files]
+    before = (bundle / files.MANIFEST).stat().st_mtime_ns
+    assert (bundle / files.PAGE).read_bytes() == page_of(bundle)  # it tells of itself nothing
+    report_bundle(bundle)
+    assert (bundle / files.MANIFEST).stat().st_mtime_ns == before
+    (tmp_path / "bundle.bench.json").write_bytes(to_json(benchmark(found.manifest.engines[0].file.sha256)))
+    report_bundle(bundle)
+    assert b'<h2 id="latency">' in (bundle / files.PAGE).read_bytes()
+    verify(bundle)
+    assert not list(tmp_path.glob(".bundle.work"))
+
+
+def test_a_benchmark_of_another_engine_is_not_shown(tmp_path: Path, pictures: Callable[..., np.ndarray]) -> None:
+    bundle = made(tmp_path / "bundle", photos(tmp_path / "images", pictures, each=4, side=24))
+    other = tmp_path / "bundle.bench.json"
+    other.write_bytes(to_json(benchmark("0" * 64)))
+    assert b'<h2 id="latency">' not in page_of(bundle)
+    with pytest.raises(BundleError, match="another engine"):
+        page_of(bundle, other)
+    with pytest.raises(BundleError, match="cannot read"):
+        page_of(bundle, tmp_path / "none.json")
+
+
+def test_without_jinja2_no_page_is_left_that_may_not_hold(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = verify(place)
+    bound = msgspec.structs.replace(manifest, files=(*manifest.files, files.content_ref(files.PAGE, b"old")))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert with_page(tmp_path, bound) == manifest
+    assert "edgeres[report]" in page_loss(bound, manifest)[0]
+    assert page_loss(manifest, manifest) == page_loss(bound, bound) == ()
+    monkeypatch.setitem(sys.modules, "edgeres.page.render", None)
+    with pytest.raises(MissingPackageError, match=r"edgeres\[report\]"):
+        page_of(place)
+
+
+def edgeres(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edgeres", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr + done.stdout
+    return done
+
+
+def test_the_command_writes_where_it_is_told(place: Path, page: bytes, tmp_path: Path) -> None:
+    before = (place / files.MANIFEST).read_bytes()
+    out = tmp_path / "page.html"
+    assert edgeres("report", place, "--out", out).stdout.strip() == str(out)
+    assert out.read_bytes() == page
+    assert (place / files.MANIFEST).read_bytes() == before
+    assert "lies in the bundle" in edgeres("report", place, "--out", place / "x.html", code=2).stderr
+    assert "there is no bundle" in edgeres("report", tmp_path / "none", code=1).stderr
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine to draw the page with")
+@pytest.mark.parametrize(("dark", "ground"), [(False, (255, 255, 255)), (True, (0x14, 0x17, 0x1B))])
+def test_a_browser_draws_it_in_light_and_in_dark(
+    page: bytes, tmp_path: Path, dark: bool, ground: tuple[int, int, int]
+) -> None:
+    """The ground's colour tells that the policy lets the page's own style in, and that the right half of it holds."""
+    (tmp_path / "page.html").write_bytes(page)
+    command = [
+        str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=800,600",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with Image.open(tmp_path / "page.png") as drawn:
+        assert drawn.convert("RGB").getpixel((2, 2)) == ground
