@@ -19,7 +19,7 @@ from edgeres import files
 from edgeres.artifacts import Engine, Manifest, Preprocessing, Report, from_json, summaries
 from edgeres.backends import Runner
 from edgeres.bundle import read_verified
-from edgeres.errors import BundleError, SampleError
+from edgeres.errors import BackendError, BundleError, SampleError
 from edgeres.recipe import ValidationSection, locate
 from edgeres.runtime.engine import load_with, open_record
 from edgeres.samples import Samples, open_samples, samples_from_arrays
@@ -30,15 +30,22 @@ Watch = Callable[[int, int], None]
 
 def run_samples(run: Runner, samples: Samples, preprocessing: Preprocessing, watch: Watch) -> np.ndarray:
     """Return a runner's logits of all samples, float32 ``(N, K)``, in the samples' order."""
-    parts, done = [], 0
+    logits, done = np.empty((0, 0), np.float32), 0
     size = getattr(run, "largest", None) or preprocessing.batch_size
     for batch in samples.batches(preprocessing, size):
-        parts.append(run(batch))
+        found = run(batch)
+        if not done:
+            logits = np.empty((len(samples), *found.shape[1:]), np.float32)
+        if found.shape != (len(batch), *logits.shape[1:]):
+            raise BackendError(
+                f"the engine answered {found.shape} to {len(batch)} samples. Compile it from this model."
+            )
+        logits[done : done + len(batch)] = found
         done += len(batch)
         watch(done, len(samples))
-    if not parts:
+    if not done:
         raise SampleError(f"{samples.source} has no samples")
-    return np.concatenate(parts)
+    return logits
 
 
 def reference_content(logits: np.ndarray, samples: Samples) -> bytes:
@@ -187,7 +194,7 @@ def validate_bundle(
     with engine:
         manifest = engine.manifest
         samples = _samples(manifest, images, labels)
-        reference = stored_logits(contents.get(files.REFERENCE), samples)
+        reference = stored_logits(contents.pop(files.REFERENCE, None), samples)  # many samples are many bytes
         if reference is None:
             fp32 = open_record(contents[files.FP32_MODEL], fp32_record(manifest))
             reference = run_samples(fp32, samples, manifest.preprocessing, watch)
@@ -199,7 +206,7 @@ def validate_bundle(
         logits = run_samples(engine, samples, manifest.preprocessing, watch)
         meaning = known_meaning(engine.record, reference, logits)
         if meaning is None:
-            meaning = stored_logits(contents.get(files.MEANING), samples)
+            meaning = stored_logits(contents.pop(files.MEANING, None), samples)
         if meaning is None:
             meaning = computed_meaning(bundle, manifest, samples, watch)
         judged = ValidationSection(**manifest.recipe.get("validation", {}))
