@@ -5,6 +5,7 @@ Nothing here needs torch or onnx: a bundle that was built on a host is compiled 
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Tuple
 
@@ -122,7 +123,7 @@ def compile_engine(
         require_onnxruntime(section)
         from edgeres.forms import cpu_engine
 
-        engine, told = cpu_engine(source.folder, source.exported, model, measure)
+        engine, told = cpu_engine(source.folder, source.exported, model, source.preprocessing, measure)
         warnings = (*((instead,) if instead else ()), *told, *warnings)
     else:
         decided = msgspec.structs.replace(section, backend=backend, target=target)
@@ -292,6 +293,9 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
             workspace.write(files.REPORT, to_json(changed.report))
         changed = with_page(workspace.folder, changed)
         workspace.commit(changed)
+    if manifest.report is not None and changed.report is None:
+        again = f"edgeres validate {shlex.quote(str(bundle))} --backend {engine.target}"
+        warnings = (*warnings, f"the verdict was on the engine that this one replaces, and is gone. Judge it: {again}")
     return Bundle(str(bundle), changed), engine, (*warnings, *page_loss(manifest, changed))
 
 

@@ -12,9 +12,10 @@ from typing import Dict, List, Optional, Tuple
 import msgspec
 import numpy as np
 
-from edgeres.artifacts import Engine, ExportedModel, FileRef, Latency, QuantizedModel
+from edgeres.artifacts import Engine, ExportedModel, FileRef, Latency, Preprocessing, QuantizedModel
 from edgeres.benchmark import Pace, summarize, take_turns
 from edgeres.errors import BackendError
+from edgeres.preprocess import prepare_batch
 from edgeres.provenance import cores
 from edgeres.validation import compare
 
@@ -31,12 +32,13 @@ ONE_THREAD = ", 1 thread"
 
 
 def cpu_engine(
-    folder: Path, exported: ExportedModel, model: QuantizedModel, measure: bool
+    folder: Path, exported: ExportedModel, model: QuantizedModel, preprocessing: Preprocessing, measure: bool
 ) -> Tuple[Engine, Tuple[str, ...]]:
     """Return a model's engine for this CPU, and warnings.
 
     Args:
         folder: holds the files of the two records.
+        preprocessing: makes what the model sees; frames for trial are at random.
         measure: whether to time the forms, FP32 and thread counts, and take what is fastest of the model's precision;
             without, it is the integer form, if there is one.
 
@@ -46,7 +48,11 @@ def cpu_engine(
     from edgeres.backends import cpu
 
     refs = {FLOAT if model.precision == "int8" else model.precision: model.file}
-    obstacle = _obstacle(folder, exported, model)
+    frames = np.random.default_rng(0).integers(0, 256, (2, *preprocessing.size, 3), np.uint8)
+    images = prepare_batch(frames, msgspec.structs.replace(preprocessing, resize=None))
+    with closing(cpu.open_model(folder / model.file.path, model.precision)) as run:
+        meant = run(images)
+    obstacle = None if model.integer is None else _obstacle(folder, exported, model.integer, images, meant)
     if model.integer is not None and obstacle is None:
         refs[INTEGERS] = model.integer
     warnings = (obstacle,) if obstacle else ()
@@ -54,50 +60,47 @@ def cpu_engine(
     engine = cpu.compile_engine(chosen, model.precision, model.activation_range)
     if not measure or model.precision != "int8":
         return engine, warnings
-    engine, said = _fastest(folder, exported, engine, refs)
+    engine, said = _fastest(folder, exported, engine, refs, images[:1])
     return engine, (*warnings, *said)
 
 
-def _obstacle(folder: Path, exported: ExportedModel, model: QuantizedModel) -> Optional[str]:
-    """Return why the integer form cannot be used here; None where it can, or there is none."""
+def _obstacle(
+    folder: Path, exported: ExportedModel, integer: FileRef, images: np.ndarray, meant: np.ndarray
+) -> Optional[str]:
+    """Return why the integer form cannot be used here; None where it can.
+
+    Args:
+        images: float32 ``(N, 3, h, w)``, what the model sees.
+        meant: the logits of these that the model's file means.
+    """
     from edgeres.backends import cpu
 
-    batch = _images(exported, 2)
-    with closing(cpu.open_model(folder / model.file.path, model.precision)) as run:
-        meant = run(batch)
-    if model.integer is None:
-        return None
     with closing(cpu.open_model(folder / exported.file.path, "fp32")) as run:
-        own = _decibels(run(batch), meant)
+        own = _decibels(run(images), meant)
     try:
-        with closing(cpu.open_model(folder / model.integer.path, "int8")) as run:
-            found = _decibels(meant, run(batch))
+        with closing(cpu.open_model(folder / integer.path, "int8")) as run:
+            found = _decibels(meant, run(images))
     except BackendError as problem:
-        return f"int8 is computed in float, because this onnxruntime does not run {model.integer.path}: {problem}"
+        return f"int8 is computed in float, because this onnxruntime does not run {integer.path}: {problem}"
     if found < max(FAITHFUL_DB[0], min(own, FAITHFUL_DB[1])):
-        return f"int8 is computed in float, because {model.integer.path} answers otherwise here ({found:.1f} dB)"
+        return f"int8 is computed in float, because {integer.path} answers otherwise here ({found:.1f} dB)"
     return None
 
 
 def _decibels(meant: np.ndarray, found: np.ndarray) -> float:
-    """Return how far answers are from what is meant; infinite where they are equal."""
+    """Return how far answers are from what is meant; infinite where they are equal, minus that where one is none."""
+    if not (np.isfinite(meant).all() and np.isfinite(found).all()):
+        return -math.inf
     compared = compare(meant, found, None, max_drop_pp=0.0, backend="cpu", precision="int8").sqnr_db
     return math.inf if compared is None else compared
 
 
-def _images(exported: ExportedModel, count: int) -> np.ndarray:
-    """Return random network input, float32 ``(count, 3, H, W)``, the same each time."""
-    shape = (count, *exported.input_shape)
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-
-
 def _fastest(
-    folder: Path, exported: ExportedModel, engine: Engine, refs: Dict[str, FileRef]
+    folder: Path, exported: ExportedModel, engine: Engine, refs: Dict[str, FileRef], image: np.ndarray
 ) -> Tuple[Engine, Tuple[str, ...]]:
     """Return the engine in the form and with the threads that are fastest here, and whether int8 pays at all."""
     from edgeres.backends import cpu
 
-    image = _images(exported, 1)
     opened = {name: (ref, cpu.options_for("int8")) for name, ref in refs.items()}
     opened[FP32] = (exported.file, cpu.options_for("fp32"))
     times = _timed(folder, opened, image)
@@ -120,9 +123,12 @@ def _fastest(
     made = msgspec.structs.replace(engine, file=file, options=options, measured_ms=measured)
     if times[best].p50_ms < times[fp32].p50_ms:
         return made, ()
+    advice = "The engine stays int8, whose verdict the bundle holds; for FP32, build with --precision fp32"
+    if INTEGERS not in refs:
+        advice = "The form in integers may, which this bundle does not have: edgeres quantize BUNDLE --backend cpu"
     return made, (
         f"int8 does not pay on this CPU: {times[best].p50_ms:.2f} ms an image, and {times[fp32].p50_ms:.2f} ms in "
-        "FP32. The engine stays int8, whose verdict the bundle holds; for FP32, build with --precision fp32",
+        f"FP32. {advice}",
     )
 
 

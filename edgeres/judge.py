@@ -196,8 +196,8 @@ def validate_bundle(
         samples = _samples(manifest, images, labels)
         reference = stored_logits(contents.pop(files.REFERENCE, None), samples)  # many samples are many bytes
         if reference is None:
-            fp32 = open_record(contents[files.FP32_MODEL], fp32_record(manifest))
-            reference = run_samples(fp32, samples, manifest.preprocessing, watch)
+            with contextlib.closing(open_record(contents[files.FP32_MODEL], fp32_record(manifest))) as fp32:
+                reference = run_samples(fp32, samples, manifest.preprocessing, watch)
         if samples.classes is not None and len(samples.classes) != reference.shape[1]:
             raise SampleError(
                 f"{samples.source} has {len(samples.classes)} class folders and the model answers {reference.shape[1]} "

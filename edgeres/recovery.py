@@ -188,6 +188,8 @@ def costs(
     job: Build, exported: ExportedModel, watch: Callable[[int, int], None]
 ) -> Tuple[Callable[[], Solo], Tuple[LayerCost, ...]]:
     """Return what each layer of the present int8 model costs alone, and what measures any choice of layers."""
+    from edgeres.compilation import pairs_weights
+
     table = from_json((job.workspace.folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
     path = job.workspace.folder / files.SCALINGS
     keep = job.recipe.quantization.keep_float
@@ -211,6 +213,7 @@ def costs(
         "scalings": files.sha256_file(path),
         "keep_float": keep,
         "left_float": sorted(job.left_float),
+        "paired": pairs_weights(job.recipe),
         **_samples(job),
     }
     record = job.stage("sensitivity", inputs, "each layer alone, on calibration samples", work)

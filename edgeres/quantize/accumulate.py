@@ -14,6 +14,9 @@ from edgeres.quantize.shift import effective_bias
 
 HALF = 128
 """What is added to an int8 to make it an unsigned byte."""
+LARGEST_BIAS = 2.0**30
+EMPTY = 2.0**20
+"""So many steps are the bias of a channel without weights."""
 FLAT = 1e-5
 """Of the larger of two maps: how far float32 lets their difference vary where it stands for a constant."""
 
@@ -53,14 +56,19 @@ class Layer:
     def groups(self) -> int:
         return integer(self.node, "group", 1)
 
-    @property
-    def unit(self) -> np.ndarray:
-        """What one step of the sum is worth, float64 ``(K,)``."""
-        return np.asarray(self.steps * float(self.codes.scale))
+    def whole(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the weights' steps, float64 ``(K,)``, and the bias in steps of the sum, int32 ``(K,)``; None where a
+        bias is none that 32 bits hold beside the sum.
 
-    def fits(self) -> bool:
-        """Whether the bias is one that 32 bits hold beside the sum."""
-        return bool((np.abs(self.bias / self.unit) < 2.0**30).all())
+        A channel whose weights are all zero is its bias; its step is one that tells it well.
+        """
+        empty = ~self.weights.reshape(len(self.weights), -1).any(axis=1) & (self.bias != 0)
+        steps = np.where(empty, np.abs(self.bias) / EMPTY / float(self.codes.scale), self.steps)
+        steps = steps.astype(np.float32).astype(np.float64)  # as it is stored
+        unit = steps * float(self.codes.scale)
+        if not (unit > 0).all() or not (np.abs(self.bias / unit) < LARGEST_BIAS).all():
+            return None
+        return steps, np.rint(self.bias / unit).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,14 @@ def _round_biases(
             bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
             unit = scale.astype(np.float64) * scales.get((name, 0), 0.0)
             if bias is not None and bias.shape == unit.shape and unit.all() and len(graph.uses(node.input[2])) == 1:
-                graph.set_values(node.input[2], np.rint(bias / unit) * unit)
+                # Where all weights are zero their step means nothing, and the bias is all that is left of the channel.
+                used = _channels_used(graph.values(weight.tensor), weight.axis)
+                graph.set_values(node.input[2], np.where(used, np.rint(bias / unit) * unit, bias))
+
+
+def _channels_used(weights: np.ndarray, axis: int) -> np.ndarray:
+    """Return which output channels have any weight that is not zero, bool ``(K,)``."""
+    return np.asarray(np.moveaxis(weights, axis, 0).reshape(weights.shape[axis], -1).any(axis=1))
 
 
 def shift_of(chosen: TensorRange) -> np.ndarray:

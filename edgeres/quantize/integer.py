@@ -21,7 +21,7 @@ from onnx import helper
 
 from edgeres.quantize.accumulate import HALF, Codes, Layer, is_whole, layer_of, output_size, tail_of, with_border
 from edgeres.quantize.graph import Graph
-from edgeres.quantize.moves import moved, pooled
+from edgeres.quantize.moves import flattens_channels, moved, pooled
 from edgeres.quantize.offset import Shape, integers, shapes_of, shifts_of
 from edgeres.quantize.saturation import cannot_saturate, in_reading_order
 from edgeres.quantize.sheet import FIRST, LAST, MICROSOFT, Sheet, channels_last
@@ -68,6 +68,11 @@ def write_integer(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def _begun(layer: Layer, grid: Codes) -> Layer:
+    """Return a layer whose bytes begin where the true value is 0: what the file subtracts stands in its bias."""
+    return replace(layer, bias=layer.bias + float(grid.shift)) if is_whole(grid) else layer
+
+
 @dataclass
 class _Writer:
     """The new graph while it grows. ``held`` has the forms of each tensor of the file; ``done`` what needs no visit."""
@@ -108,7 +113,7 @@ class _Writer:
         elif node.op_type == "GlobalAveragePool" and self.is_image(first) and self.opset() < 18:
             output = self.sheet.emit("ReduceMean", [self.last(first)], node.output[0], axes=[1, 2], keepdims=1)
             self.held[node.output[0]] = Held(last=output)
-        elif node.op_type == "Flatten" and held.last and self.shapes.get(first, ())[2:] == (1, 1):
+        elif node.op_type == "Flatten" and held.last and flattens_channels(node, self.shapes.get(first, ())):
             self.held[node.output[0]] = Held(plain=self.sheet.copy(node, [held.last]))
         else:
             self.copied(node)
@@ -158,7 +163,7 @@ class _Writer:
                 if name and not self.is_image(name):
                     return False
                 inputs.append(self.last(name) if name else "")
-            elif found.size == 1 and found.ndim == 0:
+            elif found.ndim == 0:
                 inputs.append(name)
             else:
                 inputs.append(self.sheet.constant(f"{name}_last", channels_last(found)))
@@ -209,15 +214,17 @@ class _Writer:
         if layer is None:
             return False
         tail, shape = tail_of(self.graph, node), self.shapes[node.input[0]]
+        if tail.border is not None and tail.border.shape[1] not in (1, len(layer.weights)):
+            return False  # it makes more channels of them
         layer = with_border(layer, tail.border, shape)
-        fused = tail.quantizer is not None and layer.border is None and layer.fits()
+        grid = None if tail.quantizer is None else self.grid_of(tail.quantizer, tail.is_rectified)
+        fused = grid is not None and layer.border is None and _begun(layer, grid).whole() is not None
         data = self.windows(layer, shape, fused)
         if data is None:
             return False
-        if tail.quantizer is None:
+        if tail.quantizer is None or grid is None:
             self.held[tail.tensor] = Held(last=self.multiplied(layer, data, tail.tensor))
         else:
-            grid = self.grid_of(tail.quantizer, tail.is_rectified)
             if fused:
                 name = self.requantized(layer, data, grid)
             else:
@@ -255,18 +262,19 @@ class _Writer:
                 if one.name in ("pads", "strides", "dilations", "auto_pad")
             })  # fmt: skip
         stored, zero = self.stored(layer, weights)
-        bias, begin = layer.bias, grid
-        if is_whole(grid):  # what the file subtracts stands in its bias; here bytes begin where the true value is 0
-            bias, begin = bias + float(grid.shift), replace(grid, zero=0)
+        begin = replace(grid, zero=0) if is_whole(grid) else grid
+        whole = _begun(layer, grid).whole()
+        assert whole is not None
+        steps, bias = whole
         inputs = [
             data.name,
             self.sheet.constant("scale", layer.codes.scale),
             self.sheet.constant("zero", np.uint8(layer.zero)),
             stored,
-            self.sheet.constant(f"{layer.node.name}_steps", layer.steps.astype(np.float32)),
+            self.sheet.constant(f"{layer.node.name}_steps", steps.astype(np.float32)),
             zero,
             *self.grid(begin),
-            self.sheet.constant(f"{layer.node.name}_bias", np.rint(bias / layer.unit).astype(np.int32)),
+            self.sheet.constant(f"{layer.node.name}_bias", bias),
         ]
         return self.sheet.emit("QLinearConv", inputs, f"{layer.node.output[0]}_bytes", MICROSOFT, **attributes)
 

@@ -22,13 +22,20 @@ def moved(graph: Graph, sheet: Sheet, node: onnx.NodeProto, codes: Codes, shapes
         return None
     if node.op_type == "MaxPool":
         return replace(codes, name=pooled(sheet, node, codes.name))
-    if node.op_type == "Flatten" and shape[2:] == (1, 1):
+    if node.op_type == "Flatten" and flattens_channels(node, shape):
         return replace(codes, name=sheet.copy(node, [codes.name]))
     if node.op_type == "Slice" and len(node.input) > 3:
         return _sliced(graph, sheet, node, codes)
     if node.op_type == "Pad" and len(node.input) < 4:
         return _padded(graph, sheet, node, codes)
     return None
+
+
+def flattens_channels(node: onnx.NodeProto, shape: Shape) -> bool:
+    """Whether a Flatten of an image of one pixel gives ``(N, C)``, wherever channels lie."""
+    axis = attribute(node, "axis", 1)
+    assert isinstance(axis, int)
+    return shape[2:] == (1, 1) and axis % 4 == 1
 
 
 def pooled(sheet: Sheet, node: onnx.NodeProto, source: str) -> str:

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 import edgeres
 from edgeres import files, forms
-from edgeres.artifacts import Engine, ExportedModel, Latency, QuantizedModel, from_data
+from edgeres.artifacts import Engine, ExportedModel, Latency, Preprocessing, QuantizedModel, from_data
 from edgeres.backends import cpu
 from edgeres.benchmark import summarize
 from edgeres.bundle import verify
@@ -21,6 +21,8 @@ from edgeres.forms import FLOAT, FP32, INTEGERS, ONE_THREAD, cpu_engine
 from edgeres.preprocess import prepare_batch
 from edgeres.recipe import EngineSection, dossier
 from edgeres.targets import resolve
+
+FRAMES = Preprocessing((32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def chosen(bundle: Path, monkeypatch: pytest.MonkeyPatch, times: dict[str, float
     """Return what is chosen where the forms take so many milliseconds."""
     monkeypatch.setattr(forms, "cores", lambda: 2)
     monkeypatch.setattr(forms, "_timed", lambda folder, opened, image: timed({n: times[n] for n in opened}))
-    return cpu_engine(bundle, *records(bundle), measure=True)
+    return cpu_engine(bundle, *records(bundle), FRAMES, measure=True)
 
 
 def test_a_build_for_the_cpu_holds_and_runs_the_integer_form(built: Path) -> None:
@@ -127,7 +129,7 @@ def test_an_integer_form_that_does_not_fit_is_left(built: Path, tmp_path: Path, 
                 values = numpy_helper.to_array(tensor)
                 tensor.CopyFrom(numpy_helper.from_array(np.clip(values, -48, 48), tensor.name))
         path.write_bytes(changed.SerializeToString())
-    engine, said = cpu_engine(tmp_path, exported, model, measure=False)
+    engine, said = cpu_engine(tmp_path, exported, model, FRAMES, measure=False)
     assert engine.file == model.file
     assert len(said) == 1
     assert "int8 is computed in float" in said[0]

@@ -123,6 +123,41 @@ def test_layers_are_exact_to_the_bit(name: str, shift: bool, safe: bool, graph: 
     np.testing.assert_array_equal(run(integer, x), exact(int8, x))
 
 
+@pytest.mark.parametrize("paired", [True, False], ids=["paired", "full"])
+@pytest.mark.parametrize("shift", [True, False], ids=["shifted", "symmetric"])
+@pytest.mark.parametrize("small", [0.0, 1e-30, 1e-9], ids=["no weights", "hardly any", "small weights"])
+def test_a_channel_that_is_little_but_its_bias_keeps_it(
+    small: float, shift: bool, paired: bool, graph: Graph, exact: Exact
+) -> None:
+    """A pruned channel, or one whose batch norm has a gain of almost 0."""
+    rng = np.random.default_rng(2)
+    weights = {
+        "u": rng.standard_normal((8, 3, 3, 3)).astype(np.float32), "a": rng.standard_normal(8).astype(np.float32),
+        "w": rng.standard_normal((8, 8, 3, 3)).astype(np.float32), "b": rng.standard_normal(8).astype(np.float32),
+        "last": rng.standard_normal((4, 8, 1, 1)).astype(np.float32),
+    }  # fmt: skip
+    for layer, bias in (("u", "a"), ("w", "b")):
+        weights[layer][:3] *= np.float32(small)
+        weights[bias][:3] = (0.4, 4.8, 0.0)
+    model = graph(
+        """net (float[2, 3, 9, 8] x) => (float[2, 4, 9, 8] y) {
+            t = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (x, u, a)
+            p = Relu(t)
+            q = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (p, w, b)
+            r = Relu(q)
+            y = Conv(r, last)
+        }""",
+        weights,
+    )
+    x = rng.integers(-127, 128, (2, 3, 9, 8)).astype(np.float32) / 64
+    floats = {name: exact(_ending(model, name), x) for name in ("p", "r")}
+    ranges = {"x": power_of_two(-2, 1.9), **{n: power_of_two(0, v.max(), shift) for n, v in floats.items()}}
+    int8 = write_int8(model, plan(model, {}, paired=paired), ranges)
+    integer = write_integer(int8)
+    assert sqnr_db(exact(model, x), exact(int8, x)) > 20
+    assert sqnr_db(exact(int8, x), run(integer, x)) > 40
+
+
 def _ending(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
     """Return a model that ends with another tensor."""
     result = onnx.ModelProto()

@@ -46,11 +46,11 @@ class Launcher:
         Raises:
             BackendError: TensorRT or CUDA refuses.
         """
+        if self._graph is not None and not self._recording.wanted:
+            self.forget()
         if self._graph is None and self._recording.wanted and self._runs >= STEADY:
             self._record(enqueue)
-        if self._graph is not None:
-            self._graph.launch()
-        else:
+        if self._graph is None or not self._launched(self._graph):
             enqueue()
             self._runs += 1
 
@@ -59,6 +59,16 @@ class Launcher:
         graph, self._graph, self._runs = self._graph, None, 0
         if graph is not None:
             graph.destroy()
+
+    def _launched(self, graph: Graph) -> bool:
+        """Whether a graph was launched; where CUDA refuses, as for want of memory, calls do without from then on."""
+        try:
+            graph.launch()
+        except BackendError as problem:
+            self._recording.refuse(str(problem))
+            self.forget()
+            return False
+        return True
 
     def _record(self, enqueue: Callable[[], None]) -> None:
         try:
