@@ -127,7 +127,7 @@ OF_GRAPHS = {"cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate",
 
 
 def test_a_failure_among_arrays_and_graphs_leaves_nothing(run: Run, package: str) -> None:
-    """Where a graph cannot be made, calls run as without one, and nobody is bothered."""
+    """Where a graph cannot be made or launched, calls run as without one, and nobody is bothered."""
     report = run("gpu_faults", noise=package == "pycuda")
     assert {"cuCtxSynchronize", "cuMemcpyDtoDAsync"} <= set(report["functions"])
     if package == "pycuda":
@@ -137,6 +137,8 @@ def test_a_failure_among_arrays_and_graphs_leaves_nothing(run: Run, package: str
         assert report["bad"] == []
         captures = report["silent"].count("cuStreamBeginCapture")
         within = {"cuLaunchHostFunc": captures}  # the engine's own work, as it is being captured
+        within["cuGraphLaunch"] = report["silent"].count("cuGraphLaunch")
+        assert within["cuGraphLaunch"] >= captures > 0
         assert Counter(report["silent"]) == {**within, **dict.fromkeys(OF_GRAPHS, captures)}
         assert OF_GRAPHS | {"cuGraphLaunch", "cuGraphExecDestroy"} <= set(report["functions"])
         assert {name: report[name] for name in ("graphs", "recordings", "capturing", "streams", "device_blocks")} == {
