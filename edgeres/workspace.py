@@ -24,7 +24,7 @@ import msgspec
 from edgeres.artifacts import Engine, Manifest, StageRecord, from_json, to_json
 from edgeres.bundle import intact, read_manifest, read_verified, unlisted
 from edgeres.errors import BundleError
-from edgeres.files import MANIFEST, RECIPE, file_ref, sha256_bytes, write_atomic
+from edgeres.files import INTEGER_MODEL, MANIFEST, RECIPE, file_ref, sha256_bytes, write_atomic
 
 RECORDS = ".stages"
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -251,8 +251,14 @@ class Workspace:
 
 
 def _result(record: Optional[StageRecord]) -> bytes:
-    """Return what a stage made, in a form that compares alike whether it was read or has just been made."""
-    return b"" if record is None else to_json([record.files, record.facts])
+    """Return what a stage made, in a form that compares alike whether it was read or has just been made.
+
+    The integer form is left out: it is the same model once more, and made only where the engine is for a CPU.
+    """
+    if record is None:
+        return b""
+    made = [ref for ref in record.files if ref.path != INTEGER_MODEL]
+    return to_json([made, {name: fact for name, fact in record.facts.items() if name != "integer"}])
 
 
 def _head(key: str, content: bytes) -> bytes:

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+# pytest-xdist tells its workers how wide the terminal is; what a test prints is as wide as a log.
+os.environ.pop("COLUMNS", None)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # A test's time depends on who else uses the machine, so there is no deadline; in CI a failure must repeat.
