@@ -32,7 +32,8 @@ KEYWORDS = {
 }
 """What a gate can be told: by the marker, as ``--edgeres-…`` and as ``edgeres_…`` in the ini file, in this order."""
 
-REPORTS = pytest.StashKey[Dict[Tuple[Any, ...], "Report"]]()
+REPORTS = "_edgeres_reports"
+"""Where the session's configuration keeps what was judged; pytest 6.2, which ROS 2 Humble has, knows no StashKey."""
 
 
 class GateFailed(AssertionError):
@@ -62,7 +63,7 @@ class Gate:
         Raises:
             EdgeresError: nothing could be judged.
         """
-        known = self._config.stash.setdefault(REPORTS, {})
+        known: Dict[Tuple[Any, ...], Report] = getattr(self._config, REPORTS)
         wanted = {name: value for name, value in self._settings.items() if name != "inconclusive"}
         key = tuple(sorted(wanted.items()))
         if key not in known:
@@ -102,7 +103,7 @@ class GateItem(pytest.Item):
         self.add_report_section("call", "edgeres", _short_form(report, gate.bundle))  # pytest -rP shows it
 
     def reportinfo(self) -> Tuple[Path, Optional[int], str]:
-        return self.path, None, self.name
+        return Path(str(self.fspath)), None, self.name  # pytest 6.2 has no self.path
 
 
 class _Words:
@@ -132,7 +133,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Make the marker known, and room for what is judged."""
+    setattr(config, REPORTS, {})
     config.addinivalue_line("markers", f"edgeres({', '.join(KEYWORDS)}): what edgeres_gate judges, by keywords")
 
 

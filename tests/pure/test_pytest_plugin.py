@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from typing import Any, List
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Dict, List
 
 import pytest
 
+import edgeres.pytest_plugin
 from edgeres.artifacts import Manifest, Preprocessing, to_json
 
 pytest_plugins = "pytester"
@@ -294,3 +297,25 @@ def test_a_session_without_a_gate_pays_nothing() -> None:
     loaded = set(done.stdout.split())
     assert "edgeres.pytest_plugin" in loaded
     assert loaded.isdisjoint({"numpy", "msgspec", "click", "rich", "onnxruntime", "edgeres.artifacts", "edgeres.judge"})
+
+
+def test_pytest_6_2_loads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROS 2 Humble has 6.2.5, and a plugin that cannot be imported ends every run, whatever is tested.
+
+    Source: ``pytest.__all__`` of 6.2.5, as far as a plugin may want it.
+    """
+    old = "Collector ExitCode FixtureRequest Item Session UsageError fail fixture hookimpl mark skip"
+    spare = ModuleType("pytest")
+    for name in old.split():
+        setattr(spare, name, getattr(pytest, name))
+    monkeypatch.setitem(sys.modules, "pytest", spare)
+    source = Path(edgeres.pytest_plugin.__file__)
+    names: Dict[str, Any] = {"__name__": "plugin"}
+    exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), names)  # as an import does
+    config = SimpleNamespace(addinivalue_line=lambda *told: None)
+    names["_judged"] = lambda **told: told["bundle"]
+    names["pytest_configure"](config)
+    assert names["Gate"](config, {"bundle": "net"}).report == "net"
+    del spare.fixture
+    with pytest.raises(AttributeError):
+        exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), {"__name__": "plugin"})
