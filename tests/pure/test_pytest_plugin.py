@@ -139,13 +139,31 @@ def test_the_gates_own_test_can_be_chosen_and_left_out(session: Session) -> None
     assert session.calls() == before  # nothing is judged
 
 
-def test_the_gates_own_test_makes_way_for_one_of_the_same_bundle(session: Session) -> None:
-    session.pytester.makepyfile(GATED, test_other=marked("bundle='good'"))
-    session.run("--edgeres-bundle", "bad").assert_outcomes(failed=1, passed=1)
-    session.run("--edgeres-bundle", "bad", "test_other.py").assert_outcomes(failed=1, passed=1)  # that one is of good
-    session.run("--edgeres-bundle", "bad", "-k", "gate and not net").assert_outcomes(failed=1, deselected=2)
-    session.pytester.makepyfile(test_other=marked("bundle='good', max_drop='much'"))
-    session.run("--edgeres-bundle", "good", "test_other.py").assert_outcomes(errors=1, passed=1)
+@pytest.mark.parametrize(
+    ("body", "others"),
+    [
+        (GATED, {"failed": 2}),
+        ("def test_net(edgeres_gate):\n    assert edgeres_gate.report\n", {"failed": 1, "passed": 1}),
+        ("import pytest\n\n@pytest.mark.skip\n" + GATED, {"failed": 1, "skipped": 1}),
+        ("import pytest\n\n@pytest.mark.xfail\n" + GATED, {"failed": 1, "xfailed": 1}),
+        (marked("bundle='good'"), {"failed": 1, "passed": 1}),
+        (marked("max_drop='much'"), {"failed": 1, "errors": 1}),
+    ],
+)
+def test_the_gate_asked_for_is_checked_whatever_else_asks_for_it(session: Session, body: str, others: Any) -> None:
+    session.pytester.makepyfile(body)
+    session.run("--edgeres-bundle", "bad").assert_outcomes(**others)
+    calls = [call["bundle"] for call in session.calls()]
+    assert len(calls) == len(set(calls))
+
+
+@pytest.mark.parametrize("option", ["bundle", "data", "baseline", "backend", "policy", "max-drop"])
+def test_an_empty_option_is_wrong_usage(session: Session, option: str) -> None:
+    """As of a variable that is not set: --edgeres-bundle "$BUNDLE" must not leave the gate out."""
+    session.pytester.makepyfile("def test_else():\n    pass\n")
+    result = session.run(f"--edgeres-{option}", "")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*--edgeres-{option}: *"])
 
 
 def test_a_bundle_is_judged_once_for_all_its_tests(session: Session) -> None:
@@ -166,7 +184,7 @@ def test_a_bundle_is_judged_once_for_all_its_tests(session: Session) -> None:
             assert edgeres_gate.report.max_drop_pp == 2
         """
     )
-    session.run("--edgeres-bundle", "good").assert_outcomes(passed=5)
+    session.run("--edgeres-bundle", "good").assert_outcomes(passed=6)
     assert [call["max_drop"] for call in session.calls()] == [None, 2.0]
 
 
@@ -180,14 +198,14 @@ def test_each_worker_of_xdist_does_its_share(session: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "outcome"), [("fail", {"failed": 1}), ("skip", {"skipped": 1}), ("pass", {"passed": 1})]
+    ("asked", "outcome"), [("fail", {"failed": 2}), ("skip", {"skipped": 2}), ("pass", {"passed": 2})]
 )
 def test_what_cannot_be_decided_is_not_green_unless_asked_for(session: Session, asked: str, outcome: Any) -> None:
     session.pytester.makepyfile(GATED)
     result = session.run("--edgeres-bundle", "open", "--edgeres-inconclusive", asked)
     result.assert_outcomes(**outcome)
     # what fails, fails, whatever is asked for
-    session.run("--edgeres-bundle", "bad", "--edgeres-inconclusive", asked).assert_outcomes(failed=1)
+    session.run("--edgeres-bundle", "bad", "--edgeres-inconclusive", asked).assert_outcomes(failed=2)
 
 
 def test_the_nearest_mark_counts_before_the_command_line_and_that_before_the_file(session: Session) -> None:
@@ -241,6 +259,7 @@ def test_paths_of_a_mark_count_from_the_root_folder(session: Session) -> None:
         ),
         ("bundle='good', max_drop=-1", "*max_drop: -1 is no number of percentage points, 0 to 100"),
         ("bundle='good', max_drop=True", "*max_drop: True is no number *"),
+        ("bundle='', data=''", "*bundle is '': give a path; data is '': give a path"),
         ("bundle=7, data=[1]", "*bundle is 7: give a path; data is [[]1]: give a path"),
         ("bundle='good', inconclusive='maybe'", "*inconclusive is 'maybe': choose one of fail, skip, pass"),
         ("max_drop=1", "edgeres_gate has no bundle to judge. Name one: --edgeres-bundle DIR, *"),
