@@ -30,7 +30,7 @@ OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 70, 130
 LONGEST = 1e6  # seconds that a measurement may be asked to take
 UNTOUCHED = "an earlier bundle is untouched, and a build goes on where it stopped"
 WORST = 10  # layers that `inspect` shows to people; --json has all
-VERDICT_CODES = {"pass": OK, "unlabelled": OK, "fail": FAILED, "inconclusive": UNDECIDED}
+VERDICT_CODES = {"pass": OK, "fail": FAILED, "inconclusive": UNDECIDED, "unlabelled": UNDECIDED}
 
 
 if TYPE_CHECKING:
@@ -355,8 +355,8 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_json: bool, **options: Any) -> int:
     """The gate: the bundle's engine against FP32 on the same samples, and against the last one that was accepted.
 
-    Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples. The bundle is not changed. On GitHub
-    (GITHUB_ACTIONS=true) the run shows the verdict as annotations and in the step's summary.
+    Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples, or without labels. The bundle is not
+    changed. On GitHub (GITHUB_ACTIONS=true) the run shows the verdict as annotations and in the step's summary.
     """
     from edgeres import ci
     from edgeres.artifacts import to_data

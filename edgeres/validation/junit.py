@@ -13,7 +13,7 @@ from edgeres.artifacts import Report
 from edgeres.errors import printable
 from edgeres.validation.cases import Case, cases, short_form
 
-RED = {"fail": "failure", "inconclusive": "failure", "error": "error"}
+RED = {"fail": "failure", "inconclusive": "failure", "unlabelled": "failure", "error": "error"}
 
 
 def junit(report: Report, bundle: str, seconds: float, hints: Tuple[Sequence[str], str] = ((), "")) -> bytes:

@@ -74,6 +74,10 @@ def test_validate_is_a_gate(place: Path) -> None:
     edgeres(
         "validate", "build/digits-int8", "--validation", "few.npz", "--policy", "point", "--max-drop", "100", cwd=place
     )
+    np.save(place / "unlabelled.npy", frames)
+    gate = ("validate", "build/digits-int8", "--validation", "unlabelled.npy")
+    assert "without labels" in edgeres(*gate, cwd=place, code=3).stdout
+    edgeres(*gate, "--policy", "point", cwd=place, code=3)
     before = (place / "build/digits-int8/manifest.json").read_bytes()
     assert verify(place / "build/digits-int8").report is not None
     assert (place / "build/digits-int8/manifest.json").read_bytes() == before
