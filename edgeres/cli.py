@@ -359,7 +359,6 @@ def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_js
     changed. On GitHub (GITHUB_ACTIONS=true) the run shows the verdict as annotations and in the step's summary.
     """
     from edgeres import ci
-    from edgeres.artifacts import to_data
     from edgeres.bundle import read_manifest
     from edgeres.inspection import repairs
     from edgeres.terminal import show_report
@@ -377,7 +376,7 @@ def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_js
     lines = ci.judged(report, bundle, junit, time.monotonic() - begun, hints)
     with _answered():
         if as_json:
-            _print_json(to_data(report))
+            _print_json(_report_json(report))
         else:
             show_report(report, *hints)
     _annotate(lines, as_json)
@@ -785,8 +784,15 @@ def _build_json(bundle: Bundle, lines: List[Tuple[str, str, str]]) -> Dict[str, 
         "errors": worst_errors(layer_errors(Path(bundle.path), manifest)),
         "ladder": [to_data(rung) for rung in climb.rungs] if climb is not None else [],
         "given_back": [to_data(cost) for cost in climb.taken_layers] if climb is not None else [],
-        "validation": to_data(manifest.report) if manifest.report is not None else None,
+        "validation": _report_json(manifest.report) if manifest.report is not None else None,
     }
+
+
+def _report_json(report: Report) -> Dict[str, Any]:
+    """Return a report with its outcome, which the exit code follows; its ``verdict`` is against FP32 alone."""
+    from edgeres.artifacts import to_data
+
+    return {**to_data(report), "outcome": report.outcome()}
 
 
 def _absolute(path: Optional[str]) -> Optional[str]:

@@ -97,7 +97,7 @@ class GateItem(pytest.Item):
     def runtest(self) -> None:
         gate = Gate(self.config, _settings(self.config, self))
         report = gate.report
-        self.user_properties.append(("edgeres_verdict", report.outcome()))
+        self.user_properties.append(("edgeres_outcome", report.outcome()))
         self.user_properties.append(("edgeres_drop_pp", report.drop_pp))
         gate.check()
         self.add_report_section("call", "edgeres", _short_form(report, gate.bundle))  # pytest -rP shows it

@@ -25,7 +25,8 @@ def junit(report: Report, bundle: str, seconds: float, hints: Tuple[Sequence[str
         hints: what :func:`edgeres.validation.words.advice` has to know of the bundle.
     """
     facts = {
-        "verdict": report.outcome(),
+        "verdict": report.verdict,
+        "outcome": report.outcome(),
         "samples": report.samples,
         "top1_reference": report.top1_reference,
         "top1_engine": report.top1_engine,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from edgeres import ci
 from edgeres.artifacts import LayerSummary, Report
-from edgeres.cli import VERDICT_CODES
+from edgeres.cli import VERDICT_CODES, _report_json
 from edgeres.errors import BundleError, SampleError
 from edgeres.validation import against_baseline, compare, short_form
 from edgeres.validation.cases import cases
@@ -124,6 +124,17 @@ def command(line: str) -> Tuple[str, Dict[str, str], str]:
 
 FP32, BASELINE = "accuracy against FP32", "accuracy against the baseline"
 GOOD, BAD, OPEN = judged(0), judged(400), judged(0, 20)
+
+
+def worse() -> Report:
+    """Return the report on an engine that equals FP32, wrong on a tenth, where the baseline was right on all."""
+    labels = np.arange(COUNT) % 10
+    logits = np.eye(10, dtype=np.float32)[np.where(np.arange(COUNT) < 400, (labels + 1) % 10, labels)]
+    report = compare(logits, logits, labels, max_drop_pp=1.0, backend="cpu", precision="int8")
+    return with_baseline(msgspec.structs.replace(report, samples_sha256="these"), GOOD)
+
+
+WORSE = worse()
 
 
 @pytest.mark.parametrize(
@@ -238,6 +249,16 @@ def test_the_numbers_stand_in_the_file() -> None:
     text = root[0][1][0].text or ""
     assert text.startswith("FAIL: INT8 loses 10.00 pp of top-1")
     assert "--keep-float layer1.conv1" in text
+
+
+def test_a_verdict_is_against_fp32_and_the_outcome_counts_the_baseline() -> None:
+    """FP32 is wrong where the baseline was right: this engine is as good as FP32, and worse than the last one."""
+    root = ET.fromstring(junit(WORSE, "b", 0))
+    values = {node.attrib["name"]: node.attrib["value"] for node in root.iter("property")}
+    assert (values["verdict"], values["outcome"]) == ("pass", "fail")
+    told = _report_json(WORSE)
+    assert (told["verdict"], told["baseline"]["verdict"], told["outcome"]) == ("pass", "fail", "fail")
+    assert _report_json(GOOD)["outcome"] == "pass"
 
 
 def test_the_summary_is_a_table_and_the_verdict() -> None:

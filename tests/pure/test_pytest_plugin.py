@@ -295,10 +295,10 @@ def test_an_own_failure_keeps_its_traceback(session: Session) -> None:
     session.run().stdout.fnmatch_lines([">       assert 1 == 2"])
 
 
-def test_the_verdict_stands_in_pytests_own_junit(session: Session) -> None:
+def test_the_outcome_stands_in_pytests_own_junit(session: Session) -> None:
     session.run("--edgeres-bundle", "bad", "--junitxml", "out.xml")
     text = (session.pytester.path / "out.xml").read_text(encoding="utf-8")
-    assert '<property name="edgeres_verdict" value="fail"' in text
+    assert '<property name="edgeres_outcome" value="fail"' in text
     assert "<failure" in text
     assert "FAIL: INT8 loses 10.00 pp" in text
 
