@@ -261,6 +261,21 @@ def test_a_verdict_is_against_fp32_and_the_outcome_counts_the_baseline() -> None
     assert _report_json(GOOD)["outcome"] == "pass"
 
 
+def test_what_failed_stands_first() -> None:
+    """The first line of the short form is all that pytest's summary shows; JUnit's text goes with what is red."""
+    lines = short_form(WORSE).splitlines()
+    assert lines[0].startswith("FAIL: against the baseline it loses 10.00 pp of top-1")
+    assert lines[1].startswith("PASS: INT8 keeps top-1")
+    fp32, baseline = ET.fromstring(junit(WORSE, "b", 0)).iter("testcase")
+    assert (fp32[0].tag, baseline[0].tag) == ("system-out", "failure")
+    assert "FAIL" not in (fp32[0].text or "")
+    assert baseline[0].text == "\n".join(lines)
+    assert baseline[0].attrib["message"] in lines[0]
+    assert short_form(with_baseline(BAD, BAD)).startswith("FAIL: INT8 loses")
+    assert short_form(with_baseline(BAD, GOOD)).startswith("FAIL: INT8 loses")
+    assert short_form(with_baseline(GOOD, GOOD)).startswith("PASS: INT8 keeps")
+
+
 def test_the_summary_is_a_table_and_the_verdict() -> None:
     lines = summary(with_baseline(BAD, GOOD), "build/net-int8").splitlines()
     assert lines[0] == "### ❌ edgeres validate build/net-int8: fail"
