@@ -363,44 +363,50 @@ def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_js
     from edgeres.inspection import repairs
     from edgeres.terminal import show_report
 
-    _check_baseline(baseline, options["update_baseline"])
+    update = options.pop("update_baseline")
+    _check_baseline(baseline, update)
     _check_junit(junit, Path(bundle), baseline)
     ci.make_way(junit)
     begun = time.monotonic()
     try:
-        report = _judge(bundle, baseline, **options)
+        report = _judge(bundle, None if update else baseline, **options)
     except EdgeresError as problem:
         _annotate(ci.stopped(problem, bundle, junit), as_json)
         raise
-    hints = repairs(Path(bundle), read_manifest(Path(bundle)))
-    lines = ci.judged(report, bundle, junit, time.monotonic() - begun, hints)
+    seconds, hints = time.monotonic() - begun, repairs(Path(bundle), read_manifest(Path(bundle)))
     with _answered():
         if as_json:
             _print_json(_report_json(report))
         else:
             show_report(report, *hints)
-    _annotate(lines, as_json)
+    _annotate(ci.judged(report, bundle, hints), as_json)
+    ci.write(junit, report, bundle, seconds, hints)  # what cannot be written must not hide the verdict
+    if baseline is not None and update:
+        _accept(report, baseline)
     return VERDICT_CODES[report.outcome()]
 
 
-def _judge(bundle: str, baseline: Optional[Path], update_baseline: bool, **options: Any) -> Report:
-    """Return the verdict on a bundle, and keep it as the baseline where that is asked for."""
-    from edgeres.artifacts import to_json
-    from edgeres.files import write_atomic
+def _judge(bundle: str, baseline: Optional[Path], **options: Any) -> Report:
+    """Return the report on a bundle, with its comparison with a baseline where there is one."""
     from edgeres.judge import read_baseline, validate_bundle
     from edgeres.terminal import TerminalProgress
 
-    accepted = None if baseline is None or update_baseline else read_baseline(baseline)
+    accepted = None if baseline is None else read_baseline(baseline)
     validation = _absolute(options.pop("validation"))
     progress = TerminalProgress()
     progress.stage("validate", bundle)
     try:
-        report = validate_bundle(bundle, validation, baseline=accepted, watch=progress.advance, **options)
+        return validate_bundle(bundle, validation, baseline=accepted, watch=progress.advance, **options)
     finally:
         progress.stop()
-    if baseline is not None and update_baseline:
-        write_atomic(baseline, to_json(report))  # what it says of itself is what the next one is compared with
-    return report
+
+
+def _accept(report: Report, baseline: Path) -> None:
+    """Write a report as the baseline: what it says of itself is what the next one is compared with."""
+    from edgeres.artifacts import to_json
+    from edgeres.files import write_atomic
+
+    write_atomic(baseline, to_json(report))
 
 
 def _annotate(lines: List[str], as_json: bool) -> None:

@@ -185,7 +185,7 @@ def test_annotations_stand_on_stdout_beside_the_table(place: Path) -> None:
 
 
 def test_a_junit_file_is_never_an_earlier_runs(place: Path) -> None:
-    (place / "old.xml").write_text("<green/>")
+    (place / "old.xml").write_text("<testsuites/>")
     edgeres("validate", "none", "--junit", "old.xml", cwd=place, code=1)
     assert ET.parse(place / "old.xml").getroot().attrib["errors"] == "1"
     for wrong, code in (("build/bundle/junit.xml", 2), ("build", 2), ("grey.npy/junit.xml", 1)):

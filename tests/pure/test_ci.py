@@ -287,7 +287,7 @@ def test_the_summary_is_a_table_and_the_verdict() -> None:
 def test_nothing_is_told_where_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
-    assert ci.judged(BAD, "b", None, 0, ((), "")) == []
+    assert ci.judged(BAD, "b", ((), "")) == []
     assert ci.stopped(SampleError("x"), "b", None) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -297,13 +297,13 @@ def test_a_summary_is_appended_and_changes_no_verdict(tmp_path: Path, monkeypatc
     place.write_text("before\n", encoding="utf-8")
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(place))
-    assert len(ci.judged(GOOD, "b", None, 0, ((), ""))) == 1
+    assert len(ci.judged(GOOD, "b", ((), ""))) == 1
     assert place.read_text(encoding="utf-8").startswith("before\n### ✅ edgeres validate b: pass\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "none" / "summary.md"))
-    assert [command(line)[0] for line in ci.judged(GOOD, "b", None, 0, ((), ""))] == ["notice", "warning"]
+    assert [command(line)[0] for line in ci.judged(GOOD, "b", ((), ""))] == ["notice", "warning"]
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(place))
     place.write_bytes(b"x" * ((1 << 20) - 5))
-    ci.judged(GOOD, "b", None, 0, ((), ""))
+    ci.judged(GOOD, "b", ((), ""))
     assert place.stat().st_size == (1 << 20) - 5
 
 
@@ -319,9 +319,10 @@ def test_what_could_not_be_judged_is_an_error(tmp_path: Path, monkeypatch: pytes
 
 def test_an_old_file_is_gone_before_the_work_begins(tmp_path: Path) -> None:
     file = tmp_path / "junit.xml"
-    file.write_text("<green/>")
-    ci.make_way(file)
-    assert not file.exists()
+    for earlier in (junit(GOOD, "b", 0), b'<?xml version="1.0"?>\n<testsuite/>', b""):
+        file.write_bytes(earlier)
+        ci.make_way(file)
+        assert not file.exists()
     ci.make_way(file)
     ci.make_way(tmp_path / "new" / "folder" / "junit.xml")
     assert list(tmp_path.iterdir()) == []
@@ -330,6 +331,15 @@ def test_an_old_file_is_gone_before_the_work_begins(tmp_path: Path) -> None:
         ci.make_way(file / "junit.xml")
     with pytest.raises(BundleError, match="no ordinary file"):
         ci.make_way(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[tool]\n", b"<green/>", b" " * 1024 + b"<testsuites/>", bytes(range(256))])
+def test_a_file_that_is_no_junit_file_is_kept(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "pyproject.toml"
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match="no JUnit file"):
+        ci.make_way(file)
+    assert file.read_bytes() == content
 
 
 def test_each_case_is_told_once() -> None:

@@ -1,0 +1,68 @@
+"""What `edgeres validate` writes, and where; judging is replaced, for what it finds is not what is tested here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import msgspec
+import numpy as np
+import pytest
+
+from edgeres import cli
+from edgeres.artifacts import Manifest, Preprocessing, Report, to_json
+from edgeres.validation import compare
+
+Validate = Callable[..., int]
+
+
+def judged(wrong: int, count: int = 4000, labelled: bool = True) -> Report:
+    """Return the report on an engine that is wrong on ``wrong`` samples, where FP32 is right."""
+    labels = np.arange(count) % 10
+    answers = np.where(np.arange(count) < wrong, (labels + 1) % 10, labels)
+    reference, engine = np.eye(10, dtype=np.float32)[labels], np.eye(10, dtype=np.float32)[answers]
+    told = labels if labelled else None
+    report = compare(reference, engine, told, max_drop_pp=1.0, backend="cpu", precision="int8")
+    return msgspec.structs.replace(report, samples_sha256="these")
+
+
+REPORTS = {
+    "pass": judged(0),
+    "fail": judged(400),
+    "inconclusive": judged(0, 20),
+    "unlabelled": judged(0, labelled=False),
+}
+
+
+@pytest.fixture
+def validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Validate:
+    """Return a call of `edgeres validate net` in a folder of its own, with what is to be found; it gives the code."""
+    (tmp_path / "net").mkdir()
+    raw = Preprocessing((4, 4), None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    (tmp_path / "net/manifest.json").write_bytes(to_json(Manifest("net", "int8", {}, raw, (), {}, {})))
+    (tmp_path / "net/report.json").write_bytes(b"bound")
+    monkeypatch.chdir(tmp_path)
+    for name in ("CI", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(found: str, *arguments: str, judge: Any = None) -> int:
+        monkeypatch.setattr("edgeres.judge.validate_bundle", judge or (lambda *told, **options: REPORTS[found]))
+        return cli._exit_code(["validate", "net", *arguments])
+
+    return call
+
+
+def test_the_verdict_is_told_where_its_file_cannot_be_written(
+    validate: Validate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judge(*told: Any, **options: Any) -> Report:
+        (tmp_path / "out.xml").mkdir()  # while it was judged
+        return REPORTS["pass"]
+
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert validate("pass", "--junit", "out.xml", judge=judge) == 1
+    told = capsys.readouterr()
+    assert "PASS: INT8 keeps top-1" in told.out
+    assert "::notice title=net%3A accuracy against FP32%3A pass::" in told.out
+    assert "cannot write" in told.err
+    assert "out.xml" in told.err
