@@ -22,7 +22,7 @@ import click
 import msgspec
 
 import edgeres
-from edgeres.errors import EdgeresError, printable
+from edgeres.errors import BundleError, EdgeresError, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -406,6 +406,11 @@ def _accept(report: Report, baseline: Path) -> None:
     from edgeres.artifacts import to_json
     from edgeres.files import write_atomic
 
+    if report.outcome() != "pass":
+        raise BundleError(
+            f"{baseline} stays as it was: the verdict is {report.outcome()}, and only an engine that passes is a "
+            "baseline. Make it pass first, or choose another --max-drop."
+        )
     write_atomic(baseline, to_json(report))
 
 

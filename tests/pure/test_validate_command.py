@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Callable
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from edgeres import cli
-from edgeres.artifacts import Manifest, Preprocessing, Report, to_json
+from edgeres.artifacts import Manifest, Preprocessing, Report, from_json, to_json
 from edgeres.validation import compare
 
 Validate = Callable[..., int]
@@ -66,3 +67,23 @@ def test_the_verdict_is_told_where_its_file_cannot_be_written(
     assert "::notice title=net%3A accuracy against FP32%3A pass::" in told.out
     assert "cannot write" in told.err
     assert "out.xml" in told.err
+
+
+@pytest.mark.parametrize(("found", "code"), [("pass", 0), ("fail", 1), ("inconclusive", 1), ("unlabelled", 1)])
+def test_only_what_passes_is_accepted(
+    validate: Validate, tmp_path: Path, capsys: pytest.CaptureFixture[str], found: str, code: int
+) -> None:
+    place = tmp_path / "accepted.json"
+    flags = ("--baseline", "accepted.json", "--update-baseline")
+    assert validate(found, *flags) == code
+    assert place.exists() == (found == "pass")
+    told = capsys.readouterr()
+    assert f"{found.upper()}: " in told.out
+    if found == "pass":
+        assert from_json(place.read_bytes(), Report, "accepted.json") == REPORTS["pass"]
+        return
+    assert f"the verdict is {found}, and only an engine that passes is a baseline" in told.err
+    place.write_bytes(b"before")
+    validate(found, *flags, "--json")
+    assert json.loads(capsys.readouterr().out)["outcome"] == found
+    assert place.read_bytes() == b"before"
