@@ -364,7 +364,7 @@ def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_js
     from edgeres.terminal import show_report
 
     update = options.pop("update_baseline")
-    _check_baseline(baseline, update)
+    _check_baseline(baseline, Path(bundle), update)
     _check_junit(junit, Path(bundle), baseline)
     ci.make_way(junit)
     begun = time.monotonic()
@@ -422,18 +422,29 @@ def _annotate(lines: List[str], as_json: bool) -> None:
 
 
 def _check_junit(junit: Optional[Path], bundle: Path, baseline: Optional[Path]) -> None:
-    if junit is not None and bundle.resolve() in junit.resolve().parents:
+    if junit is not None and _within(junit, bundle):
         raise click.UsageError(f"--junit {junit} lies in the bundle, which holds what its manifest binds alone")
     if junit is not None and baseline is not None and junit.resolve() == baseline.resolve():
         raise click.UsageError(f"--junit and --baseline are both {junit}: the one would be written over the other")
 
 
-def _check_baseline(baseline: Optional[Path], update: bool) -> None:
+def _within(path: Path, bundle: Path) -> bool:
+    """Tell whether a path leads into a bundle, also through a link, or is a link that lies there."""
+    place = bundle.resolve()
+    return place in path.resolve().parents or place in (path.parent.resolve() / path.name).parents
+
+
+def _check_baseline(baseline: Optional[Path], bundle: Path, update: bool) -> None:
     if update and baseline is None:
         raise click.UsageError("--update-baseline needs to know which file: --baseline REPORT.json")
     if update and os.environ.get("CI", "").lower() not in ("", "0", "false"):
         raise click.UsageError(
             "a baseline that CI accepts for itself gates nothing. Write it by hand, look at it, and commit it"
+        )
+    if update and baseline is not None and _within(baseline, bundle):
+        raise click.UsageError(
+            f"--baseline {baseline} lies in the bundle, which holds what its manifest binds alone: --update-baseline "
+            "would damage it. Name another file"
         )
 
 
@@ -462,7 +473,7 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
     from edgeres.terminal import TerminalProgress, show_benchmark
     from edgeres.twins import Settings, bench_bundle
 
-    if out is not None and Path(bundle).resolve() in out.resolve().parents:
+    if out is not None and _within(out, Path(bundle)):
         raise click.UsageError(f"--out {out} lies in the bundle, which holds what its manifest binds and nothing else")
     pace = Pace(options.pop("seconds"), options.pop("runs"), options.pop("warmup"))
     settings = Settings(pace=pace, frames=(frames[0], frames[1]) if frames else None, **options)
@@ -499,7 +510,7 @@ def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool)
 
     if out is None:
         report_bundle(bundle, bench)
-    elif bundle.resolve() in out.resolve().parents:
+    elif _within(out, bundle):
         raise click.UsageError(f"--out {out} lies in the bundle. Without --out the page goes there, and is bound.")
     else:
         write_atomic(out, page_of(bundle, bench))

@@ -87,3 +87,20 @@ def test_only_what_passes_is_accepted(
     validate(found, *flags, "--json")
     assert json.loads(capsys.readouterr().out)["outcome"] == found
     assert place.read_bytes() == b"before"
+
+
+def test_no_baseline_is_written_into_the_bundle(
+    validate: Validate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = tmp_path / "net"
+    (tmp_path / "folder").symlink_to("net")
+    (tmp_path / "file.json").symlink_to("net/report.json")
+    (net / "out.json").symlink_to("../elsewhere.json")
+    before = {path.name: path.read_bytes() for path in net.iterdir() if path.name != "out.json"}
+    inside = ("net/report.json", "net/manifest.json", "net/new.json", "net/deep/new.json", "folder/../net/report.json")
+    for name in (*inside, "folder/report.json", "file.json", "net/out.json", str(net / "report.json")):
+        assert validate("pass", "--baseline", name, "--update-baseline") == 2
+        assert f"--baseline {name} lies in the bundle" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in net.iterdir() if path.name != "out.json"} == before
+    assert (net / "out.json").is_symlink()
+    assert validate("pass", "--baseline", "net.json", "--update-baseline") == 0
