@@ -663,8 +663,9 @@ def verify(bundle: Path, as_json: bool) -> int:
 def init(folder: Path, ci: str, as_json: bool) -> int:
     """A starter: calibration/ with a recipe to edit, and a CI workflow that builds and gates.
 
-    Nothing is overwritten: where one of its files exists already, none is written. All of it works as it stands, for
-    the recipe is that of the embedded default.
+    Nothing is overwritten: where one of its files exists already, none is written. The recipe is that of the embedded
+    default, and builds as it stands. The workflow installs edgeres by its name, which nobody owns before it is
+    published: until then put the URL of your git repository, or a wheel of your own, in that line.
     """
     from edgeres.starter import begin
 
