@@ -426,7 +426,8 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``target`` is the judged engine's. Top-5 is None where there are no more than five classes. ``classes`` are those in
     which the two are right on different samples. ``answers`` are the engine's, packed as
     :mod:`edgeres.validation.baseline` says, and ``samples_sha256`` says to which samples: a later report is compared by
-    them. ``verdict`` is against FP32 alone; :meth:`outcome` counts the baseline, too.
+    them. ``verdict`` is against FP32 alone; :meth:`outcome` counts the baseline, too. ``below_chance``: FP32 is right
+    on significantly fewer samples than by guessing, so that nothing is judged.
     """
 
     samples: int
@@ -457,6 +458,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     samples_sha256: str = ""
     answers: str = ""
     baseline: Optional[BaselineChange] = None
+    below_chance: bool = False
 
     def outcome(self) -> str:
         """Return the gate's verdict: the worse of that against FP32 and, where there is one, against the baseline."""

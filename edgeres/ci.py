@@ -15,6 +15,8 @@ from edgeres.validation.junit import junit, junit_error
 
 LARGEST_SUMMARY = 1 << 20  # bytes; GitHub refuses the whole summary of a step that has more
 
+BEGIN = 1024  # bytes, in which a JUnit file names its first element
+
 Hints = Tuple[Sequence[str], str]
 
 
@@ -22,7 +24,8 @@ def make_way(junit_file: Optional[Path]) -> None:
     """Take away the JUnit file of an earlier run, which would be read where this one is cut off.
 
     Raises:
-        BundleError: a file could not be written there; said before the work, and not after it.
+        BundleError: a file could not be written there, or there is one that is no JUnit file; said before the work, and
+            not after it.
     """
     if junit_file is None:
         return
@@ -33,25 +36,43 @@ def make_way(junit_file: Optional[Path]) -> None:
         raise BundleError(f"cannot write {junit_file}: {folder} is no folder that can be written. Choose another one.")
     if junit_file.exists() and not junit_file.is_file():
         raise BundleError(f"cannot write {junit_file}: it is no ordinary file. Choose another name.")
-    with contextlib.suppress(FileNotFoundError):
+    try:
+        with open(str(junit_file), "rb") as stream:
+            begin = stream.read(BEGIN)
+        if begin and b"<testsuite" not in begin:
+            raise BundleError(
+                f"{junit_file} is no JUnit file, and would be lost: --junit replaces it. Name another file."
+            )
         junit_file.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError as problem:
+        raise BundleError(f"cannot write {junit_file}: {problem.strerror}. Choose another name.") from None
 
 
-def judged(report: Report, bundle: str, junit_file: Optional[Path], seconds: float, hints: Hints) -> List[str]:
-    """Tell a verdict, and return the lines that have to be printed for it.
+def judged(report: Report, bundle: str, hints: Hints) -> List[str]:
+    """Tell a verdict on GitHub, and return the lines that have to be printed for it.
 
     Args:
-        seconds: how long judging took.
         hints: what :func:`edgeres.validation.advice` has to know of the bundle.
-
-    Raises:
-        BundleError: the JUnit file cannot be written.
     """
-    if junit_file is not None:
-        write_atomic(junit_file, junit(report, bundle, seconds, hints))
     if not on_github():
         return []
     return [*commands(report, bundle), *_summarized(summary(report, bundle, hints))]
+
+
+def write(junit_file: Optional[Path], report: Report, bundle: str, seconds: float, hints: Hints) -> None:
+    """Write a verdict as a JUnit file, where one is asked for.
+
+    Args:
+        seconds: how long judging took.
+        hints: as for :func:`judged`.
+
+    Raises:
+        BundleError: it cannot be written.
+    """
+    if junit_file is not None:
+        write_atomic(junit_file, junit(report, bundle, seconds, hints))
 
 
 def stopped(problem: EdgeresError, bundle: str, junit_file: Optional[Path]) -> List[str]:

@@ -22,7 +22,7 @@ import click
 import msgspec
 
 import edgeres
-from edgeres.errors import EdgeresError, printable
+from edgeres.errors import BundleError, EdgeresError, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,7 +30,7 @@ OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 70, 130
 LONGEST = 1e6  # seconds that a measurement may be asked to take
 UNTOUCHED = "an earlier bundle is untouched, and a build goes on where it stopped"
 WORST = 10  # layers that `inspect` shows to people; --json has all
-VERDICT_CODES = {"pass": OK, "unlabelled": OK, "fail": FAILED, "inconclusive": UNDECIDED}
+VERDICT_CODES = {"pass": OK, "fail": FAILED, "inconclusive": UNDECIDED, "unlabelled": UNDECIDED}
 
 
 if TYPE_CHECKING:
@@ -355,53 +355,63 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_json: bool, **options: Any) -> int:
     """The gate: the bundle's engine against FP32 on the same samples, and against the last one that was accepted.
 
-    Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples. The bundle is not changed. On GitHub
-    (GITHUB_ACTIONS=true) the run shows the verdict as annotations and in the step's summary.
+    Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples, or without labels. The bundle is not
+    changed. On GitHub (GITHUB_ACTIONS=true) the run shows the verdict as annotations and in the step's summary.
     """
     from edgeres import ci
-    from edgeres.artifacts import to_data
     from edgeres.bundle import read_manifest
     from edgeres.inspection import repairs
     from edgeres.terminal import show_report
 
-    _check_baseline(baseline, options["update_baseline"])
+    update = options.pop("update_baseline")
+    _check_baseline(baseline, Path(bundle), update)
     _check_junit(junit, Path(bundle), baseline)
     ci.make_way(junit)
     begun = time.monotonic()
     try:
-        report = _judge(bundle, baseline, **options)
+        report = _judge(bundle, None if update else baseline, **options)
     except EdgeresError as problem:
         _annotate(ci.stopped(problem, bundle, junit), as_json)
         raise
-    hints = repairs(Path(bundle), read_manifest(Path(bundle)))
-    lines = ci.judged(report, bundle, junit, time.monotonic() - begun, hints)
+    seconds, hints = time.monotonic() - begun, repairs(Path(bundle), read_manifest(Path(bundle)))
     with _answered():
         if as_json:
-            _print_json(to_data(report))
+            _print_json(_report_json(report))
         else:
             show_report(report, *hints)
-    _annotate(lines, as_json)
+    _annotate(ci.judged(report, bundle, hints), as_json)
+    ci.write(junit, report, bundle, seconds, hints)  # what cannot be written must not hide the verdict
+    if baseline is not None and update:
+        _accept(report, baseline)
     return VERDICT_CODES[report.outcome()]
 
 
-def _judge(bundle: str, baseline: Optional[Path], update_baseline: bool, **options: Any) -> Report:
-    """Return the verdict on a bundle, and keep it as the baseline where that is asked for."""
-    from edgeres.artifacts import to_json
-    from edgeres.files import write_atomic
+def _judge(bundle: str, baseline: Optional[Path], **options: Any) -> Report:
+    """Return the report on a bundle, with its comparison with a baseline where there is one."""
     from edgeres.judge import read_baseline, validate_bundle
     from edgeres.terminal import TerminalProgress
 
-    accepted = None if baseline is None or update_baseline else read_baseline(baseline)
+    accepted = None if baseline is None else read_baseline(baseline)
     validation = _absolute(options.pop("validation"))
     progress = TerminalProgress()
     progress.stage("validate", bundle)
     try:
-        report = validate_bundle(bundle, validation, baseline=accepted, watch=progress.advance, **options)
+        return validate_bundle(bundle, validation, baseline=accepted, watch=progress.advance, **options)
     finally:
         progress.stop()
-    if baseline is not None and update_baseline:
-        write_atomic(baseline, to_json(report))  # what it says of itself is what the next one is compared with
-    return report
+
+
+def _accept(report: Report, baseline: Path) -> None:
+    """Write a report as the baseline: what it says of itself is what the next one is compared with."""
+    from edgeres.artifacts import to_json
+    from edgeres.files import write_atomic
+
+    if report.outcome() != "pass":
+        raise BundleError(
+            f"{baseline} stays as it was: the verdict is {report.outcome()}, and only an engine that passes is a "
+            "baseline. Make it pass first, or choose another --max-drop."
+        )
+    write_atomic(baseline, to_json(report))
 
 
 def _annotate(lines: List[str], as_json: bool) -> None:
@@ -412,18 +422,29 @@ def _annotate(lines: List[str], as_json: bool) -> None:
 
 
 def _check_junit(junit: Optional[Path], bundle: Path, baseline: Optional[Path]) -> None:
-    if junit is not None and bundle.resolve() in junit.resolve().parents:
+    if junit is not None and _within(junit, bundle):
         raise click.UsageError(f"--junit {junit} lies in the bundle, which holds what its manifest binds alone")
     if junit is not None and baseline is not None and junit.resolve() == baseline.resolve():
         raise click.UsageError(f"--junit and --baseline are both {junit}: the one would be written over the other")
 
 
-def _check_baseline(baseline: Optional[Path], update: bool) -> None:
+def _within(path: Path, bundle: Path) -> bool:
+    """Tell whether a path leads into a bundle, also through a link, or is a link that lies there."""
+    place = bundle.resolve()
+    return place in path.resolve().parents or place in (path.parent.resolve() / path.name).parents
+
+
+def _check_baseline(baseline: Optional[Path], bundle: Path, update: bool) -> None:
     if update and baseline is None:
         raise click.UsageError("--update-baseline needs to know which file: --baseline REPORT.json")
     if update and os.environ.get("CI", "").lower() not in ("", "0", "false"):
         raise click.UsageError(
             "a baseline that CI accepts for itself gates nothing. Write it by hand, look at it, and commit it"
+        )
+    if update and baseline is not None and _within(baseline, bundle):
+        raise click.UsageError(
+            f"--baseline {baseline} lies in the bundle, which holds what its manifest binds alone: --update-baseline "
+            "would damage it. Name another file"
         )
 
 
@@ -452,7 +473,7 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
     from edgeres.terminal import TerminalProgress, show_benchmark
     from edgeres.twins import Settings, bench_bundle
 
-    if out is not None and Path(bundle).resolve() in out.resolve().parents:
+    if out is not None and _within(out, Path(bundle)):
         raise click.UsageError(f"--out {out} lies in the bundle, which holds what its manifest binds and nothing else")
     pace = Pace(options.pop("seconds"), options.pop("runs"), options.pop("warmup"))
     settings = Settings(pace=pace, frames=(frames[0], frames[1]) if frames else None, **options)
@@ -489,7 +510,7 @@ def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool)
 
     if out is None:
         report_bundle(bundle, bench)
-    elif bundle.resolve() in out.resolve().parents:
+    elif _within(out, bundle):
         raise click.UsageError(f"--out {out} lies in the bundle. Without --out the page goes there, and is bound.")
     else:
         write_atomic(out, page_of(bundle, bench))
@@ -642,8 +663,9 @@ def verify(bundle: Path, as_json: bool) -> int:
 def init(folder: Path, ci: str, as_json: bool) -> int:
     """A starter: calibration/ with a recipe to edit, and a CI workflow that builds and gates.
 
-    Nothing is overwritten: where one of its files exists already, none is written. All of it works as it stands, for
-    the recipe is that of the embedded default.
+    Nothing is overwritten: where one of its files exists already, none is written. The recipe is that of the embedded
+    default, and builds as it stands. The workflow installs edgeres by its name, which nobody owns before it is
+    published: until then put the URL of your git repository, or a wheel of your own, in that line.
     """
     from edgeres.starter import begin
 
@@ -785,8 +807,15 @@ def _build_json(bundle: Bundle, lines: List[Tuple[str, str, str]]) -> Dict[str, 
         "errors": worst_errors(layer_errors(Path(bundle.path), manifest)),
         "ladder": [to_data(rung) for rung in climb.rungs] if climb is not None else [],
         "given_back": [to_data(cost) for cost in climb.taken_layers] if climb is not None else [],
-        "validation": to_data(manifest.report) if manifest.report is not None else None,
+        "validation": _report_json(manifest.report) if manifest.report is not None else None,
     }
+
+
+def _report_json(report: Report) -> Dict[str, Any]:
+    """Return a report with its outcome, which the exit code follows; its ``verdict`` is against FP32 alone."""
+    from edgeres.artifacts import to_data
+
+    return {**to_data(report), "outcome": report.outcome()}
 
 
 def _absolute(path: Optional[str]) -> Optional[str]:

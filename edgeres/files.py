@@ -82,13 +82,18 @@ def content_ref(path: str, content: bytes) -> FileRef:
 def write_atomic(path: Union[str, Path], content: bytes) -> None:
     """Write a file so that a reader sees the old content or all of the new one, whatever happens in between.
 
+    A link is replaced, and not followed.
+
     Raises:
-        BundleError: the folder cannot be written, or the disk is full; the old file is whole.
+        BundleError: the folder cannot be written, or the disk is full; the old file is whole. Or what is there is no
+            ordinary file: root could put one in the place of ``/dev/null``.
     """
     path = Path(path)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no ordinary file")
         attempt = str(path.parent / f".{path.name}.{os.urandom(8).hex()}")
         # Unlike tempfile's private files, a bundle's are as open as the user's umask says.
         descriptor = os.open(attempt, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

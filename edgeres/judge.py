@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import json
 import os
 import shlex
 import zipfile
 from pathlib import Path
-from typing import Callable, Dict, Iterable, Optional, Tuple, Union
+from typing import Callable, Dict, Iterable, Optional, Sequence, Tuple, Union
 
 import msgspec
 import numpy as np
@@ -106,6 +107,7 @@ def judge(
             quantization's.
     """
     reference = read_reference(content, files.REFERENCE)
+    classes = [str(name) for name in reference.get("classes", ())]
     report = compare(
         reference["logits"],
         logits,
@@ -115,15 +117,17 @@ def judge(
         backend=engine.backend,
         precision=engine.precision,
         samples_source=source,
-        classes=[str(name) for name in reference.get("classes", ())],
+        classes=classes,
     )
-    report = msgspec.structs.replace(report, samples_sha256=_digest(reference["sha256"]))
+    digest = _digest(reference["sha256"], reference.get("labels"), classes)
+    report = msgspec.structs.replace(report, samples_sha256=digest)
     return attributed(_told(report, engine), reference["logits"], meaning, logits, reference.get("labels"))
 
 
-def _digest(sha256: Iterable[str]) -> str:
-    """Return one digest of samples, in their order."""
-    return hashlib.sha256("\n".join(map(str, sha256)).encode("ascii")).hexdigest()
+def _digest(sha256: Iterable[str], labels: Optional[np.ndarray], classes: Sequence[str]) -> str:
+    """Return one digest of samples in their order, of their labels and of the names of the classes."""
+    told = [list(map(str, sha256)), None if labels is None else labels.tolist(), list(map(str, classes))]
+    return hashlib.sha256(json.dumps(told).encode("ascii")).hexdigest()
 
 
 def _told(report: Report, engine: Engine) -> Report:
@@ -220,7 +224,9 @@ def validate_bundle(
             precision=engine.record.precision,
             classes=samples.classes or (),
         )
-        report = msgspec.structs.replace(report, samples_sha256=_digest(samples.sha256()))
+        report = msgspec.structs.replace(
+            report, samples_sha256=_digest(samples.sha256(), samples.labels, samples.classes or ())
+        )
         if baseline is not None:
             report = against_baseline(report, baseline, samples.labels)
         return attributed(_told(report, engine.record), reference, meaning, logits, samples.labels)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PATHS = ("bundle", "data", "baseline")
 CHOICES = {"policy": ("ci", "point"), "inconclusive": ("fail", "skip", "pass")}
 KEYWORDS = {
-    "bundle": "the bundle to judge; as an option it adds a test of its own, unless one of yours asks for its gate",
+    "bundle": "the bundle to judge; as an option it adds a test of its own",
     "data": "labelled samples to judge on: a folder, list or array file (default: those of the bundle's build)",
     "max_drop": "accuracy budget, percentage points of top-1 against FP32 (default: the bundle's own)",
     "policy": "ci (the whole 95 %% interval decides) or point (default: the bundle's own)",
@@ -32,7 +32,8 @@ KEYWORDS = {
 }
 """What a gate can be told: by the marker, as ``--edgeres-…`` and as ``edgeres_…`` in the ini file, in this order."""
 
-REPORTS = pytest.StashKey[Dict[Tuple[Any, ...], "Report"]]()
+REPORTS = "_edgeres_reports"
+"""Where the session's configuration keeps what was judged; pytest 6.2, which ROS 2 Humble has, knows no StashKey."""
 
 
 class GateFailed(AssertionError):
@@ -62,7 +63,7 @@ class Gate:
         Raises:
             EdgeresError: nothing could be judged.
         """
-        known = self._config.stash.setdefault(REPORTS, {})
+        known: Dict[Tuple[Any, ...], Report] = getattr(self._config, REPORTS)
         wanted = {name: value for name, value in self._settings.items() if name != "inconclusive"}
         key = tuple(sorted(wanted.items()))
         if key not in known:
@@ -96,13 +97,13 @@ class GateItem(pytest.Item):
     def runtest(self) -> None:
         gate = Gate(self.config, _settings(self.config, self))
         report = gate.report
-        self.user_properties.append(("edgeres_verdict", report.outcome()))
+        self.user_properties.append(("edgeres_outcome", report.outcome()))
         self.user_properties.append(("edgeres_drop_pp", report.drop_pp))
         gate.check()
         self.add_report_section("call", "edgeres", _short_form(report, gate.bundle))  # pytest -rP shows it
 
     def reportinfo(self) -> Tuple[Path, Optional[int], str]:
-        return self.path, None, self.name
+        return Path(str(self.fspath)), None, self.name  # pytest 6.2 has no self.path
 
 
 class _Words:
@@ -125,14 +126,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("edgeres", "the accuracy gate of edgeres")
     for name, text in KEYWORDS.items():
         kind: Dict[str, Any] = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": name.upper()}
-        if name == "max_drop":
-            kind["type"] = _points
+        if name not in CHOICES:
+            kind["type"] = _points if name == "max_drop" else _given
         group.addoption(f"--edgeres-{name.replace('_', '-')}", dest=f"edgeres_{name}", help=text, **kind)
         parser.addini(f"edgeres_{name}", f"for edgeres_gate: {text.split(';')[0].replace('%%', '%')}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Make the marker known, and room for what is judged."""
+    setattr(config, REPORTS, {})
     config.addinivalue_line("markers", f"edgeres({', '.join(KEYWORDS)}): what edgeres_gate judges, by keywords")
 
 
@@ -151,21 +153,15 @@ def edgeres_gate(request: pytest.FixtureRequest) -> Gate:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, None]:
-    """Add the gate's own test to what the session collects, where the command line names a bundle."""
+    """Add the gate's own test to what the session collects, where the command line names a bundle.
+
+    Also beside tests of the same bundle's gate: these may be skipped, or never call ``check``; it is judged once.
+    """
     outcome = yield
     if isinstance(collector, pytest.Session) and collector.config.getoption("edgeres_bundle"):
         item = GateItem.from_parent(collector, name="edgeres gate", nodeid="edgeres::gate")
         item.add_marker("edgeres")
         outcome.get_result().result.append(item)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
-    """Take the gate's own test away again where one of those that will run asks for the gate of the same bundle."""
-    for own in [item for item in items if isinstance(item, GateItem)]:
-        bundle = _settings(config, own)["bundle"]
-        if any(_bundle_of(config, item) == bundle for item in items if item is not own):
-            items.remove(own)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -187,16 +183,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     gated = isinstance(item, GateItem) or "edgeres_gate" in getattr(item, "fixturenames", ())
     if isinstance(raised, GateFailed) or (gated and isinstance(raised, EdgeresError)):
         outcome.get_result().longrepr = _Words(printable(str(raised)))
-
-
-def _bundle_of(config: pytest.Config, item: pytest.Item) -> Optional[Path]:
-    """Return the bundle whose gate a test asks for, or None."""
-    if "edgeres_gate" not in getattr(item, "fixturenames", ()):
-        return None
-    try:
-        return _settings(config, item).get("bundle")
-    except pytest.fail.Exception:  # said when the test runs
-        return None
 
 
 def _judged(bundle: Path, data: Any = None, baseline: Optional[Path] = None, **options: Any) -> Report:
@@ -250,7 +236,7 @@ def _problems(told: Dict[str, Any]) -> List[str]:
     for name, value in told.items():
         if name in CHOICES and value not in CHOICES[name]:
             found.append(f"{name} is {value!r}: choose one of {', '.join(CHOICES[name])}")
-        elif name in (*PATHS, "backend") and not isinstance(value, (str, os.PathLike)):
+        elif name in (*PATHS, "backend") and not (value and isinstance(value, (str, os.PathLike))):
             found.append(f"{name} is {value!r}: give {'a name' if name == 'backend' else 'a path'}")
         elif name == "max_drop":
             try:
@@ -258,6 +244,13 @@ def _problems(told: Dict[str, Any]) -> List[str]:
             except (argparse.ArgumentTypeError, TypeError) as problem:
                 found.append(f"max_drop: {problem}")
     return found
+
+
+def _given(value: str) -> str:
+    """Return an option's value; an empty one is that of a variable that is not set, and would leave the gate out."""
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty: give a value, or leave the option out")
+    return value
 
 
 def _points(value: Any) -> float:

@@ -61,8 +61,9 @@ def against_baseline(report: Report, baseline: Report, labels: Optional[np.ndarr
         raise SampleError("the baseline does not tell its answers, sample by sample. Write it again: --update-baseline")
     if baseline.samples != report.samples or baseline.samples_sha256 != report.samples_sha256:
         raise SampleError(
-            f"the baseline was judged on {baseline.samples} other samples than these {report.samples}: only the same "
-            "ones, in the same order, can be paired. Validate on those, or write it again: --update-baseline"
+            f"the baseline was judged on {baseline.samples} other samples than these {report.samples}, or by other "
+            "labels: only the same ones, in the same order, can be paired. Validate on those, or write it again: "
+            "--update-baseline"
         )
     before, after = unpacked(baseline.answers, report.samples), unpacked(report.answers, report.samples)
     change = paired_change(before == labels, after == labels, report.max_drop_pp, report.policy)

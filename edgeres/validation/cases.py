@@ -46,14 +46,14 @@ def cases(report: Report) -> Tuple[Case, ...]:
 
 
 def short_form(report: Report, worst: Sequence[str] = (), untried: str = "") -> str:
-    """Return the verdict, the numbers that it rests on and what to do next, a line each.
+    """Return the gates, that with the report's outcome first, the numbers and what to do next, a line each.
 
     Args:
         worst: as for :func:`edgeres.validation.words.advice`; ``untried`` likewise.
     """
-    lines = [f"{report.verdict.upper()}: {headline(report)}"]
-    if report.baseline is not None:
-        lines.append(f"{report.baseline.verdict.upper()}: {baseline_headline(report)}")
+    gates = [case for case in cases(report) if case.kind == "gate"]
+    gates.sort(key=lambda case: case.verdict != report.outcome())
+    lines = [f"{case.verdict.upper()}: {case.message}" for case in gates]
     lines.append(_numbers(report))
     lines += first_of(fallen_words(report))
     for summary in report.layers:

@@ -14,6 +14,7 @@ from edgeres.validation.baseline import packed
 from edgeres.validation.classes import class_changes
 from edgeres.validation.confidence import Sureness, chunks, sureness
 from edgeres.validation.paired import paired_change
+from edgeres.validation.statistics import wilson_interval
 
 POLICIES = ("ci", "point")
 
@@ -32,7 +33,9 @@ def compare(
 ) -> Report:
     """Return the comparison of two networks' answers to the same samples, and its verdict.
 
-    The verdict is that of :func:`edgeres.validation.paired.paired_change`; without labels it is ``unlabelled``.
+    The verdict is that of :func:`edgeres.validation.paired.paired_change`; without labels it is ``unlabelled``, and
+    where the reference is right on fewer samples than by guessing it is ``inconclusive`` under every policy: the labels
+    are not in the model's order, and nothing can be lost of next to nothing.
 
     Args:
         reference: float (N, K), the FP32 model's logits.
@@ -75,7 +78,11 @@ def compare(
         return report
     right_reference, right_engine = top_reference == labels, top_engine == labels
     changes = class_changes(labels, right_reference, right_engine, classes)
-    return msgspec.structs.replace(_judged(report, right_reference, right_engine), classes=changes)
+    report = _judged(report, right_reference, right_engine)
+    # Beyond chance: the whole 95 % interval after Wilson 1927 lies below one of K.
+    if wilson_interval(int(np.sum(right_reference)), len(labels))[1] < 1 / reference.shape[1]:
+        report = msgspec.structs.replace(report, verdict="inconclusive", samples_to_decide=None, below_chance=True)
+    return msgspec.structs.replace(report, classes=changes)
 
 
 def attribute_drop(

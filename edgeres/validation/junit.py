@@ -13,7 +13,7 @@ from edgeres.artifacts import Report
 from edgeres.errors import printable
 from edgeres.validation.cases import Case, cases, short_form
 
-RED = {"fail": "failure", "inconclusive": "failure", "error": "error"}
+RED = {"fail": "failure", "inconclusive": "failure", "unlabelled": "failure", "error": "error"}
 
 
 def junit(report: Report, bundle: str, seconds: float, hints: Tuple[Sequence[str], str] = ((), "")) -> bytes:
@@ -25,7 +25,8 @@ def junit(report: Report, bundle: str, seconds: float, hints: Tuple[Sequence[str
         hints: what :func:`edgeres.validation.words.advice` has to know of the bundle.
     """
     facts = {
-        "verdict": report.outcome(),
+        "verdict": report.verdict,
+        "outcome": report.outcome(),
         "samples": report.samples,
         "top1_reference": report.top1_reference,
         "top1_engine": report.top1_engine,
@@ -47,8 +48,12 @@ def junit_error(message: str, bundle: str) -> bytes:
 
 
 def _document(bundle: str, found: Sequence[Case], facts: Dict[str, str], seconds: float, text: str) -> bytes:
-    """Return suites, a suite, its properties and its cases; ``text`` goes with the first case, whose time it was."""
+    """Return suites, a suite, its properties and its cases; the time was the first one's.
+
+    ``text`` goes with the first case that is red, or where none is with the first.
+    """
     kinds = [RED.get(case.verdict, "" if case.verdict == "pass" else "skipped") for case in found]
+    told = next((place for place, kind in enumerate(kinds) if kind in RED.values()), 0)
     counts = {
         "tests": str(len(found)),
         "failures": str(kinds.count("failure")),
@@ -65,7 +70,7 @@ def _document(bundle: str, found: Sequence[Case], facts: Dict[str, str], seconds
     for place, (case, kind) in enumerate(zip(found, kinds)):
         time = seconds if place == 0 else 0.0
         node = ET.SubElement(suite, "testcase", classname=group, name=printable(case.name), time=f"{time:.3f}")
-        said = printable(text if place == 0 else case.message)
+        said = printable(text if place == told else case.message)
         if kind:
             ET.SubElement(node, kind, type=case.verdict, message=printable(case.message)).text = said
         else:

@@ -60,6 +60,19 @@ def paired_difference_interval(b: float, c: float, n: float, confidence: float =
     return lower, upper
 
 
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Tuple[float, float]:
+    """Return the score interval of a share, of which ``successes`` of ``n`` were observed, both limits in 0…1.
+
+    Source: Wilson 1927, Journal of the American Statistical Association 22:209-212.
+    """
+    z = _quantile(confidence)
+    share = successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At the ends the limit is the end itself, which rounding would miss.
+    return (0.0 if successes == 0 else middle - half), (1.0 if successes == n else middle + half)
+
+
 def samples_to_decide(b: float, c: float, n: float, budget: float, confidence: float = 0.95) -> Optional[int]:
     """Return the smallest number of samples whose interval would lie wholly on one side of ``budget``.
 

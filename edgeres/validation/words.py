@@ -56,14 +56,19 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
         steps.append(
             "Give validation samples with labels, one subfolder per class, to judge accuracy by: --validation FOLDER."
         )
-    if report.verdict == "inconclusive":
+    if report.verdict == "inconclusive" and not report.below_chance:
         steps.append(_more_samples(report))
     if report.samples_source == "calibration" and report.verdict != "unlabelled":
         steps.append(
             "The engine was judged on the samples that it was calibrated with, which flatters it: name others with "
             "--validation FOLDER."
         )
-    if report.top1_reference is not None and report.top1_reference < DOUBTFUL_TOP1:
+    if report.below_chance:
+        steps.append(
+            f"FP32 itself is right on {100 * (report.top1_reference or 0):.2f} % of the samples, which is less than by "
+            "guessing: the labels (sorted folder names) are not in the model's order. Give them in that order."
+        )
+    elif report.top1_reference is not None and report.top1_reference < DOUBTFUL_TOP1:
         steps.append(
             f"FP32 itself is right on only {100 * report.top1_reference:.2f} % of the samples: check that the labels "
             "(sorted folder names) are in the model's order, and mean, std and size."
@@ -90,6 +95,8 @@ def _verdict(report: Report, change: Union[Report, BaselineChange]) -> str:
         basis = " by the point estimate alone" if report.policy == "point" else ""
         return f"{'passes' if change.verdict == 'pass' else 'fails'} with {counted(report.samples, 'sample')}{basis}"
     undecided = f"cannot be decided with {counted(report.samples, 'sample')}"
+    if change is report and report.below_chance:
+        return f"{undecided}, on which FP32 itself is right less often than by guessing"
     if change.samples_to_decide is None:
         return f"{undecided}; at the observed rates no practical number would decide it"
     return f"{undecided}; about {_about(change.samples_to_decide):,} would"

@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_build_answers_json(place: Path) -> None:
     answer = json.loads((place / "answer.json").read_text())
-    assert set(answer["validation"]) >= REPORT_KEYS
+    assert set(answer["validation"]) >= {*REPORT_KEYS, "outcome"}
     assert answer["validation"]["discordant"].keys() == {"only_reference_correct", "only_engine_correct"}
     assert (place / "build/digits-int8/manifest.json").is_file()
     assert answer["stages"]["observe"] == {
@@ -67,13 +67,17 @@ def test_build_prints_both_accuracies_and_says_what_it_reused(place: Path) -> No
 
 def test_validate_is_a_gate(place: Path) -> None:
     done = edgeres("validate", "build/digits-int8", "--max-drop", "1", "--json", cwd=place)
-    assert set(json.loads(done.stdout)) >= REPORT_KEYS
+    assert set(json.loads(done.stdout)) >= {*REPORT_KEYS, "outcome"}
     frames = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     np.savez(place / "few.npz", images=frames, labels=np.zeros(20, np.int64))
     edgeres("validate", "build/digits-int8", "--validation", "few.npz", cwd=place, code=3)
     edgeres(
         "validate", "build/digits-int8", "--validation", "few.npz", "--policy", "point", "--max-drop", "100", cwd=place
     )
+    np.save(place / "unlabelled.npy", frames)
+    gate = ("validate", "build/digits-int8", "--validation", "unlabelled.npy")
+    assert "without labels" in edgeres(*gate, cwd=place, code=3).stdout
+    edgeres(*gate, "--policy", "point", cwd=place, code=3)
     before = (place / "build/digits-int8/manifest.json").read_bytes()
     assert verify(place / "build/digits-int8").report is not None
     assert (place / "build/digits-int8/manifest.json").read_bytes() == before

@@ -13,9 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
 from PIL import Image
 
+from edgeres import __version__ as VERSION
 from edgeres.recipe import dossier
+from edgeres.starter import begin
 
 EVENTS = {"push", "pull_request"}
 STEP_KEYS = {"id", "name", "if", "uses", "with", "run", "env", "shell", "working-directory", "continue-on-error"}
@@ -110,6 +115,22 @@ def test_a_gitlab_pipeline_runs_what_githubs_does(place: Path) -> None:
         assert run("bash", "-e", "-c", script, cwd=place, code=None).stdout == after
 
 
+@pytest.mark.parametrize("name", ["github.yml", "gitlab.yml"])
+def test_a_starter_says_where_edgeres_is_to_come_from(name: str, tmp_path: Path) -> None:
+    """Each line offered in place of the index is a requirement that packaging reads, or names this version's wheel."""
+    begin(tmp_path, name.partition(".")[0])
+    (written,) = tmp_path.rglob("*.yml")
+    lines = [line.strip() for line in written.read_text(encoding="utf-8").splitlines()]
+    at = next(index for index, line in enumerate(lines) if "pip install" in line and not line.startswith("#"))
+    assert "Until edgeres is published, nobody owns its name" in lines[at - 3]
+    git, wheel = (line.removeprefix("# pip install ").strip("'") for line in lines[at - 2 : at])
+    required = Requirement(git)
+    assert (required.name, required.extras) == ("edgeres", {"host"})
+    assert (required.url or "").startswith("git+https://")
+    file, _, extra = wheel.partition("[")
+    assert (parse_wheel_filename(Path(file).name)[:2], extra) == (("edgeres", Version(VERSION)), "host]")
+
+
 def test_init_overwrites_nothing(place: Path) -> None:
     before = (place / "calibration/recipe.toml").read_bytes()
     (place / "mine").mkdir()
@@ -185,7 +206,7 @@ def test_annotations_stand_on_stdout_beside_the_table(place: Path) -> None:
 
 
 def test_a_junit_file_is_never_an_earlier_runs(place: Path) -> None:
-    (place / "old.xml").write_text("<green/>")
+    (place / "old.xml").write_text("<testsuites/>")
     edgeres("validate", "none", "--junit", "old.xml", cwd=place, code=1)
     assert ET.parse(place / "old.xml").getroot().attrib["errors"] == "1"
     for wrong, code in (("build/bundle/junit.xml", 2), ("build", 2), ("grey.npy/junit.xml", 1)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
+from pathlib import Path
 from typing import List, Optional
 
 import msgspec
@@ -11,9 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from edgeres.artifacts import Report, from_json, to_json
+from edgeres import files
+from edgeres.artifacts import Engine, FileRef, Manifest, Preprocessing, Report, from_json, to_json
 from edgeres.errors import SampleError
+from edgeres.judge import judge, reference_content, validate_bundle
+from edgeres.samples import open_samples
 from edgeres.validation import against_baseline, baseline_headline, compare
 from edgeres.validation.baseline import packed, unpacked
 from edgeres.validation.statistics import paired_difference_interval
@@ -115,3 +120,59 @@ def test_the_point_estimate_decides_where_that_is_the_policy() -> None:
     found = against_baseline(judged(8, policy="point"), judged(0), LABELS).baseline
     assert found is not None
     assert found.verdict == "pass"
+
+
+class Double:
+    """What is asked of an engine that is not run."""
+
+    def __init__(self) -> None:
+        model = FileRef(files.FP32_MODEL, "", 0)
+        self.manifest = Manifest("net", "fp32", {}, Preprocessing((2, 2)), (model,), {}, {})
+        self.record = Engine("cpu", "cpu", "fp32", model, {}, {})
+
+    def __enter__(self) -> Double:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        pass
+
+
+COUNT = 40
+RIGHT = np.eye(4, dtype=np.float32)[np.arange(COUNT) % 4]
+
+
+def folder_of(place: Path, classes: str = "abcd", other: Optional[int] = None) -> Path:
+    """Write forty images, one subfolder per class; ``other`` is one that lies in the next class."""
+    for n in range(COUNT):
+        kind = classes[(n + (n == other)) % 4]
+        (place / kind).mkdir(parents=True, exist_ok=True)
+        pixels = np.full((2, 2, 3), 3 * n, np.uint8)
+        Image.fromarray(pixels).save(place / kind / f"{n % 4}-{n:02}.png")
+    return place
+
+
+def test_a_builds_report_is_a_baseline_on_the_same_labels_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build and a validation know the samples from different files, and have to tell them by the same digest."""
+    samples = open_samples(folder_of(tmp_path / "built"), labelled=True)
+    engine = Double()
+    built = judge(reference_content(RIGHT, samples), RIGHT, engine.record, (50.0, "ci"))
+    monkeypatch.setattr("edgeres.judge.load_with", lambda *told: (engine, {files.FP32_MODEL: b""}))
+    monkeypatch.setattr("edgeres.judge.open_record", lambda *told: engine)
+    monkeypatch.setattr("edgeres.judge.run_samples", lambda *told: RIGHT)
+
+    def against(place: Path) -> Report:
+        return validate_bundle("net", place, max_drop=50.0, baseline=built)
+
+    again = against(folder_of(tmp_path / "again"))
+    assert again.samples_sha256 == built.samples_sha256
+    assert again.baseline is not None
+    moved = folder_of(tmp_path / "moved", other=36)
+    assert open_samples(moved, labelled=True).sha256() == samples.sha256()  # the same images in the same order
+    for place in (moved, folder_of(tmp_path / "named", "abce")):
+        with pytest.raises(SampleError, match="or by other labels"):
+            against(place)

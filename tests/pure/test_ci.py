@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from edgeres import ci
 from edgeres.artifacts import LayerSummary, Report
+from edgeres.cli import VERDICT_CODES, _report_json
 from edgeres.errors import BundleError, SampleError
 from edgeres.validation import against_baseline, compare, short_form
 from edgeres.validation.cases import cases
@@ -125,13 +126,24 @@ FP32, BASELINE = "accuracy against FP32", "accuracy against the baseline"
 GOOD, BAD, OPEN = judged(0), judged(400), judged(0, 20)
 
 
+def worse() -> Report:
+    """Return the report on an engine that equals FP32, wrong on a tenth, where the baseline was right on all."""
+    labels = np.arange(COUNT) % 10
+    logits = np.eye(10, dtype=np.float32)[np.where(np.arange(COUNT) < 400, (labels + 1) % 10, labels)]
+    report = compare(logits, logits, labels, max_drop_pp=1.0, backend="cpu", precision="int8")
+    return with_baseline(msgspec.structs.replace(report, samples_sha256="these"), GOOD)
+
+
+WORSE = worse()
+
+
 @pytest.mark.parametrize(
     ("report", "expected", "levels"),
     [
         (GOOD, [(FP32, "system-out", "")], ["notice"]),
         (BAD, [(FP32, "failure", "fail")], ["error"]),
         (OPEN, [(FP32, "failure", "inconclusive")], ["warning"]),
-        (judged(0, labelled=False), [(FP32, "skipped", "unlabelled")], ["warning"]),
+        (judged(0, labelled=False), [(FP32, "failure", "unlabelled")], ["warning"]),
         (with_baseline(GOOD, GOOD), [(FP32, "system-out", ""), (BASELINE, "system-out", "")], ["notice", "notice"]),
         (with_baseline(BAD, BAD), [(FP32, "failure", "fail"), (BASELINE, "system-out", "")], ["error", "notice"]),
         (with_baseline(BAD, GOOD), [(FP32, "failure", "fail"), (BASELINE, "failure", "fail")], ["error", "error"]),
@@ -147,7 +159,7 @@ def test_the_gates_of_a_report(report: Report, expected: List[Tuple[str, str, st
     found = read(junit(report, "build/net-int8", 1.5))
     assert found == expected
     red = any(kind in ("failure", "error") for _, kind, _ in found)
-    assert red == (report.outcome() in ("fail", "inconclusive"))  # what is red is what does not answer 0
+    assert red == (VERDICT_CODES[report.outcome()] != 0)
     assert [command(line)[0] for line in commands(report, "build/net-int8")] == levels
 
 
@@ -239,6 +251,31 @@ def test_the_numbers_stand_in_the_file() -> None:
     assert "--keep-float layer1.conv1" in text
 
 
+def test_a_verdict_is_against_fp32_and_the_outcome_counts_the_baseline() -> None:
+    """FP32 is wrong where the baseline was right: this engine is as good as FP32, and worse than the last one."""
+    root = ET.fromstring(junit(WORSE, "b", 0))
+    values = {node.attrib["name"]: node.attrib["value"] for node in root.iter("property")}
+    assert (values["verdict"], values["outcome"]) == ("pass", "fail")
+    told = _report_json(WORSE)
+    assert (told["verdict"], told["baseline"]["verdict"], told["outcome"]) == ("pass", "fail", "fail")
+    assert _report_json(GOOD)["outcome"] == "pass"
+
+
+def test_what_failed_stands_first() -> None:
+    """The first line of the short form is all that pytest's summary shows; JUnit's text goes with what is red."""
+    lines = short_form(WORSE).splitlines()
+    assert lines[0].startswith("FAIL: against the baseline it loses 10.00 pp of top-1")
+    assert lines[1].startswith("PASS: INT8 keeps top-1")
+    fp32, baseline = ET.fromstring(junit(WORSE, "b", 0)).iter("testcase")
+    assert (fp32[0].tag, baseline[0].tag) == ("system-out", "failure")
+    assert "FAIL" not in (fp32[0].text or "")
+    assert baseline[0].text == "\n".join(lines)
+    assert baseline[0].attrib["message"] in lines[0]
+    assert short_form(with_baseline(BAD, BAD)).startswith("FAIL: INT8 loses")
+    assert short_form(with_baseline(BAD, GOOD)).startswith("FAIL: INT8 loses")
+    assert short_form(with_baseline(GOOD, GOOD)).startswith("PASS: INT8 keeps")
+
+
 def test_the_summary_is_a_table_and_the_verdict() -> None:
     lines = summary(with_baseline(BAD, GOOD), "build/net-int8").splitlines()
     assert lines[0] == "### ❌ edgeres validate build/net-int8: fail"
@@ -250,7 +287,7 @@ def test_the_summary_is_a_table_and_the_verdict() -> None:
 def test_nothing_is_told_where_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
-    assert ci.judged(BAD, "b", None, 0, ((), "")) == []
+    assert ci.judged(BAD, "b", ((), "")) == []
     assert ci.stopped(SampleError("x"), "b", None) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -260,13 +297,13 @@ def test_a_summary_is_appended_and_changes_no_verdict(tmp_path: Path, monkeypatc
     place.write_text("before\n", encoding="utf-8")
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(place))
-    assert len(ci.judged(GOOD, "b", None, 0, ((), ""))) == 1
+    assert len(ci.judged(GOOD, "b", ((), ""))) == 1
     assert place.read_text(encoding="utf-8").startswith("before\n### ✅ edgeres validate b: pass\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "none" / "summary.md"))
-    assert [command(line)[0] for line in ci.judged(GOOD, "b", None, 0, ((), ""))] == ["notice", "warning"]
+    assert [command(line)[0] for line in ci.judged(GOOD, "b", ((), ""))] == ["notice", "warning"]
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(place))
     place.write_bytes(b"x" * ((1 << 20) - 5))
-    ci.judged(GOOD, "b", None, 0, ((), ""))
+    ci.judged(GOOD, "b", ((), ""))
     assert place.stat().st_size == (1 << 20) - 5
 
 
@@ -282,9 +319,10 @@ def test_what_could_not_be_judged_is_an_error(tmp_path: Path, monkeypatch: pytes
 
 def test_an_old_file_is_gone_before_the_work_begins(tmp_path: Path) -> None:
     file = tmp_path / "junit.xml"
-    file.write_text("<green/>")
-    ci.make_way(file)
-    assert not file.exists()
+    for earlier in (junit(GOOD, "b", 0), b'<?xml version="1.0"?>\n<testsuite/>', b""):
+        file.write_bytes(earlier)
+        ci.make_way(file)
+        assert not file.exists()
     ci.make_way(file)
     ci.make_way(tmp_path / "new" / "folder" / "junit.xml")
     assert list(tmp_path.iterdir()) == []
@@ -293,6 +331,15 @@ def test_an_old_file_is_gone_before_the_work_begins(tmp_path: Path) -> None:
         ci.make_way(file / "junit.xml")
     with pytest.raises(BundleError, match="no ordinary file"):
         ci.make_way(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[tool]\n", b"<green/>", b" " * 1024 + b"<testsuites/>", bytes(range(256))])
+def test_a_file_that_is_no_junit_file_is_kept(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "pyproject.toml"
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match="no JUnit file"):
+        ci.make_way(file)
+    assert file.read_bytes() == content
 
 
 def test_each_case_is_told_once() -> None:

@@ -55,6 +55,46 @@ def test_the_numbers_of_a_report() -> None:
     assert from_json(to_json(report), Report, "report.json") == report
 
 
+@pytest.mark.parametrize("policy", ["ci", "point"])
+@pytest.mark.parametrize("lost", [0, 20])
+def test_labels_in_another_order_judge_nothing(policy: str, lost: int) -> None:
+    """Labels shifted by one: 0 % against 0 % is no accuracy that was kept, and 20 right answers are none to lose."""
+    labels = np.arange(1000) % 10
+    reference = answers(np.where(np.arange(1000) < lost, (labels + 1) % 10, labels))
+    report = compare(
+        reference,
+        answers(labels),
+        (labels + 1) % 10,
+        max_drop_pp=1.0,
+        policy=policy,
+        backend="cpu",
+        precision="int8",
+    )
+    assert (report.verdict, report.samples_to_decide, report.outcome()) == ("inconclusive", None, "inconclusive")
+    assert headline(report).endswith("with 1,000 samples, on which FP32 itself is right less often than by guessing.")
+    (step,) = advice(report)
+    assert step.startswith(f"FP32 itself is right on {lost / 10:.2f} % of the samples")
+    assert "not in the model's order" in step
+
+
+@pytest.mark.parametrize(
+    ("right", "verdict"), [(80, "inconclusive"), (81, "inconclusive"), (82, "pass"), (100, "pass")]
+)
+def test_guessing_is_told_from_less_by_an_interval(right: int, verdict: str) -> None:
+    """SciPy: the 95 % interval of 81 of 1000 ends at 0.0995, that of 82 at 0.1006."""
+    labels = np.arange(1000) % 10
+    logits = answers(np.where(np.arange(1000) < right, labels, (labels + 1) % 10))
+    report = compare(logits, logits, labels, max_drop_pp=1.0, backend="cpu", precision="int8")
+    assert report.verdict == verdict
+
+
+def test_one_class_is_always_guessed() -> None:
+    report = compare(
+        np.ones((9, 1)), np.ones((9, 1)), np.zeros(9, int), max_drop_pp=50.0, backend="cpu", precision="int8"
+    )
+    assert (report.verdict, report.below_chance) == ("pass", False)
+
+
 def test_samples_that_both_get_wrong_differently_lower_agreement_only() -> None:
     reference, engine, labels = experiment(0, 0, 100)
     reference[:3], engine[:3] = answers((labels[:3] + 1) % 10), answers((labels[:3] + 2) % 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import socket
 import stat
 import subprocess
 import sys
@@ -95,6 +96,24 @@ def test_a_folder_is_not_replaced(tmp_path: Path) -> None:
         write_atomic(tmp_path / "folder", b"new")
     assert os.listdir(tmp_path) == ["folder"]
     assert os.listdir(tmp_path / "folder") == ["inner"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("through", ["itself", "link"])
+def test_what_is_no_ordinary_file_is_not_replaced(tmp_path: Path, kind: str, through: str) -> None:
+    path = Path(os.devnull) if kind == "device" else tmp_path / "target"
+    if kind == "pipe":
+        os.mkfifo(path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        if kind == "socket":
+            listener.bind(str(path))
+        if through == "link" or kind == "device":  # never /dev/null itself: where this fails, it would be gone
+            (tmp_path / "link").symlink_to(path)
+            path = tmp_path / "link"
+        before = os.lstat(path)
+        with pytest.raises(BundleError, match="no ordinary file"):
+            write_atomic(path, b"new")
+    assert (os.lstat(path).st_mode, os.lstat(path).st_ino) == (before.st_mode, before.st_ino)
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

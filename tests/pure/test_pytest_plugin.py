@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from typing import Any, List
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Dict, List
 
 import pytest
 
+import edgeres.pytest_plugin
 from edgeres.artifacts import Manifest, Preprocessing, to_json
 
 pytest_plugins = "pytester"
@@ -136,13 +139,31 @@ def test_the_gates_own_test_can_be_chosen_and_left_out(session: Session) -> None
     assert session.calls() == before  # nothing is judged
 
 
-def test_the_gates_own_test_makes_way_for_one_of_the_same_bundle(session: Session) -> None:
-    session.pytester.makepyfile(GATED, test_other=marked("bundle='good'"))
-    session.run("--edgeres-bundle", "bad").assert_outcomes(failed=1, passed=1)
-    session.run("--edgeres-bundle", "bad", "test_other.py").assert_outcomes(failed=1, passed=1)  # that one is of good
-    session.run("--edgeres-bundle", "bad", "-k", "gate and not net").assert_outcomes(failed=1, deselected=2)
-    session.pytester.makepyfile(test_other=marked("bundle='good', max_drop='much'"))
-    session.run("--edgeres-bundle", "good", "test_other.py").assert_outcomes(errors=1, passed=1)
+@pytest.mark.parametrize(
+    ("body", "others"),
+    [
+        (GATED, {"failed": 2}),
+        ("def test_net(edgeres_gate):\n    assert edgeres_gate.report\n", {"failed": 1, "passed": 1}),
+        ("import pytest\n\n@pytest.mark.skip\n" + GATED, {"failed": 1, "skipped": 1}),
+        ("import pytest\n\n@pytest.mark.xfail\n" + GATED, {"failed": 1, "xfailed": 1}),
+        (marked("bundle='good'"), {"failed": 1, "passed": 1}),
+        (marked("max_drop='much'"), {"failed": 1, "errors": 1}),
+    ],
+)
+def test_the_gate_asked_for_is_checked_whatever_else_asks_for_it(session: Session, body: str, others: Any) -> None:
+    session.pytester.makepyfile(body)
+    session.run("--edgeres-bundle", "bad").assert_outcomes(**others)
+    calls = [call["bundle"] for call in session.calls()]
+    assert len(calls) == len(set(calls))
+
+
+@pytest.mark.parametrize("option", ["bundle", "data", "baseline", "backend", "policy", "max-drop"])
+def test_an_empty_option_is_wrong_usage(session: Session, option: str) -> None:
+    """As of a variable that is not set: --edgeres-bundle "$BUNDLE" must not leave the gate out."""
+    session.pytester.makepyfile("def test_else():\n    pass\n")
+    result = session.run(f"--edgeres-{option}", "")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*--edgeres-{option}: *"])
 
 
 def test_a_bundle_is_judged_once_for_all_its_tests(session: Session) -> None:
@@ -163,7 +184,7 @@ def test_a_bundle_is_judged_once_for_all_its_tests(session: Session) -> None:
             assert edgeres_gate.report.max_drop_pp == 2
         """
     )
-    session.run("--edgeres-bundle", "good").assert_outcomes(passed=5)
+    session.run("--edgeres-bundle", "good").assert_outcomes(passed=6)
     assert [call["max_drop"] for call in session.calls()] == [None, 2.0]
 
 
@@ -177,14 +198,14 @@ def test_each_worker_of_xdist_does_its_share(session: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "outcome"), [("fail", {"failed": 1}), ("skip", {"skipped": 1}), ("pass", {"passed": 1})]
+    ("asked", "outcome"), [("fail", {"failed": 2}), ("skip", {"skipped": 2}), ("pass", {"passed": 2})]
 )
 def test_what_cannot_be_decided_is_not_green_unless_asked_for(session: Session, asked: str, outcome: Any) -> None:
     session.pytester.makepyfile(GATED)
     result = session.run("--edgeres-bundle", "open", "--edgeres-inconclusive", asked)
     result.assert_outcomes(**outcome)
     # what fails, fails, whatever is asked for
-    session.run("--edgeres-bundle", "bad", "--edgeres-inconclusive", asked).assert_outcomes(failed=1)
+    session.run("--edgeres-bundle", "bad", "--edgeres-inconclusive", asked).assert_outcomes(failed=2)
 
 
 def test_the_nearest_mark_counts_before_the_command_line_and_that_before_the_file(session: Session) -> None:
@@ -238,6 +259,7 @@ def test_paths_of_a_mark_count_from_the_root_folder(session: Session) -> None:
         ),
         ("bundle='good', max_drop=-1", "*max_drop: -1 is no number of percentage points, 0 to 100"),
         ("bundle='good', max_drop=True", "*max_drop: True is no number *"),
+        ("bundle='', data=''", "*bundle is '': give a path; data is '': give a path"),
         ("bundle=7, data=[1]", "*bundle is 7: give a path; data is [[]1]: give a path"),
         ("bundle='good', inconclusive='maybe'", "*inconclusive is 'maybe': choose one of fail, skip, pass"),
         ("max_drop=1", "edgeres_gate has no bundle to judge. Name one: --edgeres-bundle DIR, *"),
@@ -273,10 +295,10 @@ def test_an_own_failure_keeps_its_traceback(session: Session) -> None:
     session.run().stdout.fnmatch_lines([">       assert 1 == 2"])
 
 
-def test_the_verdict_stands_in_pytests_own_junit(session: Session) -> None:
+def test_the_outcome_stands_in_pytests_own_junit(session: Session) -> None:
     session.run("--edgeres-bundle", "bad", "--junitxml", "out.xml")
     text = (session.pytester.path / "out.xml").read_text(encoding="utf-8")
-    assert '<property name="edgeres_verdict" value="fail"' in text
+    assert '<property name="edgeres_outcome" value="fail"' in text
     assert "<failure" in text
     assert "FAIL: INT8 loses 10.00 pp" in text
 
@@ -294,3 +316,25 @@ def test_a_session_without_a_gate_pays_nothing() -> None:
     loaded = set(done.stdout.split())
     assert "edgeres.pytest_plugin" in loaded
     assert loaded.isdisjoint({"numpy", "msgspec", "click", "rich", "onnxruntime", "edgeres.artifacts", "edgeres.judge"})
+
+
+def test_pytest_6_2_loads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROS 2 Humble has 6.2.5, and a plugin that cannot be imported ends every run, whatever is tested.
+
+    Source: ``pytest.__all__`` of 6.2.5, as far as a plugin may want it.
+    """
+    old = "Collector ExitCode FixtureRequest Item Session UsageError fail fixture hookimpl mark skip"
+    spare = ModuleType("pytest")
+    for name in old.split():
+        setattr(spare, name, getattr(pytest, name))
+    monkeypatch.setitem(sys.modules, "pytest", spare)
+    source = Path(edgeres.pytest_plugin.__file__)
+    names: Dict[str, Any] = {"__name__": "plugin"}
+    exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), names)  # as an import does
+    config = SimpleNamespace(addinivalue_line=lambda *told: None)
+    names["_judged"] = lambda **told: told["bundle"]
+    names["pytest_configure"](config)
+    assert names["Gate"](config, {"bundle": "net"}).report == "net"
+    del spare.fixture
+    with pytest.raises(AttributeError):
+        exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), {"__name__": "plugin"})

@@ -11,7 +11,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from edgeres.validation.statistics import mcnemar_exact, paired_difference_interval, samples_to_decide, score_statistic
+from edgeres.validation.statistics import (
+    mcnemar_exact,
+    paired_difference_interval,
+    samples_to_decide,
+    score_statistic,
+    wilson_interval,
+)
 
 Z95 = 1.959963984540054
 
@@ -44,6 +50,15 @@ def test_mcnemar_by_hand() -> None:
     assert mcnemar_exact(4, 4) == 1.0
     assert mcnemar_exact(0, 5) == mcnemar_exact(5, 0) == 2 / 32
     assert mcnemar_exact(1, 7) == 2 * (1 + 8) / 256
+
+
+@settings(max_examples=200)
+@given(n=st.integers(1, 100_000), share=st.floats(0, 1), confidence=st.sampled_from([0.95, 0.5, 0.99]))
+def test_the_interval_of_a_share_is_scipys(n: int, share: float, confidence: float) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    successes = round(n * share)
+    wanted = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    assert wilson_interval(successes, n, confidence) == pytest.approx((wanted.low, wanted.high), rel=1e-9, abs=1e-12)
 
 
 def brute_force_statistic(b: int, c: int, n: int, difference: float) -> float:
