@@ -273,7 +273,8 @@ def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str 
 def show_manifest(path: str, manifest: Manifest) -> None:
     """Print what a bundle is, where it comes from and what it was judged to be."""
     out = console()
-    tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.get("tools", {}).items())
+    made = manifest.provenance.get("tools", {})
+    tools = ", ".join(f"{name} {version}" for name, version in made.items()) if isinstance(made, dict) else made
     out.print(one_line(f"{path}: {manifest.name}, {manifest.precision}"))
     frame = manifest.preprocessing
     how = f"of frames whose short side is resized to {frame.resize}"
