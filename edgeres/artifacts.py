@@ -632,7 +632,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def climb(self) -> Optional[Climb]:
         """What was done for the accuracy budget; None where the first net kept it, or nothing was to be done."""
         record = self.stages.get("budget")
-        return None if record is None else from_data(record.facts, Climb, "stage budget")
+        if record is None:
+            return None
+        found = from_data(record.facts, Climb, "stage budget")
+        if not 0 <= found.taken < len(found.rungs):
+            raise BundleError("stage budget: the rung that was taken is none of those tried. Build the bundle again.")
+        return found
 
 
 class Bundle(msgspec.Struct, frozen=True):

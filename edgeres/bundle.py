@@ -11,9 +11,10 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Dict, List, Tuple, Union
 
-from edgeres.artifacts import FileRef, Manifest, from_json
+from edgeres.artifacts import FileRef, Manifest, from_data, from_json
 from edgeres.errors import BundleError, IntegrityError, numbered
 from edgeres.files import MANIFEST, sha256_bytes, sha256_file
+from edgeres.recipe import BACKENDS, PRECISIONS, SECTIONS, TARGETS
 
 Folder = Union[str, "os.PathLike[str]"]
 FORMAT = 1
@@ -24,7 +25,8 @@ def read_manifest(folder: Folder) -> Manifest:
     """Return a bundle's manifest; its files are not looked at.
 
     Raises:
-        BundleError: there is no bundle, or its manifest cannot be understood.
+        BundleError: there is no bundle, or its manifest cannot be understood, or has words that this edgeres does not
+            know.
     """
     path = Path(folder) / MANIFEST
     how = f"Build one: edgeres build --out {folder}"
@@ -41,7 +43,23 @@ def read_manifest(folder: Folder) -> Manifest:
         raise BundleError(f"{path} cannot be read: {problem.strerror}") from None
     if len(content) > LARGEST_MANIFEST:
         raise BundleError(f"{path} is larger than any manifest (over {LARGEST_MANIFEST} bytes): it is not one")
-    return from_json(content, Manifest, str(path))
+    manifest = from_json(content, Manifest, str(path))
+    for name, kind in SECTIONS.items():
+        from_data(manifest.recipe.get(name, {}), kind, f"{path}: recipe.{name}")
+    unknown = _unknown_words(manifest)
+    if unknown:
+        raise BundleError(f"{path}: this edgeres does not know {', '.join(unknown)}. Build the bundle again with it.")
+    return manifest
+
+
+def _unknown_words(manifest: Manifest) -> List[str]:
+    """Return the precisions, backends and targets that no build of this edgeres writes."""
+    told: List[Tuple[str, str, Tuple[str, ...]]] = [("precision", manifest.precision, PRECISIONS)]
+    judged = (manifest.report,) if manifest.report is not None else ()
+    for noun in (*manifest.engines, *judged):
+        told += [("precision", noun.precision, PRECISIONS), ("backend", noun.backend, BACKENDS[1:])]
+        told += [("target", noun.target, TARGETS)] if noun.target else []  # an earlier report tells none
+    return [f"the {what} {word!r}" for what, word, known in dict.fromkeys(told) if word not in known]
 
 
 def verify(folder: Folder) -> Manifest:

@@ -10,6 +10,7 @@ from typing import List, Optional, Sequence, Tuple
 from edgeres.artifacts import Report
 from edgeres.errors import BundleError, EdgeresError
 from edgeres.files import write_atomic
+from edgeres.streams import on_github
 from edgeres.validation.github import annotation, commands, summary
 from edgeres.validation.junit import junit, junit_error
 
@@ -85,11 +86,6 @@ def stopped(problem: EdgeresError, bundle: str, junit_file: Optional[Path]) -> L
         with contextlib.suppress(BundleError):
             write_atomic(junit_file, junit_error(str(problem), bundle))
     return [annotation("error", f"{bundle}: not judged", str(problem))] if on_github() else []
-
-
-def on_github() -> bool:
-    """Tell whether GitHub Actions is what runs this."""
-    return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
 def _summarized(text: str) -> List[str]:

@@ -7,7 +7,6 @@ cannot decide; 70 a bug in edgeres; 130 interrupted.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -23,6 +22,7 @@ import msgspec
 
 import edgeres
 from edgeres.errors import BundleError, EdgeresError, printable
+from edgeres.streams import guard, on_github, order
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -418,7 +418,7 @@ def _annotate(lines: List[str], as_json: bool) -> None:
     """Print commands for GitHub, whose runner reads both streams."""
     with _answered():
         for line in lines:
-            click.echo(line, err=as_json)
+            order(sys.stderr if as_json else sys.stdout, line)
 
 
 def _check_junit(junit: Optional[Path], bundle: Path, baseline: Optional[Path]) -> None:
@@ -534,16 +534,18 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
     """
     from edgeres.difference import difference, tables, words
     from edgeres.terminal import show_rows
+    from edgeres.validation.cases import one_line
 
     found = difference(first, second)
-    if as_json:
-        _print_json(found)
-        return OK
-    click.echo(printable(f"first:  {first}\nsecond: {second}"))
-    for table in tables(found):
-        show_rows(table.columns, table.rows, table.title)
-    for text in words(found):
-        click.echo(printable(text))
+    with _answered():
+        if as_json:
+            _print_json(found)
+            return OK
+        click.echo(f"first:  {one_line(str(first))}\nsecond: {one_line(str(second))}")
+        for table in tables(found):
+            show_rows(table.columns, table.rows, table.title)
+        for text in words(found):
+            click.echo(one_line(text))
     return OK
 
 
@@ -555,6 +557,7 @@ def inspect(path: Path, as_json: bool) -> int:
     from edgeres.bundle import read_manifest
     from edgeres.inspection import grouped, inspect_bundle, inspect_file, pair_row
     from edgeres.terminal import show_ladder, show_manifest, show_rows
+    from edgeres.validation.cases import one_line
 
     facts = inspect_file(path) if path.is_file() or path.suffix.lower() == ".onnx" else inspect_bundle(path)
     if as_json:
@@ -587,7 +590,7 @@ def inspect(path: Path, as_json: bool) -> int:
             columns = ["tensor", "role", "type", "zero point", "reach", "channels"]
             show_rows(columns, [pair_row(name, pair) for name, pair in facts["ranges"].items()], "Q/DQ pairs")
         for problem in grouped(facts["lint"]):
-            click.echo(printable(f"TensorRT rule broken: {problem}"))
+            click.echo(one_line(f"TensorRT rule broken: {problem}"))
     return OK
 
 
@@ -638,6 +641,7 @@ def verify(bundle: Path, as_json: bool) -> int:
     from edgeres.bundle import unlisted
     from edgeres.bundle import verify as check
     from edgeres.targets import misfits
+    from edgeres.validation.cases import one_line
 
     manifest = check(bundle)
     strangers = unlisted(bundle, manifest)
@@ -647,12 +651,12 @@ def verify(bundle: Path, as_json: bool) -> int:
         facts = {"bundle": str(bundle), "files": len(manifest.files), "unlisted": strangers, "intact": True}
         _print_json({**facts, "engines": engines})
     else:
-        click.echo(f"{bundle}: all {len(manifest.files)} files are as they were built")
+        click.echo(f"{one_line(str(bundle))}: all {len(manifest.files)} files are as they were built")
         for engine, why in fits:
             said = f"does not run here: {'; '.join(why)}" if why else "fits this machine"
-            click.echo(printable(f"the engine for {engine.target} {said}"))
+            click.echo(one_line(f"the engine for {engine.target} {said}"))
         for path in strangers:
-            click.echo(printable(f"not part of the bundle, not checked: {path}"))
+            click.echo(one_line(f"not part of the bundle, not checked: {path}"))
     return OK
 
 
@@ -824,7 +828,8 @@ def _absolute(path: Optional[str]) -> Optional[str]:
 
 def _print_json(data: Any) -> None:
     finite = msgspec.json.decode(msgspec.json.encode(data))  # JSON has no NaN and no infinity: they are null
-    click.echo(json.dumps(finite, indent=2, ensure_ascii=False))
+    text = json.dumps(finite, indent=2, ensure_ascii=False)
+    click.echo(text.replace("##[", r"#\u0023[") if on_github() else text)  # the same JSON, and no command: see streams
 
 
 @contextlib.contextmanager
@@ -843,9 +848,7 @@ def _answered() -> Iterator[None]:
 
 def main(arguments: Optional[List[str]] = None) -> None:
     """Run the command line and exit with its code: the one door from exception to exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is shown escaped
+    guard()
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_exit_code(arguments))
 

@@ -88,7 +88,7 @@ def _ranges(first: Facts, second: Facts) -> List[Facts]:
 
 def _distance(ratio: Optional[float]) -> float:
     """Return how far a ratio is from 1, either way; what only one bundle has is farthest."""
-    return abs(math.log(ratio)) if ratio else math.inf
+    return abs(math.log(ratio)) if ratio and ratio > 0 else math.inf
 
 
 def _precisions(first: List[Facts], second: List[Facts]) -> List[Facts]:
@@ -161,6 +161,8 @@ def _paired(
     if content is None:
         return None, None, f"{folders[0]} has no {files.REFERENCE}, which holds the labels"
     reference = read_reference(content, f"{folders[0]}/{files.REFERENCE}")
+    if len(reference["logits"]) != one.samples:
+        return None, None, f"{folders[0]}/{files.REFERENCE} is of other samples than its verdict: build it again"
     labels, before, after = (
         reference.get("labels"),
         unpacked(one.answers, one.samples),

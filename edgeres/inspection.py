@@ -112,8 +112,7 @@ def _costliest(manifest: Manifest) -> List[str]:
     """Return the layers with weights that cost most where each alone is quantized, as far as the build measured it."""
     if "sensitivity" not in manifest.stages:
         return []
-    found = manifest.stages["sensitivity"].facts.get("layers", ())
-    costs = [from_data(cost, LayerCost, "stage sensitivity") for cost in found]
+    costs = from_data(manifest.stages["sensitivity"].facts.get("layers", ()), List[LayerCost], "stage sensitivity")
     given = {node for cost in (manifest.climb.taken_layers if manifest.climb else ()) for node in cost.nodes}
     return [
         cost.layer

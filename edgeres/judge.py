@@ -10,21 +10,24 @@ import json
 import os
 import shlex
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Callable, Dict, Iterable, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import msgspec
 import numpy as np
 
 from edgeres import files
-from edgeres.artifacts import Engine, Manifest, Preprocessing, Report, from_json, summaries
+from edgeres.artifacts import Engine, Manifest, Preprocessing, Report, from_data, from_json, summaries
 from edgeres.backends import Runner
 from edgeres.bundle import read_verified
-from edgeres.errors import BackendError, BundleError, SampleError
+from edgeres.errors import BackendError, BundleError, SampleError, numbered
 from edgeres.recipe import ValidationSection, locate
 from edgeres.runtime.engine import load_with, open_record
 from edgeres.samples import Samples, open_samples, samples_from_arrays
 from edgeres.validation import against_baseline, attribute_drop, compare
+
+LARGEST_REPORT = 64 << 20  # bytes; the answers to 50,000 samples take 100 kB
 
 Watch = Callable[[int, int], None]
 
@@ -78,14 +81,43 @@ def read_reference(content: bytes, where: str) -> Dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as problem:
+    except (
+        OSError,
+        ValueError,
+        zipfile.BadZipFile,
+        EOFError,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ) as problem:
         reason = str(problem)
         if "pickle" in reason:  # NumPy advises to load it all the same
             reason = "it is no archive of plain arrays, and anything else is never loaded: that may run code"
         raise BundleError(f"{where} is not a reference file ({reason}). Build the bundle again.") from None
     if not {"logits", "names", "sha256"} <= arrays.keys():
         raise BundleError(f"{where} lacks logits, names or sha256. Build the bundle again.")
+    problems = [
+        problem for name, array in arrays.items() for problem in _misshapen(name, array, arrays["logits"].shape[:1])
+    ]
+    if problems:
+        raise BundleError(numbered(where, problems) + "\nBuild the bundle again.")
     return arrays
+
+
+KINDS = {"logits": ("f", 2), "labels": ("iu", 1), "names": ("U", 1), "sha256": ("U", 1), "classes": ("U", 1)}
+"""The arrays of a reference file: NumPy's kinds of type, and the number of dimensions."""
+
+
+def _misshapen(name: str, array: np.ndarray, rows: Tuple[int, ...]) -> List[str]:
+    """Return what is wrong with the type or the shape of a reference's array; ``rows`` are those of the logits."""
+    kinds, dimensions = KINDS.get(name, (array.dtype.kind, array.ndim))
+    if array.dtype.kind not in kinds or array.ndim != dimensions or not array.size:
+        return [f"{name} are {array.dtype} of shape {array.shape}, which they never are"]
+    if name in KINDS and name != "classes" and array.shape[:1] != rows:
+        return [f"{name} has {len(array)} entries for {sum(rows)} rows of logits"]
+    if name == "sha256" and not all(map(str.isascii, array.tolist())):
+        return ["sha256 holds what is no hash"]
+    return []
 
 
 def judge(
@@ -213,7 +245,7 @@ def validate_bundle(
             meaning = stored_logits(contents.pop(files.MEANING, None), samples)
         if meaning is None:
             meaning = computed_meaning(bundle, manifest, samples, watch)
-        judged = ValidationSection(**manifest.recipe.get("validation", {}))
+        judged = from_data(manifest.recipe.get("validation", {}), ValidationSection, "recipe.validation")
         report = compare(
             reference,
             logits,
@@ -240,13 +272,19 @@ def read_baseline(path: Path) -> Report:
         BundleError: it is no report.
     """
     try:
-        content = path.read_bytes()
+        content = files.read_bounded(path, LARGEST_REPORT)
     except OSError as problem:
         name = shlex.quote(str(path))
         raise SampleError(
             f"cannot read the baseline {path}: {problem.strerror}. Write it, by hand: edgeres validate BUNDLE "
             f"--baseline {name} --update-baseline"
         ) from None
+    try:
+        told = msgspec.json.decode(content, type=Dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        told = {}
+    if told.pop("outcome", None) is not None:  # what ``validate --json`` prints besides
+        content = msgspec.json.encode(told)
     return from_json(content, Report, str(path))
 
 

@@ -39,6 +39,8 @@ SIDE = 160  # pixels, the longer side of a picture
 SAME_DB = 50.0  # from here on an engine is as sure as its model is, to about a percentage point
 BENCH = ".bench.json"  # behind a bundle's name: where a result of `bench` is looked for, beside the bundle
 
+LARGEST_BENCH = 16 << 20  # bytes; a result has tens of kB
+
 
 def page(folder: Path, manifest: Manifest, measured: Optional[Benchmark] = None) -> bytes:
     """Return the page of a bundle, with pictures of the samples where these are at hand; the same bundle and the same
@@ -150,7 +152,7 @@ def benchmark_of(bundle: Path, manifest: Manifest, chosen: Optional[Path] = None
     """
     place = chosen or bundle.resolve().parent / f"{bundle.resolve().name}{BENCH}"
     try:
-        found = from_json(place.read_bytes(), Benchmark, str(place))
+        found = from_json(files.read_bounded(place, LARGEST_BENCH), Benchmark, str(place))
     except OSError as problem:
         if chosen is None:
             return None
@@ -211,7 +213,8 @@ def _changes(folder: Path, manifest: Manifest, report: Report) -> Tuple[List[Fli
     # The bundle holds what the model means, and not what the engine answered, which may be the same.
     if parts is not None and (parts.engine.sqnr_db is None or parts.engine.sqnr_db >= SAME_DB):
         meaning = _reference(folder, manifest, files.MEANING)
-        logits = None if meaning is None else meaning["logits"]
+        same = meaning is not None and meaning["logits"].shape == reference["logits"].shape
+        logits = meaning["logits"] if meaning is not None and same else None
     return flips(reference, unpacked(report.answers, report.samples), logits), ""
 
 

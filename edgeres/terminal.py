@@ -24,11 +24,11 @@ from edgeres.artifacts import (
     Report,
     summaries,
 )
-from edgeres.errors import printable
 from edgeres.files import PAGE
 from edgeres.inspection import layer_errors, repairs, worst_errors
 from edgeres.progress import Progress, counted
 from edgeres.validation import advice, baseline_headline, decibels, fallen_words, headline
+from edgeres.validation.cases import first_of, one_line
 
 WIDTH_OF_A_LOG = 140  # columns; where nobody's window can be asked
 VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow", "unlabelled": "bold"}
@@ -49,8 +49,8 @@ def console(stderr: bool = False) -> Console:
 
 def _table(columns: Sequence[str], title: str) -> Table:
     """Return an empty table, whose cells go on in the next line where they are too narrow: nothing is cut off."""
-    headed = [Column(header, overflow="fold") for header in columns]
-    return Table(*headed, title=title or None, title_justify="left")
+    headed = [Column(one_line(header), overflow="fold") for header in columns]
+    return Table(*headed, title=one_line(title) or None, title_justify="left")
 
 
 class TerminalProgress(Progress):
@@ -95,7 +95,7 @@ class TerminalProgress(Progress):
         self._line(name, text, "reused")
 
     def warn(self, text: str) -> None:
-        self._console.print(f"warning: {printable(text)}", style="yellow")
+        self._console.print(f"warning: {one_line(text)}", style="yellow")
 
     def stop(self) -> None:
         """Take a running bar off the terminal."""
@@ -106,15 +106,15 @@ class TerminalProgress(Progress):
     def _line(self, name: str, text: str, time: str) -> None:
         self.lines.append((name, text, time))
         if self._live:
-            self._console.print(printable(f"{name:<10} {time:>8}  {text}"))
+            self._console.print(one_line(f"{name:<10} {time:>8}  {text}"))
 
 
 def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
     """Print what a build did and how its result compares with FP32."""
     out = console()
-    table = _table(("stage", "result", "time"), printable(f"{bundle.manifest.name}, {bundle.manifest.precision}"))
+    table = _table(("stage", "result", "time"), f"{bundle.manifest.name}, {bundle.manifest.precision}")
     for name, text, time in lines:
-        table.add_row(*map(printable, (name, text, time)))
+        table.add_row(*map(one_line, (name, text, time)))
     out.print(table)
     if bundle.manifest.climb is not None:
         show_ladder(bundle.manifest.climb)
@@ -122,12 +122,12 @@ def show_build(bundle: Bundle, lines: Sequence[Tuple[str, str, str]]) -> None:
     worst = worst_errors(layer_errors(place, bundle.manifest))
     if worst:
         said = (f"{x['module']} {100 * x['share']:.0f} % (own {decibels(x['own_sqnr_db'])})" for x in worst)
-        out.print(printable(f"most of the noise: {', '.join(said)}"))
+        out.print(one_line(f"most of the noise: {', '.join(said)}"))
     if bundle.report is not None:
         show_report(bundle.report, *repairs(place, bundle.manifest))
-    out.print(printable(f"bundle: {bundle.path}"))
+    out.print(one_line(f"bundle: {bundle.path}"))
     if any(ref.path == PAGE for ref in bundle.manifest.files):
-        out.print(printable(f"report: {place / PAGE}  (show it: edgeres report {shlex.quote(bundle.path)} --open)"))
+        out.print(one_line(f"report: {place / PAGE}  (show it: edgeres report {shlex.quote(bundle.path)} --open)"))
 
 
 def show_ladder(climb: Climb) -> None:
@@ -153,11 +153,11 @@ def show_ladder(climb: Climb) -> None:
 def show_engine(place: str, engine: Engine, words: str) -> None:
     """Print what was compiled and what it fits."""
     out = console()
-    out.print(printable(f"{place}: {engine.target}: {words}"))
+    out.print(one_line(f"{place}: {engine.target}: {words}"))
     out.print("  takes: " + ("pixels (uint8)" if engine.input == "uint8" else "normalized input (float32)"))
     for name, value in engine.built_for.items():
         if value:
-            out.print(printable(f"  {name}: {value}"))
+            out.print(one_line(f"  {name}: {value}"))
 
 
 def show_benchmark(measured: Benchmark) -> None:
@@ -178,7 +178,7 @@ def show_benchmark(measured: Benchmark) -> None:
     out = console()
     grown = ", ".join(f"{name} {_memory_words(memory)}" for name, memory in measured.memory.items())
     whole = "" if measured.resident_bytes is None else f"; the process {_mebibytes(measured.resident_bytes)}"
-    out.print(printable(f"memory, to open and to run: {grown}{whole}"))
+    out.print(one_line(f"memory, to open and to run: {grown}{whole}"))
     for state in measured.board:
         sensors = [(state.clocks_mhz, "MHz", 0), (state.power_watts, "W", 2)]
         said = [
@@ -187,11 +187,11 @@ def show_benchmark(measured: Benchmark) -> None:
             for name, (low, middle, high) in values.items()
         ]
         if said:
-            out.print(printable(f"batch {state.batch}, all models in turns: {', '.join(said)}"))
+            out.print(one_line(f"batch {state.batch}, all models in turns: {', '.join(said)}"))
     for speedup, text in zip(measured.speedups, measured.answers):
-        out.print(printable(text), style=SPEEDUP_STYLE.get(speedup.verdict, ""))
+        out.print(one_line(text), style=SPEEDUP_STYLE.get(speedup.verdict, ""))
     for text in measured.notes:
-        out.print(printable(f"note: {text}"))
+        out.print(one_line(f"note: {text}"))
 
 
 def _memory_words(memory: Memory) -> str:
@@ -233,14 +233,17 @@ def show_report(report: Report, worst: Sequence[str] = (), untried: str = "") ->
         table.add_row("the engine's part", "", _change_words(report.attribution.engine))
     out.print(table)
     show_layers(report.layers)
-    out.print(f"{report.verdict.upper()}: {headline(report)}", style=VERDICT_STYLE.get(report.verdict, ""))
+    for line in first_of(fallen_words(report)):
+        out.print(one_line(line), style="yellow")
+    _show_verdict(report.verdict, headline(report))
     if report.baseline is not None:
-        verdict = report.baseline.verdict
-        out.print(f"{verdict.upper()}: {baseline_headline(report)}", style=VERDICT_STYLE.get(verdict, ""))
-    for line in fallen_words(report):
-        out.print(printable(line), style="yellow")
+        _show_verdict(report.baseline.verdict, baseline_headline(report))
     for line in advice(report, worst, untried):
-        out.print(printable(f"  {line}"))
+        out.print(one_line(f"  {line}"))
+
+
+def _show_verdict(verdict: str, words: str) -> None:
+    console().print(one_line(f"{verdict.upper()}: {words}"), style=VERDICT_STYLE.get(verdict, ""))
 
 
 def _change_words(change: Change) -> str:
@@ -254,24 +257,25 @@ def show_layers(layers: Sequence[LayerSummary]) -> None:
     """Print what the layers of each engine compute in, and which of them are not as planned."""
     out = console()
     for summary in layers:
-        out.print(printable(f"engine for {summary.target}: {summary.words}"))
+        out.print(one_line(f"engine for {summary.target}: {summary.words}"))
         for text in summary.not_as_planned:
-            out.print(printable(f"  not as planned: {text}"), style="yellow")
+            out.print(one_line(f"  not as planned: {text}"), style="yellow")
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """Print a table."""
     table = _table(columns, title)
     for row in rows:
-        table.add_row(*map(printable, row))
+        table.add_row(*map(one_line, row))
     console().print(table)
 
 
 def show_manifest(path: str, manifest: Manifest) -> None:
     """Print what a bundle is, where it comes from and what it was judged to be."""
     out = console()
-    tools = ", ".join(f"{name} {version}" for name, version in manifest.provenance.get("tools", {}).items())
-    out.print(printable(f"{path}: {manifest.name}, {manifest.precision}"))
+    made = manifest.provenance.get("tools", {})
+    tools = ", ".join(f"{name} {version}" for name, version in made.items()) if isinstance(made, dict) else made
+    out.print(one_line(f"{path}: {manifest.name}, {manifest.precision}"))
     frame = manifest.preprocessing
     how = f"of frames whose short side is resized to {frame.resize}"
     if frame.fit == "letterbox":
@@ -284,7 +288,7 @@ def show_manifest(path: str, manifest: Manifest) -> None:
         "git": manifest.provenance.get("git"),
     }
     for name, value in facts.items():
-        out.print(printable(f"  {name}: {value}"))
+        out.print(one_line(f"  {name}: {value}"))
     for warning in manifest.warnings:
-        out.print(printable(f"  warning: {warning}"), style="yellow")
+        out.print(one_line(f"  warning: {warning}"), style="yellow")
     show_layers(summaries(manifest.engines))

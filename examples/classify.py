@@ -61,8 +61,21 @@ def best(logits: np.ndarray, labels: List[str], count: int) -> str:
     return ", ".join(f"{labels[i] if labels else i} {probabilities[i]:.1f} %" for i in order)
 
 
+def read_labels(path: str) -> List[str]:
+    """Return the lines of a text file."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise edgeres.EdgeresError(f"{path} is not text in UTF-8. Save it so, one class per line") from None
+
+
+def shown(text: str) -> str:
+    """Return a name in one line; a terminal obeys what a file's name may hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def run(arguments: argparse.Namespace) -> None:
-    labels = Path(arguments.labels).read_text(encoding="utf-8").splitlines() if arguments.labels else []
+    labels = read_labels(arguments.labels) if arguments.labels else []
     live = arguments.source.isdecimal()
     source = camera(int(arguments.source)) if live else files(arguments.source)
     latencies = []
@@ -73,7 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
                 if labels and len(labels) != len(logits):
                     raise edgeres.EdgeresError(f"{arguments.labels} has {len(labels)} lines for {len(logits)} classes")
                 latencies.append(1000 * (time.perf_counter() - came))
-                print(f"{name}: {best(logits, labels, arguments.top)} ({latencies[-1]:.1f} ms)", flush=True)
+                said = best(logits, labels, arguments.top)
+                print(shown(f"{name}: {said} ({latencies[-1]:.1f} ms)"), flush=True)
         except KeyboardInterrupt:
             pass
     if latencies:
@@ -91,7 +105,7 @@ def main() -> int:
     try:
         run(parser.parse_args())
     except (edgeres.EdgeresError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print("\n".join(map(shown, f"error: {problem}".split("\n"))), file=sys.stderr)
         return 1
     return 0
 

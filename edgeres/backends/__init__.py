@@ -7,4 +7,5 @@ from typing import Callable
 import numpy as np
 
 Runner = Callable[[np.ndarray], np.ndarray]
-"""A callable engine: float32 ``(N, 3, h, w)``, normalized → float32 logits ``(N, K)``, from any number of threads."""
+"""A callable engine: float32 ``(N, 3, h, w)``, normalized, or uint8 pixels where the engine takes these
+(``Engine.input``) → float32 logits ``(N, K)``, from any number of threads."""

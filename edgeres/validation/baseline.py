@@ -41,7 +41,8 @@ def unpacked(text: str, count: int) -> np.ndarray:
             raise ValueError
     except (ValueError, binascii.Error, zlib.error):
         raise SampleError(
-            f"the baseline does not hold the answers to its {count} samples. Write it again: --update-baseline"
+            f"the report does not hold the answers to its {count} samples. Make it again: a baseline with "
+            "--update-baseline, a bundle with edgeres build"
         ) from None
     return np.frombuffer(content, "<i4")
 

@@ -52,7 +52,7 @@ def summary(report: Report, bundle: str, hints: Tuple[Sequence[str], str] = ((),
         hints: what :func:`edgeres.validation.words.advice` has to know of the bundle.
     """
     outcome = report.outcome()
-    rows = [("", "FP32", f"{report.precision.upper()} ({report.backend})"), ("---", "---:", "---:")]
+    rows = [("", "FP32", plain(f"{report.precision.upper()} ({report.backend})")), ("---", "---:", "---:")]
     for name, before, after in (
         ("top-1", report.top1_reference, report.top1_engine),
         ("top-5", report.top5_reference, report.top5_engine),
@@ -69,7 +69,7 @@ def summary(report: Report, bundle: str, hints: Tuple[Sequence[str], str] = ((),
     found = [f"{SIGNS.get(case.verdict, '❔')} {plain(case.name)}: {plain(case.message)}" for case in gates]
     found += map(plain, first_of(fallen_words(report)))
     steps = [plain(step) for step in advice(report, *hints)]
-    title = f"### {SIGNS.get(outcome, '❔')} edgeres validate {plain(bundle)}: {outcome}"
+    title = f"### {SIGNS.get(outcome, '❔')} edgeres validate {plain(bundle)}: {plain(outcome)}"
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return "\n\n".join([title, table, *("\n".join(f"- {line}" for line in lines) for lines in (found, steps) if lines)])
 

@@ -146,6 +146,7 @@ def test_ctrl_c_ends_a_camera(bundle: Path, frames: np.ndarray, tmp_path: Path) 
         (["BUNDLE", "1"], "camera 1 cannot be opened"),
         (["BUNDLE", str(DIGITS / "3"), "--labels", "few.txt"], "few.txt has 2 lines for 10 classes"),
         (["BUNDLE", str(DIGITS / "3"), "--labels", "none.txt"], "none.txt"),
+        (["BUNDLE", str(DIGITS / "3"), "--labels", "latin.txt"], "latin.txt is not text in UTF-8"),
         (["BUNDLE", str(DIGITS / "3"), "--backend", "tensorrt"], "edgeres compile"),
     ],
 )
@@ -154,11 +155,25 @@ def test_what_cannot_be_shown_is_a_sentence(
 ) -> None:
     (tmp_path / "cv2.py").write_text(CAMERA)
     (tmp_path / "few.txt").write_text("a\nb\n")
+    (tmp_path / "latin.txt").write_bytes("größe\n".encode("latin-1") * 10)
     np.save(tmp_path / "frames.npy", frames)
     lines, said = classify(tmp_path, *(bundle if one == "BUNDLE" else one for one in arguments), code=1)
     assert lines == []
     assert said.startswith("error: ")
     assert words in said
+
+
+def test_names_give_no_orders_to_the_terminal(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    source = next((DIGITS / "3").iterdir())
+    (tmp_path / f"images/a\x1b]0;owned\x07\nb{source.suffix}").write_bytes(source.read_bytes())
+    (tmp_path / "names.txt").write_text("\n".join(f"\x1b[31m{number}" for number in range(10)))
+    lines, _ = classify(tmp_path, bundle, "images", "--labels", "names.txt")
+    assert len(lines) == 1
+    assert lines[0].startswith("a\\x1b]0;owned\\x07\\nb")
+    assert ": \\x1b[31m3 " in lines[0]
+    _, said = classify(tmp_path, bundle, "no\x1b[31m.npy", code=1)
+    assert "\x1b" not in said
 
 
 def test_a_camera_without_opencv_is_a_sentence(bundle: Path, tmp_path: Path) -> None:

@@ -284,6 +284,15 @@ def test_the_summary_is_a_table_and_the_verdict() -> None:
     assert sum(line.startswith("- ❌ accuracy against") for line in lines) == 2
 
 
+def test_what_a_manifest_calls_its_engine_does_not_break_the_table() -> None:
+    strange = msgspec.structs.replace(BAD, backend="cpu\n| a | b | c | d |", precision="int8\x1b[31m<img>")
+    text = summary(strange, "b")
+    assert "\x1b" not in text
+    assert "<img" not in text.lower()
+    plain = [line for line in summary(BAD, "b").splitlines() if line.startswith("|")]
+    assert len([line for line in text.splitlines() if line.startswith("|")]) == len(plain)
+
+
 def test_nothing_is_told_where_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)

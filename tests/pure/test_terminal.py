@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import io
+import json
 import os
 import pty
 import re
@@ -10,9 +12,13 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 from typing import Dict, List
 
 import pytest
+
+from edgeres.artifacts import ClassChange, Discordant, Report, to_json
+from edgeres.streams import guard, order
 
 SHOW = """
 from edgeres.artifacts import ClassChange, Confidence, Discordant, Report
@@ -112,3 +118,110 @@ def test_an_ascii_terminal_gets_frames_that_it_can_show() -> None:
     shown = on_a_terminal(80, PYTHONUTF8="0", PYTHONIOENCODING="ascii:backslashreplace", LC_ALL="C")
     assert "\\u2502" not in shown
     assert "91.73 %" in shown
+
+
+ORDERS = ("\n::stop-commands::x1", "\n  ::error::a", "\r::error::b", " ##[error]c", "\x1b[33m::error::d")
+HOSTILE = """
+import sys
+from edgeres.artifacts import (
+    BaselineChange, Bundle, Climb, ClassChange, Discordant, Engine, FileRef, LayerSummary, Manifest, Preprocessing,
+    Report, Rung,
+)
+from edgeres.streams import guard
+from edgeres.terminal import (
+    TerminalProgress, show_build, show_engine, show_ladder, show_layers, show_manifest, show_report, show_rows,
+)
+guard()
+bad = sys.argv[1]
+layers = (LayerSummary(bad, bad, {bad: 3}, (bad,)),)
+report = Report(
+    1000, 0.985, 27.1, 0.5, "fail", bad, bad, top1_reference=0.9, top1_engine=0.8, drop_pp=10.0, layers=layers,
+    drop_ci95_pp=(9.0, 11.0), discordant=Discordant(110, 10), samples_source=bad,
+    classes=(ClassChange(3, bad, 100, 12, 0, 12.0, 0.001, True),),
+)
+engine = Engine(bad, bad, bad, FileRef("a", "0", 1), {bad: bad}, {})
+manifest = Manifest(
+    bad, bad, {}, Preprocessing((32, 32)), (), {}, {"tools": {bad: bad}, "git": bad}, (engine,), report, (bad,)
+)
+show_report(report, [bad], bad)
+show_manifest(bad, manifest)
+show_build(Bundle("/nowhere" + bad, manifest), [(bad, bad, bad)])
+show_ladder(Climb((Rung(bad, 1, (bad,), 1.0, 0.9, 20.0, bad, 1.0),), 0))
+show_engine(bad, engine, bad)
+show_layers(layers)
+show_rows([bad], [[bad]], "a long title " * 10 + bad)
+progress = TerminalProgress()
+progress.stage(bad, bad)
+progress.warn(bad)
+"""
+
+
+def obeyed(text: str) -> List[str]:
+    """Return the lines in which GitHub's runner finds a command, as its ActionCommand.cs looks for them."""
+    lines = re.split(r"\r\n|\r|\n", text)
+    return [line for line in lines if ESCAPE.sub("", line).lstrip().startswith("::") or "##[" in line]
+
+
+@pytest.mark.parametrize("bad", [f"conv{one}" for one in ORDERS] + [one.strip() for one in ORDERS])
+@pytest.mark.parametrize("colour", [{}, {"FORCE_COLOR": "1", "COLUMNS": "50"}])
+def test_no_name_gives_orders_to_the_runner_of_github(bad: str, colour: Dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTILE, bad], capture_output=True, env=environment({"GITHUB_ACTIONS": "true", **colour})
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    for text in (done.stdout.decode(), done.stderr.decode()):
+        assert text
+        assert obeyed(text) == []
+
+
+@pytest.mark.parametrize("bad", ORDERS)
+def test_an_error_gives_no_orders_either(bad: str) -> None:
+    command = [sys.executable, "-m", "edgeres", "verify", f"nowhere{bad}"]
+    done = subprocess.run(command, capture_output=True, env=environment({"GITHUB_ACTIONS": "true"}), text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: there is no bundle at nowhere")
+    assert obeyed(done.stderr) == []
+    elsewhere = subprocess.run(command, capture_output=True, env=environment({"GITHUB_ACTIONS": ""}), text=True)
+    assert "\x1b" not in elsewhere.stderr
+    assert obeyed(elsewhere.stderr) or "\\" in elsewhere.stderr  # the checker sees what there is to see
+
+
+def test_our_own_commands_go_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO()
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    streams = (io.TextIOWrapper(content, "ascii"), io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    guard()
+    sys.stdout.write("::error::theirs\n")
+    order(sys.stdout, "::error title=a::ours")
+    sys.stdout.flush()
+    assert content.getvalue() == b"\\::error::theirs\n::error title=a::ours\n"
+
+
+def test_json_stays_the_same_json(tmp_path: Path) -> None:
+    for variables in ({"GITHUB_ACTIONS": "true"}, {"GITHUB_ACTIONS": ""}):
+        place = tmp_path / f"{len(variables['GITHUB_ACTIONS'])}##[error]b"
+        command = [sys.executable, "-m", "edgeres", "init", str(place), "--json"]
+        done = subprocess.run(command, capture_output=True, env=environment(variables), text=True, check=True)
+        assert all(Path(path).is_file() and "##[error]b" in path for path in json.loads(done.stdout))
+        assert bool(obeyed(done.stdout)) == (not variables["GITHUB_ACTIONS"])
+
+
+def test_of_many_classes_that_fell_ten_are_shown_and_the_verdict_stays_in_view() -> None:
+    classes = tuple(ClassChange(i, f"kind {i}", 100, 12, 0, 12.0, 0.001, True) for i in range(59))
+    report = Report(
+        5900, 0.9, 27.1, 0.5, "fail", "cpu", "int8", top1_reference=0.9, top1_engine=0.78, drop_pp=12.0,
+        drop_ci95_pp=(11.0, 13.0), discordant=Discordant(708, 0), classes=classes,
+    )  # fmt: skip
+    show = "import sys; from edgeres.artifacts import *; from edgeres.terminal import show_report\n"
+    show += "show_report(from_json(sys.stdin.buffer.read(), Report, 'it'))"
+    done = subprocess.run(
+        [sys.executable, "-c", show], input=to_json(report), capture_output=True, env=environment({}), check=True
+    )
+    lines = done.stdout.decode().splitlines()
+    assert sum("fell: FP32 alone" in line for line in lines) == 10
+    assert any("49 more" in line for line in lines)
+    verdict = next(number for number, line in enumerate(lines) if line.startswith("FAIL: "))
+    assert len(lines) - verdict < 8  # behind it stands only what to do next
+    assert not any("fell" in line for line in lines[verdict:])
