@@ -142,6 +142,9 @@ def test_a_baseline_is_written_by_hand_and_compared_with(place: Path, monkeypatc
     found = json.loads(edgeres(*gate, "--json", cwd=place).stdout)
     assert found["baseline"]["drop_pp"] == 0
     assert found["baseline"]["agreement"] == 1
+    (place / "printed.json").write_text(json.dumps(found))  # what --json prints is a report, too
+    printed = (*gate[:-1], "printed.json", "--json")
+    assert json.loads(edgeres(*printed, cwd=place).stdout)["baseline"]["agreement"] == 1
     assert "against the baseline it keeps top-1" in edgeres(*gate, cwd=place).stdout
     assert "other samples" in edgeres(*gate, "--validation", "few.npz", cwd=place, code=1).stderr
     (place / "accepted.json").write_text("{}")

@@ -14,6 +14,7 @@ import pytest
 
 import edgeres.pytest_plugin
 from edgeres.artifacts import Manifest, Preprocessing, to_json
+from edgeres.judge import validate_bundle
 
 pytest_plugins = "pytester"
 
@@ -79,7 +80,9 @@ class Session:
 
 
 @pytest.fixture
-def session(pytester: pytest.Pytester) -> Session:
+def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Session:
+    # The inner sessions run in this process: what their conftest replaces must come back for the tests after these.
+    monkeypatch.setattr("edgeres.judge.validate_bundle", validate_bundle)
     return Session(pytester)
 
 
