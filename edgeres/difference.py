@@ -9,10 +9,16 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from edgeres import files
-from edgeres.artifacts import Benchmark, Manifest, Report
+from edgeres.artifacts import (
+    Manifest,
+    Report,
+)
 from edgeres.bundle import read_manifest, read_verified
 from edgeres.inspection import inspect_bundle
 from edgeres.judge import read_reference
+from edgeres.measurements import (
+    Benchmark,
+)
 from edgeres.reporting import benchmark_of
 from edgeres.validation import against_baseline, decibels
 from edgeres.validation.baseline import unpacked

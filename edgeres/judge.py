@@ -23,7 +23,7 @@ from edgeres.backends import Runner
 from edgeres.bundle import read_verified
 from edgeres.errors import BackendError, BundleError, SampleError, numbered
 from edgeres.recipe import ValidationSection, locate
-from edgeres.runtime.engine import load_with, open_record
+from edgeres.runtime.loading import load_with, open_record
 from edgeres.samples import Samples, open_samples, samples_from_arrays
 from edgeres.validation import against_baseline, attribute_drop, compare
 

@@ -535,8 +535,8 @@ class Build:
     def validate(self, exported: ExportedModel, model: QuantizedModel, engine: Engine) -> None:
         """Compare the engine with the FP32 model, on the validation samples or else on those of calibration."""
         from edgeres.judge import judge, known_meaning, open_file, read_reference, reference_content, run_samples
-        from edgeres.runtime.engine import open_record
         from edgeres.runtime.frames import Fed
+        from edgeres.runtime.loading import open_record
 
         samples, source = self.validation, "validation"
         if samples is None:

@@ -12,7 +12,6 @@ import numpy as np
 
 from edgeres import files
 from edgeres.artifacts import (
-    Benchmark,
     Bundle,
     CalibrationTable,
     Manifest,
@@ -27,6 +26,9 @@ from edgeres.errors import BundleError, EdgeresError, MissingPackageError, Sampl
 from edgeres.files import PAGE
 from edgeres.inspection import layer_errors, repairs
 from edgeres.judge import read_reference
+from edgeres.measurements import (
+    Benchmark,
+)
 from edgeres.page import Contents, Flip, flips, pairs
 from edgeres.recipe import locate
 from edgeres.samples import Samples, open_samples, picture

@@ -13,19 +13,21 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
 from edgeres.artifacts import (
-    Benchmark,
     Bundle,
     Change,
     Climb,
     Engine,
     LayerSummary,
     Manifest,
-    Memory,
     Report,
     summaries,
 )
 from edgeres.files import PAGE
 from edgeres.inspection import layer_errors, repairs, worst_errors
+from edgeres.measurements import (
+    Benchmark,
+    Memory,
+)
 from edgeres.progress import Progress, counted
 from edgeres.validation import advice, baseline_headline, decibels, fallen_words, headline
 from edgeres.validation.cases import first_of, one_line

@@ -8,7 +8,6 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 import numpy as np
 
 from edgeres.artifacts import (
-    Benchmark,
     CalibrationTable,
     LayerPlan,
     Manifest,
@@ -17,6 +16,9 @@ from edgeres.artifacts import (
     TensorRange,
     summaries,
     to_data,
+)
+from edgeres.measurements import (
+    Benchmark,
 )
 
 

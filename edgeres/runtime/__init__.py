@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from edgeres.runtime.engine import LoadedEngine, load
+from edgeres.runtime.engine import LoadedEngine
+from edgeres.runtime.loading import load
 from edgeres.runtime.profile import Latency, Profile, WarmUp
 
 __all__ = ["Latency", "LoadedEngine", "Profile", "WarmUp", "load"]

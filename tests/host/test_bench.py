@@ -14,9 +14,14 @@ import pytest
 
 import edgeres as package
 from edgeres import cli
-from edgeres.artifacts import Benchmark, from_json
+from edgeres.artifacts import (
+    from_json,
+)
 from edgeres.benchmark import median_interval
 from edgeres.bundle import unlisted, verify
+from edgeres.measurements import (
+    Benchmark,
+)
 
 BUNDLE = "build/digits-int8"
 SHORT = ("--runs", "8", "--warmup", "0", "--batch", "1,3")

@@ -15,7 +15,7 @@ import pytest
 
 from edgeres.bundle import verify
 from edgeres.recipe import dossier
-from edgeres.runtime.engine import load
+from edgeres.runtime.loading import load
 from edgeres.samples import open_samples
 
 REPORT_KEYS = {

@@ -312,7 +312,7 @@ def test_a_build_for_another_backend_computes_the_meaning_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgeres.pipeline import Build
-    from edgeres.runtime import engine as runtime
+    from edgeres.runtime import loading as runtime
 
     choose, open_record = Build.judged_engine, runtime.open_record
 

@@ -22,7 +22,6 @@ from PIL import Image
 from edgeres import files
 from edgeres.artifacts import (
     BaselineChange,
-    Benchmark,
     CalibrationTable,
     Change,
     ClassChange,
@@ -47,6 +46,9 @@ from edgeres.benchmark import answer, speedup, summarize
 from edgeres.bundle import verify
 from edgeres.errors import BundleError, MissingPackageError
 from edgeres.judge import judge, reference_content
+from edgeres.measurements import (
+    Benchmark,
+)
 from edgeres.page import Contents, plots
 from edgeres.page.render import render
 from edgeres.reporting import page_loss, page_of, report_bundle, with_page

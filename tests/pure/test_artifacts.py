@@ -11,12 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeres import artifacts
+from edgeres import artifacts, measurements
 from edgeres.artifacts import (
     Attribution,
     BaselineChange,
-    Benchmark,
-    BoardState,
     Bundle,
     CalibrationTable,
     Change,
@@ -33,20 +31,17 @@ from edgeres.artifacts import (
     Finding,
     Hygiene,
     Imported,
-    Latency,
     LayerCost,
     LayerError,
     LayerPlan,
     LayerSummary,
     Manifest,
-    Memory,
     Preprocessing,
     QuantizationErrors,
     QuantizedModel,
     Report,
     Rung,
     SampleSet,
-    Speedup,
     StageRecord,
     TensorRange,
     from_data,
@@ -56,6 +51,13 @@ from edgeres.artifacts import (
     to_json,
 )
 from edgeres.errors import BundleError
+from edgeres.measurements import (
+    Benchmark,
+    BoardState,
+    Latency,
+    Memory,
+    Speedup,
+)
 
 # Any text that UTF-8 can hold, among it control characters, quotes and what lies beyond the basic plane.
 words = st.text(st.characters(blacklist_categories=("Cs",)), max_size=8)
@@ -252,7 +254,10 @@ TABLE = CalibrationTable(
 
 def test_no_noun_is_left_out() -> None:
     there = {
-        kind for _, kind in inspect.getmembers(artifacts, inspect.isclass) if kind.__module__ == "edgeres.artifacts"
+        kind
+        for room in (artifacts, measurements)
+        for _, kind in inspect.getmembers(room, inspect.isclass)
+        if kind.__module__ == room.__name__
     }
     assert there == set(NOUNS)
 

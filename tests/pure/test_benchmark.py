@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from edgeres.artifacts import Latency, Speedup
 from edgeres.benchmark import (
     FEWEST,
     ROUNDS,
@@ -22,6 +21,10 @@ from edgeres.benchmark import (
     summarize,
     take_turns,
     verdict,
+)
+from edgeres.measurements import (
+    Latency,
+    Speedup,
 )
 
 MS = 1_000_000

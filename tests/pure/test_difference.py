@@ -10,7 +10,6 @@ import pytest
 
 from edgeres import files
 from edgeres.artifacts import (
-    Benchmark,
     CalibrationTable,
     Engine,
     EngineLayer,
@@ -30,6 +29,9 @@ from edgeres.benchmark import summarize
 from edgeres.difference import difference, tables, words
 from edgeres.errors import IntegrityError
 from edgeres.judge import judge, reference_content
+from edgeres.measurements import (
+    Benchmark,
+)
 from edgeres.samples import samples_from_arrays
 
 COUNT, KINDS = 40, 4

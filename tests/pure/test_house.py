@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "edgeres"
 ALLOWED: Dict[str, Tuple[str, ...]] = {
     "numpy": ("",),
     "msgspec": ("",),
-    "click": ("cli.py",),
+    "click": ("cli.py", "options.py"),
     "rich": ("terminal.py",),
     "tomli": ("recipe.py",),
     "tomli_w": ("recipe.py", "recipe_file.py"),
