@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import Dict, List, Tuple, Union
+from typing import Dict, List, Optional, Tuple, Union
 
 from edgeres.artifacts import FileRef, Manifest, from_data, from_json
 from edgeres.errors import BundleError, IntegrityError, numbered
@@ -100,6 +100,15 @@ def read_verified(folder: Folder, ref: FileRef) -> bytes:
             f"{path} is not the file that the manifest binds. Build the bundle again or copy it again."
         )
     return content
+
+
+def read_listed(folder: Folder, manifest: Manifest, path: str) -> Optional[bytes]:
+    """Return the bytes of a bundle's file by its name, checked; None where the bundle has none of that name.
+
+    Raises:
+        IntegrityError: it is not the one that the manifest binds.
+    """
+    return next((read_verified(folder, ref) for ref in manifest.files if ref.path == path), None)
 
 
 def intact(folder: Folder, ref: FileRef) -> bool:

@@ -13,15 +13,16 @@ from edgeres.artifacts import (
     Manifest,
     Report,
 )
-from edgeres.bundle import read_manifest, read_verified
+from edgeres.bundle import read_listed, read_manifest
 from edgeres.inspection import inspect_bundle
 from edgeres.judge import read_reference
 from edgeres.measurements import (
     Benchmark,
 )
 from edgeres.reporting import benchmark_of
-from edgeres.validation import against_baseline, decibels
+from edgeres.validation import decibels
 from edgeres.validation.baseline import unpacked
+from edgeres.validation.paired import paired_change
 
 SHOWN = 20  # rows and samples that people see of each kind; the data has all
 
@@ -163,24 +164,20 @@ def _paired(
         return None, None, "not both bundles tell their answers, sample by sample: build them again"
     if (one.samples, one.samples_sha256) != (other.samples, other.samples_sha256):
         return None, None, "they were judged on different samples, and only the same ones can be paired"
-    content = next((read_verified(folders[0], x) for x in manifests[0].files if x.path == files.REFERENCE), None)
+    content = read_listed(folders[0], manifests[0], files.REFERENCE)
     if content is None:
         return None, None, f"{folders[0]} has no {files.REFERENCE}, which holds the labels"
     reference = read_reference(content, f"{folders[0]}/{files.REFERENCE}")
     if len(reference["logits"]) != one.samples:
         return None, None, f"{folders[0]}/{files.REFERENCE} is of other samples than its verdict: build it again"
-    labels, before, after = (
-        reference.get("labels"),
-        unpacked(one.answers, one.samples),
-        unpacked(other.answers, one.samples),
-    )
+    before, after = (unpacked(report.answers, one.samples) for report in (one, other))
+    labels = reference.get("labels")
     accuracy: Facts = {"samples": one.samples, "agreement": float(np.mean(before == after))}
     if labels is not None:
-        change = against_baseline(other, one, labels).baseline
-        assert change is not None
+        change = paired_change(before == labels, after == labels, other.max_drop_pp, other.policy)
         accuracy.update(
             drop_pp=change.drop_pp,
-            drop_ci95_pp=list(change.drop_ci95_pp),
+            drop_ci95_pp=list(change.interval_pp),
             only_first_correct=change.discordant.only_reference_correct,
             only_second_correct=change.discordant.only_engine_correct,
             mcnemar_p=change.mcnemar_p,

@@ -38,6 +38,10 @@ as on a processor or a kernel that pairs other weights than ours, change more.""
 CLEARLY = 0.9
 """Of the time of what was built and judged, what another choice has to come below: a few rounds tell no less."""
 ONE_THREAD = ", 1 thread"
+SLOWER = (
+    ". Answers are right, and slower. Another onnxruntime may run it: pip install -U onnxruntime, and then edgeres "
+    "compile BUNDLE --target cpu"
+)
 
 
 def cpu_engine(
@@ -90,9 +94,9 @@ def _obstacle(
         with closing(cpu.open_model(folder / integer.path, "int8")) as run:
             found = _decibels(meant, run(images))
     except BackendError as problem:
-        return f"int8 is computed in float, because this onnxruntime does not run {integer.path}: {problem}"
+        return f"int8 is computed in float, because this onnxruntime does not run {integer.path}: {problem}{SLOWER}"
     if found < max(FAITHFUL_DB[0], min(own, FAITHFUL_DB[1])):
-        return f"int8 is computed in float, because {integer.path} answers otherwise here ({found:.1f} dB)"
+        return f"int8 is computed in float, because {integer.path} answers otherwise here ({found:.1f} dB){SLOWER}"
     return None
 
 

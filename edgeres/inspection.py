@@ -20,7 +20,7 @@ from edgeres.artifacts import (
     summaries,
     to_data,
 )
-from edgeres.bundle import read_verified, unlisted, verify_and_read
+from edgeres.bundle import read_listed, unlisted, verify_and_read
 from edgeres.errors import BundleError, MissingPackageError
 
 WORST = 3  # layers that are named in short
@@ -75,10 +75,8 @@ def layer_errors(folder: Path, manifest: Manifest) -> Optional[QuantizationError
     Raises:
         BundleError: the file is not what the manifest says.
     """
-    for ref in manifest.files:
-        if ref.path == files.ERRORS:
-            return from_json(read_verified(folder, ref), QuantizationErrors, str(folder / files.ERRORS))
-    return None
+    content = read_listed(folder, manifest, files.ERRORS)
+    return None if content is None else from_json(content, QuantizationErrors, str(folder / files.ERRORS))
 
 
 def worst_errors(errors: Optional[QuantizationErrors]) -> List[Dict[str, Any]]:

@@ -20,7 +20,7 @@ import numpy as np
 from edgeres import files
 from edgeres.artifacts import Engine, Manifest, Preprocessing, Report, from_data, from_json, summaries
 from edgeres.backends import Runner
-from edgeres.bundle import read_verified
+from edgeres.bundle import read_listed
 from edgeres.errors import BackendError, BundleError, SampleError, numbered
 from edgeres.recipe import ValidationSection, locate
 from edgeres.runtime.loading import load_with, open_record
@@ -304,14 +304,14 @@ def computed_meaning(
 
     None where there is no onnxruntime, as on many a robot, or the bundle has no such model.
     """
-    found = [ref for ref in manifest.files if ref.path == files.model_file(manifest.precision)]
-    if not found or importlib.util.find_spec("onnxruntime") is None:
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    content = read_listed(bundle, manifest, files.model_file(manifest.precision))
+    if content is None:
         return None
     from edgeres.backends import cpu
 
-    with contextlib.closing(
-        cpu.open_engine(read_verified(bundle, found[0]), cpu.options_for(manifest.precision))
-    ) as run:
+    with contextlib.closing(cpu.open_engine(content, cpu.options_for(manifest.precision))) as run:
         return run_samples(run, samples, manifest.preprocessing, watch)
 
 

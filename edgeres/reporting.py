@@ -21,7 +21,7 @@ from edgeres.artifacts import (
     from_json,
     to_json,
 )
-from edgeres.bundle import read_verified, verify
+from edgeres.bundle import read_listed, read_verified, verify
 from edgeres.errors import BundleError, EdgeresError, MissingPackageError, SampleError
 from edgeres.files import PAGE
 from edgeres.inspection import layer_errors, repairs
@@ -63,7 +63,7 @@ def page(folder: Path, manifest: Manifest, measured: Optional[Benchmark] = None)
     # As it is read from the file: a build's own still has tuples where JSON has lists.
     manifest = from_json(to_json(without_page(manifest)), Manifest, files.MANIFEST)
     contents = Contents(manifest, model=_model(manifest), errors=layer_errors(folder, manifest), measured=measured)
-    content = _read(folder, manifest, files.TABLE)
+    content = read_listed(folder, manifest, files.TABLE)
     if content is not None:
         contents = contents._replace(table=from_json(content, CalibrationTable, files.TABLE))
     report = manifest.report
@@ -191,18 +191,13 @@ def _bound(folder: Path, manifest: Manifest, content: bytes) -> Manifest:
     return msgspec.structs.replace(manifest, files=tuple(sorted(refs, key=lambda ref: ref.path)))
 
 
-def _read(folder: Path, manifest: Manifest, path: str) -> Optional[bytes]:
-    """Return a file of the bundle, checked; None where the bundle has none of that name."""
-    return next((read_verified(folder, ref) for ref in manifest.files if ref.path == path), None)
-
-
 def _model(manifest: Manifest) -> Optional[QuantizedModel]:
     record = manifest.stages.get("quantize")
     return None if record is None else from_data(record.facts, QuantizedModel, "stage quantize")
 
 
 def _reference(folder: Path, manifest: Manifest, path: str = files.REFERENCE) -> Optional[Dict[str, np.ndarray]]:
-    content = _read(folder, manifest, path)
+    content = read_listed(folder, manifest, path)
     return None if content is None else read_reference(content, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 
 import numpy as np
@@ -73,6 +74,11 @@ def free_name(model: onnx.ModelProto, stem: str) -> str:
     graph = model.graph
     taken = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
     taken.update(name for node in graph.node for name in (node.name, *node.input, *node.output))
+    return unused(stem, taken)
+
+
+def unused(stem: str, taken: Collection[str]) -> str:
+    """Return ``stem``, with a number behind it where that is among the names that are ``taken``."""
     name, number = stem, 1
     while name in taken:
         number += 1

@@ -11,6 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgeres.files import sha256_bytes
+from edgeres.quantize.graph import unused
 
 MICROSOFT = "com.microsoft"
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -52,10 +53,7 @@ class Sheet:
 
     def name(self, stem: str) -> str:
         """Return a name that nothing has yet."""
-        name, number = stem, 1
-        while name in self.used:
-            number += 1
-            name = f"{stem}_{number}"
+        name = unused(stem, self.used)
         self.used.add(name)
         return name
 

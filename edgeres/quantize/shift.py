@@ -25,7 +25,7 @@ from onnx import helper, numpy_helper
 
 from edgeres.artifacts import LayerPlan
 from edgeres.errors import QuantizationError
-from edgeres.quantize.graph import Graph, attribute
+from edgeres.quantize.graph import Graph, attribute, unused
 from edgeres.quantize.offset import SHIFTS_KEY, ZERO, Shape, carried, is_flat, shapes_of, shifts_of
 
 TYPELESS = ("Shape", "Size")  # these look at a tensor, not at its values
@@ -246,10 +246,7 @@ class _Draft:
 
     def name(self, stem: str) -> str:
         """Return a name that nothing has yet."""
-        name, number = stem, 1
-        while name in self.taken:
-            number += 1
-            name = f"{stem}_{number}"
+        name = unused(stem, self.taken)
         self.taken.add(name)
         return name
 

@@ -75,6 +75,13 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
         )
     if report.verdict == "fail":
         steps.extend(_repairs(report, worst, untried))
+    if report.baseline is not None and report.baseline.verdict == "fail":
+        steps.append(
+            "It is worse than the last accepted engine: `edgeres diff ACCEPTED BUNDLE` shows what changed between the "
+            "two bundles, and on which samples. If the loss is meant, accept it by hand: --update-baseline."
+        )
+    elif report.baseline is not None and report.baseline.verdict == "inconclusive" != report.verdict:
+        steps.append(_more_samples(report.baseline))
     if report.activation_range == "shifted" and report.backend == "tensorrt":
         steps.append(
             "What the full int8 range of activations costs in time on TensorRT is not measured yet: compare with a "
@@ -113,14 +120,14 @@ def fallen_words(report: Report) -> List[str]:
     ]
 
 
-def _more_samples(report: Report) -> str:
-    if report.samples_to_decide is None:
+def _more_samples(change: Union[Report, BaselineChange]) -> str:
+    if change.samples_to_decide is None:
         return (
             "The observed loss is the budget itself, so more samples alone will not decide: choose another budget with "
             "--max-drop, or let the point estimate decide with --policy point."
         )
     return (
-        f"Validate on about {_about(report.samples_to_decide):,} samples, which would decide if the rates stay as "
+        f"Validate on about {_about(change.samples_to_decide):,} samples, which would decide if the rates stay as "
         "observed; or raise --max-drop; or accept the point estimate with --policy point."
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import edgeres as package
+from command_line import edgeres
 from edgeres import cli
 from edgeres.artifacts import (
     from_json,
@@ -25,15 +26,6 @@ from edgeres.measurements import (
 
 BUNDLE = "build/digits-int8"
 SHORT = ("--runs", "8", "--warmup", "0", "--batch", "1,3")
-
-
-def edgeres(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command and check its exit code; no error may show a traceback."""
-    command = [sys.executable, "-m", "edgeres", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == code, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+import command_line
 import edgeres
 from edgeres import models
 from edgeres.artifacts import Bundle, Climb
@@ -217,20 +216,13 @@ def test_a_bundle_that_climbed_is_reused_whole(climbed: Climbed, tmp_path: Path)
 
 def test_the_command_line_tells_it(climbed: Climbed, tmp_path: Path) -> None:
     copy = shutil.copytree(climbed.path, tmp_path / "bundle")
-
-    def edgeres(*arguments: object) -> str:
-        command = [sys.executable, "-m", "edgeres", *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    answer = json.loads(edgeres("build", copy, "--json"))
+    answer = json.loads(command_line.edgeres("build", copy, "--json", cwd=tmp_path).stdout)
     assert [rung["layers"] for rung in answer["ladder"]] == [[], ["conv1", "fc"]]
     assert {cost["layer"] for cost in answer["given_back"]} == FRAGILE
-    text = edgeres("build", copy)
+    text = command_line.edgeres("build", copy, cwd=tmp_path).stdout
     assert "what was done for the accuracy budget" in text
     assert "conv1, fc" in text
-    text = edgeres("inspect", copy)
+    text = command_line.edgeres("inspect", copy, cwd=tmp_path).stdout
     assert "given back by the accuracy budget: quantized alone, conv1 costs" in text
     assert "layers and blocks, on calibration samples" in text
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from command_line import edgeres
 from edgeres.bundle import verify
 from edgeres.recipe import dossier
 from edgeres.runtime.loading import load
@@ -22,15 +23,6 @@ REPORT_KEYS = {
     "samples", "top1_reference", "top1_engine", "drop_pp", "drop_ci95_pp", "discordant", "agreement", "sqnr_db",
     "max_drop_pp", "verdict", "backend", "precision",
 }  # fmt: skip
-
-
-def edgeres(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command and check its exit code; no error may show a traceback."""
-    command = [sys.executable, "-m", "edgeres", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == code, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")

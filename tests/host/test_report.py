@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from command_line import edgeres
 from edgeres import files
 from edgeres.artifacts import (
     BaselineChange,
@@ -469,13 +470,6 @@ def test_without_jinja2_no_page_is_left_that_may_not_hold(
     monkeypatch.setitem(sys.modules, "edgeres.page.render", None)
     with pytest.raises(MissingPackageError, match=r"edgeres\[report\]"):
         page_of(place)
-
-
-def edgeres(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "edgeres", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == code, done.stderr + done.stdout
-    return done
 
 
 def test_the_command_writes_where_it_is_told(place: Path, page: bytes, tmp_path: Path) -> None:

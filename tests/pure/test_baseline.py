@@ -19,7 +19,7 @@ from edgeres.artifacts import Engine, FileRef, Manifest, Preprocessing, Report, 
 from edgeres.errors import SampleError
 from edgeres.judge import judge, reference_content, validate_bundle
 from edgeres.samples import open_samples
-from edgeres.validation import against_baseline, baseline_headline, compare
+from edgeres.validation import advice, against_baseline, baseline_headline, compare
 from edgeres.validation.baseline import packed, unpacked
 from edgeres.validation.statistics import paired_difference_interval
 
@@ -86,6 +86,20 @@ def test_a_regression_within_the_budget_of_fp32_is_seen() -> None:
     report = against_baseline(msgspec.structs.replace(report, samples_sha256="these"), judged(0), LABELS)
     assert report.verdict == "pass"
     assert report.outcome() == "fail"
+
+
+def test_where_only_the_baseline_fails_or_is_open_it_is_said_what_to_do() -> None:
+    good = judged(0)
+    assert advice(against_baseline(good, judged(0), LABELS)) == []
+    for verdict, said in (
+        ("fail", "edgeres diff ACCEPTED BUNDLE"),
+        ("inconclusive", "Validate on about 5,000 samples"),
+    ):
+        change = against_baseline(good, judged(0), LABELS).baseline
+        assert change is not None
+        change = msgspec.structs.replace(change, verdict=verdict, samples_to_decide=4_950)
+        (step,) = advice(msgspec.structs.replace(good, baseline=change))
+        assert said in step
 
 
 def test_without_a_baseline_the_verdict_is_the_outcome() -> None:
