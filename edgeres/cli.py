@@ -232,6 +232,7 @@ def _check_baseline(baseline: Optional[Path], bundle: Path, update: bool) -> Non
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of the CPU's engines. Default: one per core.")
 @click.option("--frames", type=Size(), help="Also from uint8 camera frames of this size, with preprocessing.")
 @click.option("--against", metavar="BUNDLE", help="Another bundle's engine for the same backend, to compare with.")
+@click.option("--cuda-graphs", is_flag=True, help="On a GPU: record each engine's work, and launch it in one piece.")
 @click.option("--alone", is_flag=True, help="Without the float twin: clocks and power are then the engine's alone.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Keep the result there, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")

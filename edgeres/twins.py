@@ -46,7 +46,8 @@ BUSY = 0.5
 
 class Settings(NamedTuple):
     """What to measure. ``batches`` None: 1, 8 and 32, as far as the engine takes them. ``frames`` (height, width) adds
-    uint8 camera frames of that size; ``against`` is another bundle to beat; ``alone`` leaves the float twin out."""
+    uint8 camera frames of that size; ``against`` is another bundle to beat; ``alone`` leaves the float twin out;
+    ``cuda_graphs`` records the work of all engines, see :func:`edgeres.load`."""
 
     backend: str = "auto"
     batches: Optional[Tuple[int, ...]] = None
@@ -55,6 +56,7 @@ class Settings(NamedTuple):
     frames: Optional[Tuple[int, int]] = None
     against: Optional[Folder] = None
     alone: bool = False
+    cuda_graphs: bool = False
 
 
 class Entrant(NamedTuple):
@@ -80,7 +82,7 @@ def bench_bundle(
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with ExitStack() as held:
         meter = Meter(_device_memory(bundle, settings.backend, held))
-        engine = meter.watch("", lambda: load(bundle, settings.backend, settings.threads))
+        engine = meter.watch("", lambda: load(bundle, settings.backend, settings.threads, settings.cuda_graphs))
         held.callback(engine.close)
         record = engine.record
         meter.rename("", record.precision)
@@ -114,6 +116,7 @@ def bench_bundle(
         notes=(
             *_without_twin(bundle, record, settings, twins),
             *_takes(engines),
+            *(f"CUDA graphs of the {name} engine: {e.cuda_graphs}" for name, e in engines.items() if settings.cuda_graphs),
             *(note for name, one in engines.items() for note in _pieces(name, one, batches)),
             *_busy(load_average),
             *minding(latencies),
@@ -184,16 +187,17 @@ def _twins(bundle: Folder, engine: LoadedEngine, settings: Settings) -> Dict[str
         records = [msgspec.structs.replace(fp32_record(manifest), options=options)]
     found: Dict[str, Callable[[], LoadedEngine]] = {}
     for twin in () if settings.alone else records:
-        found[twin.precision] = partial(_open_twin, bundle, manifest, twin, settings.threads)
+        found[twin.precision] = partial(_open_twin, bundle, manifest, twin, settings)
     if settings.against is not None:
         name = f"{read_manifest(settings.against).precision} of {os.fspath(settings.against)}"
-        found[name] = partial(load, settings.against, record.target, settings.threads)
+        found[name] = partial(load, settings.against, record.target, settings.threads, settings.cuda_graphs)
     return found
 
 
-def _open_twin(bundle: Folder, manifest: Manifest, record: Engine, threads: Optional[int]) -> LoadedEngine:
+def _open_twin(bundle: Folder, manifest: Manifest, record: Engine, settings: Settings) -> LoadedEngine:
     content = read_verified(bundle, record.file)
-    return LoadedEngine(open_record(content, record, threads, os.fspath(bundle)), manifest, record)
+    runner = open_record(content, record, settings.threads, os.fspath(bundle), settings.cuda_graphs)
+    return LoadedEngine(runner, manifest, record)
 
 
 def _without_twin(bundle: Folder, record: Engine, settings: Settings, twins: Sequence[str]) -> List[str]:

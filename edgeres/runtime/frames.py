@@ -58,7 +58,7 @@ def check_frames(frames: np.ndarray, shape: Tuple[int, int, int]) -> None:
         if frames.dtype == np.uint8 and frames.shape[3] == 3:
             return
         if frames.dtype == np.float32 and frames.shape[1:] == shape:
-            if not _finite(frames):  # int8 would turn a NaN into a plausible answer
+            if not is_finite(frames):  # int8 would turn a NaN into a plausible answer
                 raise BackendError(
                     "the input holds NaN or infinite numbers. Mend what makes it: a sensor, a mean, a std"
                 )
@@ -70,7 +70,8 @@ def check_frames(frames: np.ndarray, shape: Tuple[int, int, int]) -> None:
     )
 
 
-def _finite(frames: np.ndarray) -> bool:
+def is_finite(frames: np.ndarray) -> bool:
+    """Whether an array has neither a NaN nor an infinity."""
     # A sum of squares is finite only where all numbers are, and found by one call: with the caches as a run of the net
     # leaves them, in half of the time of isfinite and all, which decide where squares overflow. vdot never warns.
     if frames.size <= SMALL and math.isfinite(np.vdot(frames, frames)):

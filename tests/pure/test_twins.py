@@ -33,16 +33,22 @@ PAIRS = (("cpu", "cpu"), ("gpu", "tensorrt"))  # targets and their backends
 
 
 class Runner:
-    """A backend's open engine; keeps the shapes of what it was given."""
+    """A GPU backend's open engine; keeps the shapes of what it was given."""
 
-    def __init__(self, largest: Optional[int]) -> None:
+    contexts, classes = 1, 10
+
+    def __init__(self, largest: Optional[int], cuda_graphs: bool = False) -> None:
         self.largest = largest
+        self.cuda_graphs = "on" if cuda_graphs else "off"
         self.given: List[Any] = []
         self.closed = False
 
     def __call__(self, batch: np.ndarray) -> np.ndarray:
         self.given.append(batch.shape)
         return np.zeros((len(batch), 10), np.float32)
+
+    def fill(self, batch: Any, out: Any) -> None:
+        out[:] = self(batch)
 
     def close(self) -> None:
         self.closed = True
@@ -64,12 +70,12 @@ class Bundles:
         self.manifests = manifests
         self.opened: Dict[str, Runner] = {}
 
-    def load(self, bundle: str, backend: str, threads: Optional[int] = None) -> LoadedEngine:
+    def load(self, bundle: str, backend: str, threads: Optional[int], cuda_graphs: bool) -> LoadedEngine:
         found = self.manifests[bundle]
-        return self.open(bundle, found, found.engines[0], threads)
+        return self.open(bundle, found, found.engines[0], Settings(threads=threads, cuda_graphs=cuda_graphs))
 
-    def open(self, bundle: str, found: Manifest, record: Engine, threads: Optional[int]) -> LoadedEngine:
-        runner = self.opened[f"{bundle}/{record.precision}"] = Runner(4)
+    def open(self, bundle: str, found: Manifest, record: Engine, settings: Settings) -> LoadedEngine:
+        runner = self.opened[f"{bundle}/{record.precision}"] = Runner(4, settings.cuda_graphs)
         return LoadedEngine(runner, found, record)
 
 
@@ -110,6 +116,15 @@ def test_another_bundle_is_compared_with(bundles: Bundles) -> None:
     found = bench_bundle("both", Settings(pace=SHORT, against="fp16", alone=True))
     assert [s.against for s in found.speedups] == ["fp16 of fp16"]
     assert set(bundles.opened) == {"both/int8", "fp16/fp16"}
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_cuda_graphs_are_for_all_or_for_none(bundles: Bundles, wanted: bool) -> None:
+    found = bench_bundle("both", Settings(pace=SHORT, against="fp16", cuda_graphs=wanted))
+    assert {runner.cuda_graphs for runner in bundles.opened.values()} == {"on" if wanted else "off"}
+    told = [note for note in found.notes if "CUDA graphs" in note]
+    assert len(told) == (len(bundles.opened) if wanted else 0)
+    assert all(note.endswith(": on") for note in told)
 
 
 def test_batches_are_those_that_the_engine_computes_at_once(bundles: Bundles) -> None:
