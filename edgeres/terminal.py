@@ -164,14 +164,15 @@ def show_engine(place: str, engine: Engine, words: str) -> None:
 
 def show_benchmark(measured: Benchmark) -> None:
     """Print latencies, memory, clocks and power, and in words whether the engine pays."""
-    title = f"{measured.bundle}: {measured.target}, {measured.host.get('processor') or measured.host['system']}"
-    columns = ("model", "batch", "calls", "p50 ms", "p90", "p99", "max", "jitter", "images/s")
+    place = measured.host.get("processor") or measured.host["system"]
+    title = f"{measured.bundle}: {measured.target}, {place}; milliseconds a call"
+    columns = ("model", "batch", "calls", "p50", "p90", "p99", "max", "jitter", "images/s")
     rows = [
         [
             found.model,
             str(found.batch),
             str(found.calls),
-            *(f"{x:.3f}" for x in (found.p50_ms, found.p90_ms, found.p99_ms, found.max_ms, found.jitter_ms)),
+            *map(_four_digits, (found.p50_ms, found.p90_ms, found.p99_ms, found.max_ms, found.jitter_ms)),
             f"{found.images_per_second:.1f}",
         ]
         for found in measured.latencies
@@ -194,6 +195,10 @@ def show_benchmark(measured: Benchmark) -> None:
         out.print(one_line(text), style=SPEEDUP_STYLE.get(speedup.verdict, ""))
     for text in measured.notes:
         out.print(one_line(f"note: {text}"))
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.{max(0, min(3, 3 - len(str(int(value))) + 1))}f}"
 
 
 def _memory_words(memory: Memory) -> str:

@@ -116,7 +116,7 @@ def bench_bundle(
         notes=(
             *_without_twin(bundle, record, settings, twins),
             *_takes(engines),
-            *(f"CUDA graphs of the {name} engine: {e.cuda_graphs}" for name, e in engines.items() if settings.cuda_graphs),
+            *(_recorded(engines) if settings.cuda_graphs else ()),
             *(note for name, one in engines.items() for note in _pieces(name, one, batches)),
             *_busy(load_average),
             *minding(latencies),
@@ -248,6 +248,10 @@ def _takes(engines: Dict[str, LoadedEngine]) -> List[str]:
         return []
     told = ", ".join(f"the {name} engine {kind}" for name, kind in kinds.items())
     return [f"each engine was given what it takes: {told}; a pixel is a quarter of the bytes of a normalized number"]
+
+
+def _recorded(engines: Dict[str, LoadedEngine]) -> List[str]:
+    return [f"CUDA graphs of the {name} engine: {engine.cuda_graphs}" for name, engine in engines.items()]
 
 
 def _measured(

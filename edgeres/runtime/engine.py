@@ -25,7 +25,15 @@ from edgeres.artifacts import Engine, Manifest
 from edgeres.device_arrays import DeviceArray, device_array, lies_on_device
 from edgeres.errors import BackendError
 from edgeres.preprocess import output_shape
-from edgeres.runtime.frames import AnyArray, as_array, check_device_room, check_frames, engine_input, is_finite, room_for
+from edgeres.runtime.frames import (
+    AnyArray,
+    as_array,
+    check_device_room,
+    check_frames,
+    engine_input,
+    is_finite,
+    room_for,
+)
 from edgeres.runtime.profile import Profile, WarmUp, latency
 from edgeres.runtime.stream import Stages, answers
 
