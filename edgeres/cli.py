@@ -96,11 +96,12 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 
     if list_targets:
         found = targets.list_targets()
-        if as_json:
-            _print_json(found)
-        else:
-            rows = [[x["target"], x["backend"], x["what"], targets.here(x)] for x in found]
-            show_rows(["target", "backend", "what", "here"], rows)
+        with _answered():
+            if as_json:
+                _print_json(found)
+            else:
+                rows = [[x["target"], x["backend"], x["what"], targets.here(x)] for x in found]
+                show_rows(["target", "backend", "what", "here"], rows)
         return OK
     if bundle is None:
         raise click.UsageError("name the bundle to compile, such as build/digits-int8")
@@ -289,7 +290,8 @@ def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool)
     else:
         write_atomic(out, page_of(bundle, bench))
     place = (out or bundle / PAGE).absolute()
-    click.echo(printable(str(place)))
+    with _answered():
+        click.echo(printable(str(place)))
     if show and click.launch(str(place)):
         click.echo("there is no browser that this machine can open it with", err=True)
     return OK
@@ -329,14 +331,10 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
 def inspect(path: Path, as_json: bool) -> int:
     """What is inside: layers and the reason for each, ranges, engines, provenance."""
     from edgeres.bundle import read_manifest
-    from edgeres.inspection import grouped, inspect_bundle, inspect_file, pair_row
+    from edgeres.inspection import grouped, pair_row
     from edgeres.terminal import show_ladder, show_manifest, show_rows
     from edgeres.validation.cases import one_line
 
-    facts = inspect_file(path) if path.is_file() or path.suffix.lower() == ".onnx" else inspect_bundle(path)
-    if as_json:
-        _print_json(facts)
-        return OK
     if "bundle" in facts:
         manifest = read_manifest(path)
         show_manifest(str(path), manifest)
@@ -347,6 +345,19 @@ def inspect(path: Path, as_json: bool) -> int:
             show_rows(columns, _cost_rows(facts["sensitivity"]["layers"]), "layers and blocks, on calibration samples")
         rows = [[x["module"] or x["name"], x["type"], x["precision"], x["reason"]] for x in facts["plan"]]
         show_rows(["module", "type", "precision", "why"], rows, "layers, as planned")
+    from edgeres.inspection import inspect_bundle, inspect_file
+
+    facts = inspect_file(path) if path.is_file() or path.suffix.lower() == ".onnx" else inspect_bundle(path)
+    with _answered():
+        if as_json:
+            _print_json(facts)
+        else:
+            _show_inside(path, facts)
+    return OK
+
+
+def _show_inside(path: Path, facts: Dict[str, Any]) -> None:
+    """Print what `inspect` found in a file or in a bundle."""
         if facts["layers"] != facts["plan"]:
             rows = [[x["module"] or x["name"], x["type"], x["precision"]] for x in facts["layers"]]
             show_rows(["module", "type", "runs in"], rows, f"layers of the engine for {facts['layers'][0]['target']}")
@@ -365,7 +376,6 @@ def inspect(path: Path, as_json: bool) -> int:
             show_rows(columns, [pair_row(name, pair) for name, pair in facts["ranges"].items()], "Q/DQ pairs")
         for problem in grouped(facts["lint"]):
             click.echo(one_line(f"TensorRT rule broken: {problem}"))
-    return OK
 
 
 def _error_rows(errors: Dict[str, Any]) -> Tuple[List[str], List[List[str]], str]:
@@ -420,11 +430,12 @@ def verify(bundle: Path, as_json: bool) -> int:
     manifest = check(bundle)
     strangers = unlisted(bundle, manifest)
     fits = [(engine, misfits(engine, str(bundle))) for engine in manifest.engines]
-    if as_json:
-        engines = [{"target": x.target, "backend": x.backend, "fits": not why, "problems": why} for x, why in fits]
-        facts = {"bundle": str(bundle), "files": len(manifest.files), "unlisted": strangers, "intact": True}
-        _print_json({**facts, "engines": engines})
-    else:
+    with _answered():
+        if as_json:
+            engines = [{"target": x.target, "backend": x.backend, "fits": not why, "problems": why} for x, why in fits]
+            facts = {"bundle": str(bundle), "files": len(manifest.files), "unlisted": strangers, "intact": True}
+            _print_json({**facts, "engines": engines})
+            return OK
         click.echo(f"{one_line(str(bundle))}: all {len(manifest.files)} files are as they were built")
         for engine, why in fits:
             said = f"does not run here: {'; '.join(why)}" if why else "fits this machine"
@@ -448,12 +459,13 @@ def init(folder: Path, ci: str, as_json: bool) -> int:
     from edgeres.starter import begin
 
     written = begin(folder, ci)
-    if as_json:
-        _print_json([str(path) for path in written])
-        return OK
-    for path in written:
-        click.echo(printable(f"written: {path}"))
-    click.echo(printable(f"next: edgeres build {written[0]}, and then edit that recipe"))
+    with _answered():
+        if as_json:
+            _print_json([str(path) for path in written])
+            return OK
+        for path in written:
+            click.echo(printable(f"written: {path}"))
+        click.echo(printable(f"next: edgeres build {written[0]}, and then edit that recipe"))
     return OK
 
 
@@ -465,9 +477,6 @@ def models(as_json: bool) -> int:
     from edgeres.terminal import show_rows
 
     entries = catalog()
-    if as_json:
-        _print_json(entries)
-        return OK
     rows = [
         [
             x["name"],
@@ -479,7 +488,11 @@ def models(as_json: bool) -> int:
         ]
         for x in entries
     ]
-    show_rows(["model", "parameters", "MACs", "input", "classes", "source"], rows)
+    with _answered():
+        if as_json:
+            _print_json(entries)
+        else:
+            show_rows(["model", "parameters", "MACs", "input", "classes", "source"], rows)
     return OK
 
 
@@ -491,10 +504,6 @@ def doctor(as_json: bool) -> int:
     from edgeres.targets import here
     from edgeres.terminal import show_rows
 
-    facts = examine()
-    if as_json:
-        _print_json(facts)
-        return OK
     click.echo(
         f"{facts['system']}, Python {facts['python']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.1f} GiB"
     )
@@ -507,9 +516,20 @@ def doctor(as_json: bool) -> int:
     speakers = {name: gpu[name] for name in ("tensorrt", "tensorrt_rtx", "cuda_python", "pycuda")}
     installed = {**facts["packages"], **speakers}.items()
     show_rows(["package", "version"], [[name, number or "not installed"] for name, number in installed])
+
+    facts = examine()
+    with _answered():
+        if as_json:
+            _print_json(facts)
+        else:
+            _show_health(facts)
+    return OK
+
+
+def _show_health(facts: Dict[str, Any]) -> None:
+    """Print what `doctor` found."""
     rows = [[x["what"], "yes" if x["can"] else "no", x["install"] or ""] for x in facts["abilities"]]
     show_rows(["can it", "", "to make it so"], rows)
-    return OK
 
 
 def _run(
