@@ -29,7 +29,7 @@ from edgeres.measurements import (
     Memory,
 )
 from edgeres.progress import Progress, counted
-from edgeres.validation import advice, baseline_headline, decibels, fallen_words, headline
+from edgeres.validation import advice, baseline_headline, decibels, fallen_words, headline, limit_headline
 from edgeres.validation.cases import first_of, one_line
 
 WIDTH_OF_A_LOG = 140  # columns; where nobody's window can be asked
@@ -248,6 +248,8 @@ def show_report(report: Report, worst: Sequence[str] = (), untried: str = "") ->
     _show_verdict(report.verdict, headline(report))
     if report.baseline is not None:
         _show_verdict(report.baseline.verdict, baseline_headline(report))
+    for limit in report.latency.limits if report.latency is not None else ():
+        _show_verdict(limit.verdict, limit_headline(report, limit))
     for line in advice(report, worst, untried):
         out.print(one_line(f"  {line}"))
 
