@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional, Tuple
 import numpy as np
 
 from edgeres.artifacts import Report
-from edgeres.benchmark import median_interval
+from edgeres.benchmark import loud, median_interval
 from edgeres.errors import BackendError
 from edgeres.measurements import Benchmark, LatencyLimit, LatencyReport
 
@@ -62,7 +62,7 @@ def against_limits(measured: Benchmark, limits: Limits) -> LatencyReport:
 
 def limit_name(limit: LatencyLimit) -> str:
     """Return what a limit is called among the gates."""
-    return f"latency against {limit.against.upper()}" if limit.name == "speedup" else "latency"
+    return f"latency against {loud(limit.against)}" if limit.name == "speedup" else "latency"
 
 
 def limit_headline(report: Report, limit: LatencyLimit) -> str:
@@ -71,7 +71,7 @@ def limit_headline(report: Report, limit: LatencyLimit) -> str:
     if latency is None:
         return ""
     if limit.name == "speedup":
-        said = f"{precision} is {limit.measured:.2f} times as fast as {limit.against.upper()}"
+        said = f"{precision} is {limit.measured:.2f} times as fast as {loud(limit.against)}"
         asked = f"and {limit.limit:g} times is asked for"
     else:
         said = f"{precision} takes {limit.measured:.3f} ms a frame (p50)"

@@ -54,10 +54,11 @@ from edgeres.page import Contents, plots
 from edgeres.page.render import render
 from edgeres.reporting import page_loss, page_of, report_bundle, with_page
 from edgeres.samples import open_samples
-from edgeres.validation import fallen_words
+from edgeres.validation import Limits, fallen_words
 
 HOSTILE = "<script>alert('x')</script>\"'&\u202e\x1b"
 """What a name may hold, a slash aside: markup, quotes of both kinds, a mark that turns the text around, an escape."""
+SHOWN = HOSTILE.replace("\u202e", "\\u202e").replace("\x1b", "\\x1b")
 CLASSES = ("<script>alert(1)", 'it\'s "quoted" & more', "plain")
 
 
@@ -228,8 +229,7 @@ def test_the_checker_refuses_what_is_not_html(page: bytes) -> None:
 
 def test_hostile_names_are_shown_as_they_are(page: bytes) -> None:
     words = words_of(page)
-    shown = HOSTILE.replace("\u202e", "\\u202e").replace("\x1b", "\\x1b")
-    assert words.count(shown) > 15 + 14  # each layer, each range, and more
+    assert words.count(SHOWN) > 15 + 14  # each layer, each range, and more
     for name in CLASSES[:2]:
         assert name in words
     assert "\"><img src=x onerror='1' " in words
@@ -456,6 +456,33 @@ def test_a_benchmark_of_another_engine_is_not_shown(tmp_path: Path, pictures: Ca
         page_of(bundle, other)
     with pytest.raises(BundleError, match="cannot read"):
         page_of(bundle, tmp_path / "none.json")
+
+
+def test_limits_on_the_latency_count_in_the_pages_verdict(tmp_path: Path, pictures: Callable[..., np.ndarray]) -> None:
+    """The benchmark's int8 takes 0.9 to 1.2 ms, fp32 twice as long; the bundle keeps its accuracy."""
+    bundle = made(tmp_path / "bundle", photos(tmp_path / "images", pictures, side=24), noise=0.0)
+    with pytest.raises(BundleError, match="no benchmark of it beside the bundle"):
+        page_of(bundle, limits=Limits(2.0))
+    (tmp_path / "bundle.bench.json").write_bytes(to_json(benchmark(verify(bundle).engines[0].file.sha256)))
+    report = verify(bundle).report
+    assert report is not None
+    accuracy = report.verdict
+    assert accuracy != "fail"
+    for limits, verdicts, outcome in (
+        (Limits(2.0, 1.2), ["pass", "pass"], accuracy),
+        (Limits(0.5, 1.2), ["fail", "pass"], "fail"),
+    ):
+        content = page_of(bundle, limits=limits)
+        assert problems(content) == []
+        words = words_of(content)
+        assert f"a net, INT8 {outcome} INT8 keeps top-1" in words
+        rows = [[" ".join("".join(cell.itertext()).split()) for cell in row] for row in parsed(content).iter("tr")]
+        told = {row[0]: (row[1], row[-1]) for row in rows if row[0].endswith("at least") or row[0].endswith("at most")}
+        assert told == {
+            "p50, ms, at most": (f"{limits.max_latency_ms:g}", verdicts[0]),
+            f"times as fast as fp32 {SHOWN}, at least": ("1.2", verdicts[1]),
+        }
+        assert words.index("INT8 takes 1.") < words.index("What to do next")
 
 
 def test_without_jinja2_no_page_is_left_that_may_not_hold(
