@@ -82,16 +82,6 @@ class Batch(Parameter):
         return numbers * 3 if len(numbers) == 1 else numbers
 
 
-class Seconds(click.FloatRange):
-    """A time that can end: NaN is in no range, and yet no range refuses it."""
-
-    def convert(self, value: Any, param: Optional[click.Parameter], context: Optional[click.Context]) -> float:
-        seconds = float(super().convert(value, param, context))
-        if not math.isfinite(seconds) or seconds > LONGEST:
-            self.fail(f"{value} is not a number of seconds up to {LONGEST}.", param, context)
-        return seconds
-
-
 class Finite(click.FloatRange):
     """A number of a range, and no NaN, which is in no range and yet refused by none."""
 
@@ -100,6 +90,16 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is no finite number.", param, context)
         return number
+
+
+class Seconds(Finite):
+    """A time that can end."""
+
+    def convert(self, value: Any, param: Optional[click.Parameter], context: Optional[click.Context]) -> float:
+        seconds = super().convert(value, param, context)
+        if seconds > LONGEST:
+            self.fail(f"{value} is not a number of seconds up to {LONGEST}.", param, context)
+        return seconds
 
 
 class Sizes(Parameter):

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Match, Optional
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -66,7 +66,7 @@ def _shown(value: Any) -> Any:
 def _flags(text: str) -> Markup:
     """Return text in which commands between backticks, and flags, are set as code: no line breaks within a flag."""
 
-    def code(found: re.Match[str]) -> str:
+    def code(found: Match[str]) -> str:
         command = found["command"]
         return f"<code>{found[0]}</code>" if command is None else f'<code class="command">{command}</code>'
 
