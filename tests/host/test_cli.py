@@ -319,7 +319,7 @@ UNREAD = {
     "export": [("--out", "staged")],
     "calibrate": [("--out", "staged")],
     "quantize": [("--out", "staged")],
-    "compile": [("compiled", "--target", "cpu"), ("--list-targets",)],
+    "compile": [("unread", "--target", "cpu"), ("--list-targets",)],
     "validate": [(BUNDLE, "--max-drop", "1")],
     "bench": [(BUNDLE, "--runs", "1", "--warmup", "0", "--batch", "1")],
     "inspect": [(BUNDLE,), (f"{BUNDLE}/model.int8.onnx",)],
@@ -347,7 +347,7 @@ def unread(place: Path, *arguments: str) -> tuple[int, str]:
 def test_a_command_that_nobody_reads_to_its_end_is_no_failure(place: Path, name: str) -> None:
     """As when it is piped into `head`."""
     if name == "compile":
-        shutil.copytree(place / BUNDLE, place / "compiled")
+        shutil.copytree(place / BUNDLE, place / "unread")
     for arguments in UNREAD[name]:
         assert unread(place, name, *arguments) == (0, "")
 
