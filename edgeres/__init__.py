@@ -133,11 +133,29 @@ def validate(
     max_drop: Optional[float] = None,
     policy: Optional[str] = None,
     baseline: Optional[Report] = None,
+    max_latency_ms: Optional[float] = None,
+    min_speedup: Optional[float] = None,
 ) -> Report:
-    """Return the comparison of a bundle's engine with FP32; see :func:`edgeres.judge.validate_bundle`."""
-    from edgeres.judge import validate_bundle
+    """Return the comparison of a bundle's engine with FP32; see :func:`edgeres.judge.validate_bundle`.
 
-    return validate_bundle(bundle, images, labels, backend=backend, max_drop=max_drop, policy=policy, baseline=baseline)
+    Args:
+        max_latency_ms: a call's p50 with one frame, at most, on this machine; ``min_speedup``: times as fast as the
+            float twin, at least. Their verdicts stand in ``latency``, and count in ``outcome()``.
+    """
+    from edgeres.gate import gate
+    from edgeres.validation import Limits
+
+    limits = Limits(max_latency_ms, min_speedup)
+    return gate(
+        bundle,
+        images,
+        labels,
+        limits=limits,
+        backend=backend,
+        max_drop=max_drop,
+        policy=policy,
+        baseline=baseline,
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -12,11 +12,12 @@ file from a newer edgeres is named as that instead of being half understood. Pat
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable, Optional, Tuple, Type, TypeVar, Union
+from typing import Any, Dict, Iterable, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import msgspec
 
 from edgeres.errors import BundleError
+from edgeres.measurements import LatencyReport
 
 # Python 3.8 (JetPack 5) evaluates these annotations through typing, so they are spelled the old way.
 
@@ -426,8 +427,9 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``target`` is the judged engine's. Top-5 is None where there are no more than five classes. ``classes`` are those in
     which the two are right on different samples. ``answers`` are the engine's, packed as
     :mod:`edgeres.validation.baseline` says, and ``samples_sha256`` says to which samples: a later report is compared by
-    them. ``verdict`` is against FP32 alone; :meth:`outcome` counts the baseline, too. ``below_chance``: FP32 is right
-    on significantly fewer samples than by guessing, so that nothing is judged.
+    them. ``verdict`` is against FP32 alone; :meth:`outcome` counts the baseline and ``latency``, too. ``below_chance``:
+    FP32 is right on significantly fewer samples than by guessing, so that nothing is judged. ``latency`` is None where
+    no limit was asked for, and never in a bundle, which is no machine's.
     """
 
     samples: int
@@ -459,11 +461,20 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     answers: str = ""
     baseline: Optional[BaselineChange] = None
     below_chance: bool = False
+    latency: Optional[LatencyReport] = None
+
+    def accuracy(self) -> str:
+        """Return the worse of the verdicts against FP32 and, where there is one, against the baseline."""
+        return self._worst([] if self.baseline is None else [self.baseline.verdict])
 
     def outcome(self) -> str:
-        """Return the gate's verdict: the worse of that against FP32 and, where there is one, against the baseline."""
-        verdicts = [self.verdict] if self.baseline is None else [self.verdict, self.baseline.verdict]
-        return next((bad for bad in ("fail", "inconclusive") if bad in verdicts), self.verdict)
+        """Return the gate's verdict: that on the accuracy, or a worse one on a limit of the latency."""
+        return self._worst(
+            [self.accuracy(), *(limit.verdict for limit in (self.latency.limits if self.latency else ()))]
+        )
+
+    def _worst(self, others: Sequence[str]) -> str:
+        return next((bad for bad in ("fail", "inconclusive") if bad in (self.verdict, *others)), self.verdict)
 
     def judges(self, engine: Engine) -> bool:
         """Whether the verdict is on this engine; a report of an earlier edgeres tells no target, only the backend."""

@@ -171,7 +171,7 @@ def median_interval(values: np.ndarray, confidence: float = 0.95) -> Optional[Tu
 
 def answer(found: Speedup, place: str) -> str:
     """Return in a sentence whether a model pays against another one. ``place`` is where, such as ``this CPU``."""
-    mine, other = _loud(found.model), _loud(found.against)
+    mine, other = loud(found.model), loud(found.against)
     if found.ci95 is None:
         return (
             f"Batch {found.batch}: whether {mine} is faster than {other} on {place} is open: {found.rounds} rounds are "
@@ -194,7 +194,7 @@ def answer(found: Speedup, place: str) -> str:
     )
 
 
-def _loud(model: str) -> str:
+def loud(model: str) -> str:
     """Return a model's name with its precision, which comes first, in capitals."""
     precision, *rest = model.split(" ", 1)
     return " ".join([precision.upper(), *rest])

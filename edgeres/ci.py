@@ -1,54 +1,78 @@
-"""What a CI system is told of a verdict: a JUnit file, and on GitHub annotations and the summary of a step."""
+"""What a CI system is told of a verdict: JUnit and code quality files, on GitHub annotations and a step's summary."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
+from edgeres import files
 from edgeres.artifacts import Report
 from edgeres.errors import BundleError, EdgeresError
 from edgeres.files import write_atomic
 from edgeres.streams import on_github
 from edgeres.validation.github import annotation, commands, summary
+from edgeres.validation.gitlab import Line, code_quality, code_quality_error
 from edgeres.validation.junit import junit, junit_error
 
 LARGEST_SUMMARY = 1 << 20  # bytes; GitHub refuses the whole summary of a step that has more
 
-BEGIN = 1024  # bytes, in which a JUnit file names its first element
+BEGIN = 1024  # bytes, in which a file tells what it is
+LARGEST_RECIPE = 1 << 20  # bytes; a recipe has one kB
 
 Hints = Tuple[Sequence[str], str]
 
 
-def make_way(junit_file: Optional[Path]) -> None:
-    """Take away the JUnit file of an earlier run, which would be read where this one is cut off.
+class Outputs(NamedTuple):
+    """The files that a verdict is written to, as far as they are asked for."""
+
+    junit: Optional[Path] = None
+    code_quality: Optional[Path] = None
+
+    @property
+    def named(self) -> List[Tuple[str, Path]]:
+        """The files with the options that named them."""
+        told = [("--junit", self.junit), ("--code-quality", self.code_quality)]
+        return [(option, path) for option, path in told if path is not None]
+
+
+def make_way(outputs: Outputs) -> None:
+    """Take away the files of an earlier run, which would be read where this one is cut off.
 
     Raises:
-        BundleError: a file could not be written there, or there is one that is no JUnit file; said before the work, and
-            not after it.
+        BundleError: a file could not be written there, or there is one that is something else; said before the work,
+            and not after it.
     """
-    if junit_file is None:
-        return
-    folder = junit_file.absolute().parent
+    for option, file in outputs.named:
+        _make_way(option, file)
+
+
+def _make_way(option: str, file: Path) -> None:
+    folder = file.absolute().parent
     while not os.path.lexists(str(folder)):
         folder = folder.parent
     if not folder.is_dir() or not os.access(str(folder), os.W_OK | os.X_OK):
-        raise BundleError(f"cannot write {junit_file}: {folder} is no folder that can be written. Choose another one.")
-    if junit_file.exists() and not junit_file.is_file():
-        raise BundleError(f"cannot write {junit_file}: it is no ordinary file. Choose another name.")
+        raise BundleError(f"cannot write {file}: {folder} is no folder that can be written. Choose another one.")
+    if file.exists() and not file.is_file():
+        raise BundleError(f"cannot write {file}: it is no ordinary file. Choose another name.")
     try:
-        with open(str(junit_file), "rb") as stream:
+        with open(str(file), "rb") as stream:
             begin = stream.read(BEGIN)
-        if begin and b"<testsuite" not in begin:
-            raise BundleError(
-                f"{junit_file} is no JUnit file, and would be lost: --junit replaces it. Name another file."
+        if option == "--junit":
+            kind, ours = "JUnit file", b"<testsuite" in begin
+        else:
+            kind, ours = (
+                "code quality report",
+                begin.split() == [b"[]"] or (begin.lstrip().startswith(b"[") and b'"check_name"' in begin),
             )
-        junit_file.unlink()
+        if begin and not ours:
+            raise BundleError(f"{file} is no {kind}, and would be lost: {option} replaces it. Name another file.")
+        file.unlink()
     except FileNotFoundError:
         pass
     except OSError as problem:
-        raise BundleError(f"cannot write {junit_file}: {problem.strerror}. Choose another name.") from None
+        raise BundleError(f"cannot write {file}: {problem.strerror}. Choose another name.") from None
 
 
 def judged(report: Report, bundle: str, hints: Hints) -> List[str]:
@@ -62,30 +86,48 @@ def judged(report: Report, bundle: str, hints: Hints) -> List[str]:
     return [*commands(report, bundle), *_summarized(summary(report, bundle, hints))]
 
 
-def write(junit_file: Optional[Path], report: Report, bundle: str, seconds: float, hints: Hints) -> None:
-    """Write a verdict as a JUnit file, where one is asked for.
+def write(outputs: Outputs, report: Report, bundle: str, seconds: float, hints: Hints) -> None:
+    """Write a verdict to the files that are asked for.
 
     Args:
         seconds: how long judging took.
         hints: as for :func:`judged`.
 
     Raises:
-        BundleError: it cannot be written.
+        BundleError: one cannot be written; the others are.
     """
-    if junit_file is not None:
-        write_atomic(junit_file, junit(report, bundle, seconds, hints))
+    with contextlib.ExitStack() as last:  # whose callbacks all run, whatever one raises
+        if outputs.code_quality is not None:
+            last.callback(write_atomic, outputs.code_quality, code_quality(report, bundle, _budget_line(bundle)))
+        if outputs.junit is not None:
+            last.callback(write_atomic, outputs.junit, junit(report, bundle, seconds, hints))
 
 
-def stopped(problem: EdgeresError, bundle: str, junit_file: Optional[Path]) -> List[str]:
+def stopped(problem: EdgeresError, bundle: str, outputs: Outputs) -> List[str]:
     """Tell that nothing could be judged, and return the lines that have to be printed for it.
 
-    The file says so too, for a CI system takes a missing one for no tests, and an old one for this one's. Where it
+    The files say so too, for a CI system takes a missing one for no tests, and an old one for this one's. Where one
     cannot be written, the problem itself is what has to be told.
     """
-    if junit_file is not None:
+    if outputs.junit is not None:
         with contextlib.suppress(BundleError):
-            write_atomic(junit_file, junit_error(str(problem), bundle))
+            write_atomic(outputs.junit, junit_error(str(problem), bundle))
+    if outputs.code_quality is not None:
+        with contextlib.suppress(BundleError):
+            write_atomic(outputs.code_quality, code_quality_error(str(problem), bundle, _budget_line(bundle)))
     return [annotation("error", f"{bundle}: not judged", str(problem))] if on_github() else []
+
+
+def _budget_line(bundle: str) -> Line:
+    """Return where a bundle's recipe says how much may be lost; the path from here, as GitLab wants it."""
+    place = Path(bundle) / files.RECIPE
+    path = os.path.relpath(str(place))
+    with contextlib.suppress(OSError):
+        content = files.read_bounded(place, LARGEST_RECIPE)
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.startswith(b"max_drop"):
+                return Line(path, number)
+    return Line(path)
 
 
 def _summarized(text: str) -> List[str]:

@@ -21,17 +21,19 @@ import msgspec
 
 import edgeres
 from edgeres.errors import BundleError, EdgeresError, printable
-from edgeres.options import Seconds, Size, Sizes, build_options, engine_options
+from edgeres.options import Seconds, Size, Sizes, build_options, engine_options, latency_options
 from edgeres.streams import guard, on_github, order
 
 OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 70, 130, 143
 UNTOUCHED = "an earlier bundle is untouched, and a build goes on where it stopped"
 WORST = 10  # layers that `inspect` shows to people; --json has all
 VERDICT_CODES = {"pass": OK, "fail": FAILED, "inconclusive": UNDECIDED, "unlabelled": UNDECIDED}
-
+OUTPUT = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
 if TYPE_CHECKING:
     from edgeres.artifacts import Bundle, Report
+    from edgeres.ci import Outputs
+    from edgeres.validation import Limits
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -96,11 +98,12 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 
     if list_targets:
         found = targets.list_targets()
-        if as_json:
-            _print_json(found)
-        else:
-            rows = [[x["target"], x["backend"], x["what"], targets.here(x)] for x in found]
-            show_rows(["target", "backend", "what", "here"], rows)
+        with _answered():
+            if as_json:
+                _print_json(found)
+            else:
+                rows = [[x["target"], x["backend"], x["what"], targets.here(x)] for x in found]
+                show_rows(["target", "backend", "what", "here"], rows)
         return OK
     if bundle is None:
         raise click.UsageError("name the bundle to compile, such as build/digits-int8")
@@ -119,18 +122,19 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 @click.option(
     "--update-baseline", is_flag=True, help="Write --baseline anew instead of comparing. By hand, never in CI."
 )
+@latency_options
+@click.option("--junit", type=OUTPUT, metavar="FILE", help="Write the verdict as JUnit XML too.")
 @click.option(
-    "--junit",
-    type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
-    metavar="FILE",
-    help="Write the verdict as JUnit XML too.",
+    "--code-quality", type=OUTPUT, metavar="FILE", help="Write what was found as GitLab's code quality report too."
 )
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object on stdout.")
-def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_json: bool, **options: Any) -> int:
+def validate(bundle: str, baseline: Optional[Path], as_json: bool, **options: Any) -> int:
     """The gate: the bundle's engine against FP32 on the same samples, and against the last one that was accepted.
 
     Exit code 0: passes; 1: fails; 3: cannot be decided with so few samples, or without labels. The bundle is not
-    changed. On GitHub (GITHUB_ACTIONS=true) the run shows the verdict as annotations and in the step's summary.
+    changed. On GitHub (GITHUB_ACTIONS=true) the run shows the verdict as annotations and in the step's summary. A limit
+    on the latency is judged where it is asked for, by measuring here for some six seconds; it fails, or is open, by the
+    95 % interval of what was measured.
     """
     from edgeres import ci
     from edgeres.bundle import read_manifest
@@ -138,14 +142,15 @@ def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_js
     from edgeres.terminal import show_report
 
     update = options.pop("update_baseline")
+    outputs = ci.Outputs(options.pop("junit"), options.pop("code_quality"))
     _check_baseline(baseline, Path(bundle), update)
-    _check_junit(junit, Path(bundle), baseline)
-    ci.make_way(junit)
+    _check_outputs(outputs, Path(bundle), baseline)
+    ci.make_way(outputs)
     begun = time.monotonic()
     try:
         report = _judge(bundle, None if update else baseline, **options)
     except EdgeresError as problem:
-        _annotate(ci.stopped(problem, bundle, junit), as_json)
+        _annotate(ci.stopped(problem, bundle, outputs), as_json)
         raise
     seconds, hints = time.monotonic() - begun, repairs(Path(bundle), read_manifest(Path(bundle)))
     with _answered():
@@ -154,7 +159,7 @@ def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_js
         else:
             show_report(report, *hints)
     _annotate(ci.judged(report, bundle, hints), as_json)
-    ci.write(junit, report, bundle, seconds, hints)  # what cannot be written must not hide the verdict
+    ci.write(outputs, report, bundle, seconds, hints)  # what cannot be written must not hide the verdict
     if baseline is not None and update:
         _accept(report, baseline)
     return VERDICT_CODES[report.outcome()]
@@ -162,17 +167,26 @@ def validate(bundle: str, baseline: Optional[Path], junit: Optional[Path], as_js
 
 def _judge(bundle: str, baseline: Optional[Path], **options: Any) -> Report:
     """Return the report on a bundle, with its comparison with a baseline where there is one."""
-    from edgeres.judge import read_baseline, validate_bundle
+    from edgeres.gate import gate
+    from edgeres.judge import read_baseline
     from edgeres.terminal import TerminalProgress
 
+    limits = _limits(options)
     accepted = None if baseline is None else read_baseline(baseline)
     validation = _absolute(options.pop("validation"))
-    progress = TerminalProgress()
+    progress = TerminalProgress(unrest=not limits.asked)
     progress.stage("validate", bundle)
     try:
-        return validate_bundle(bundle, validation, baseline=accepted, watch=progress.advance, **options)
+        return gate(bundle, validation, limits=limits, baseline=accepted, watch=progress.advance, **options)
     finally:
         progress.stop()
+
+
+def _limits(options: Dict[str, Any]) -> Limits:
+    """Take the limits on the latency out of a command's options."""
+    from edgeres.validation import Limits
+
+    return Limits(options.pop("max_latency_ms"), options.pop("min_speedup"))
 
 
 def _accept(report: Report, baseline: Path) -> None:
@@ -195,11 +209,14 @@ def _annotate(lines: List[str], as_json: bool) -> None:
             order(sys.stderr if as_json else sys.stdout, line)
 
 
-def _check_junit(junit: Optional[Path], bundle: Path, baseline: Optional[Path]) -> None:
-    if junit is not None and _within(junit, bundle):
-        raise click.UsageError(f"--junit {junit} lies in the bundle, which holds what its manifest binds alone")
-    if junit is not None and baseline is not None and junit.resolve() == baseline.resolve():
-        raise click.UsageError(f"--junit and --baseline are both {junit}: the one would be written over the other")
+def _check_outputs(outputs: Outputs, bundle: Path, baseline: Optional[Path]) -> None:
+    known = {} if baseline is None else {baseline.resolve(): "--baseline"}
+    for option, file in outputs.named:
+        if _within(file, bundle):
+            raise click.UsageError(f"{option} {file} lies in the bundle, which holds what its manifest binds alone")
+        other = known.setdefault(file.resolve(), option)
+        if other != option:
+            raise click.UsageError(f"{option} and {other} are both {file}: the one would be written over the other")
 
 
 def _within(path: Path, bundle: Path) -> bool:
@@ -274,23 +291,27 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it there; the bundle stays as it is."
 )
 @click.option("--bench", type=click.Path(path_type=Path), help="What `bench --out` kept. Default: BUNDLE.bench.json.")
+@latency_options
 @click.option("--open", "show", is_flag=True, help="Show it in the browser.")
-def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool) -> int:
+def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool, **options: Any) -> int:
     """The page about a bundle, report.html: verdict, changed answers, layers, latency; one file, no network, no script.
 
     A build writes it; this makes it anew, for the samples' pictures, a benchmark or an older bundle, and binds it.
+    Limits on the latency are held against the benchmark, of the machine that it was measured on.
     """
     from edgeres.files import PAGE, write_atomic
     from edgeres.reporting import page_of, report_bundle
 
+    limits = _limits(options)
     if out is None:
-        report_bundle(bundle, bench)
+        report_bundle(bundle, bench, limits)
     elif _within(out, bundle):
         raise click.UsageError(f"--out {out} lies in the bundle. Without --out the page goes there, and is bound.")
     else:
-        write_atomic(out, page_of(bundle, bench))
+        write_atomic(out, page_of(bundle, bench, limits))
     place = (out or bundle / PAGE).absolute()
-    click.echo(printable(str(place)))
+    with _answered():
+        click.echo(printable(str(place)))
     if show and click.launch(str(place)):
         click.echo("there is no browser that this machine can open it with", err=True)
     return OK
@@ -329,15 +350,24 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
 def inspect(path: Path, as_json: bool) -> int:
     """What is inside: layers and the reason for each, ranges, engines, provenance."""
+    from edgeres.inspection import inspect_bundle, inspect_file
+
+    facts = inspect_file(path) if path.is_file() or path.suffix.lower() == ".onnx" else inspect_bundle(path)
+    with _answered():
+        if as_json:
+            _print_json(facts)
+        else:
+            _show_inside(path, facts)
+    return OK
+
+
+def _show_inside(path: Path, facts: Dict[str, Any]) -> None:
+    """Print what `inspect` found in a file or in a bundle."""
     from edgeres.bundle import read_manifest
-    from edgeres.inspection import grouped, inspect_bundle, inspect_file, pair_row
+    from edgeres.inspection import grouped, pair_row
     from edgeres.terminal import show_ladder, show_manifest, show_rows
     from edgeres.validation.cases import one_line
 
-    facts = inspect_file(path) if path.is_file() or path.suffix.lower() == ".onnx" else inspect_bundle(path)
-    if as_json:
-        _print_json(facts)
-        return OK
     if "bundle" in facts:
         manifest = read_manifest(path)
         show_manifest(str(path), manifest)
@@ -366,7 +396,6 @@ def inspect(path: Path, as_json: bool) -> int:
             show_rows(columns, [pair_row(name, pair) for name, pair in facts["ranges"].items()], "Q/DQ pairs")
         for problem in grouped(facts["lint"]):
             click.echo(one_line(f"TensorRT rule broken: {problem}"))
-    return OK
 
 
 def _error_rows(errors: Dict[str, Any]) -> Tuple[List[str], List[List[str]], str]:
@@ -421,11 +450,12 @@ def verify(bundle: Path, as_json: bool) -> int:
     manifest = check(bundle)
     strangers = unlisted(bundle, manifest)
     fits = [(engine, misfits(engine, str(bundle))) for engine in manifest.engines]
-    if as_json:
-        engines = [{"target": x.target, "backend": x.backend, "fits": not why, "problems": why} for x, why in fits]
-        facts = {"bundle": str(bundle), "files": len(manifest.files), "unlisted": strangers, "intact": True}
-        _print_json({**facts, "engines": engines})
-    else:
+    with _answered():
+        if as_json:
+            engines = [{"target": x.target, "backend": x.backend, "fits": not why, "problems": why} for x, why in fits]
+            facts = {"bundle": str(bundle), "files": len(manifest.files), "unlisted": strangers, "intact": True}
+            _print_json({**facts, "engines": engines})
+            return OK
         click.echo(f"{one_line(str(bundle))}: all {len(manifest.files)} files are as they were built")
         for engine, why in fits:
             said = f"does not run here: {'; '.join(why)}" if why else "fits this machine"
@@ -449,12 +479,13 @@ def init(folder: Path, ci: str, as_json: bool) -> int:
     from edgeres.starter import begin
 
     written = begin(folder, ci)
-    if as_json:
-        _print_json([str(path) for path in written])
-        return OK
-    for path in written:
-        click.echo(printable(f"written: {path}"))
-    click.echo(printable(f"next: edgeres build {written[0]}, and then edit that recipe"))
+    with _answered():
+        if as_json:
+            _print_json([str(path) for path in written])
+            return OK
+        for path in written:
+            click.echo(printable(f"written: {path}"))
+        click.echo(printable(f"next: edgeres build {written[0]}, and then edit that recipe"))
     return OK
 
 
@@ -466,9 +497,6 @@ def models(as_json: bool) -> int:
     from edgeres.terminal import show_rows
 
     entries = catalog()
-    if as_json:
-        _print_json(entries)
-        return OK
     rows = [
         [
             x["name"],
@@ -480,7 +508,11 @@ def models(as_json: bool) -> int:
         ]
         for x in entries
     ]
-    show_rows(["model", "parameters", "MACs", "input", "classes", "source"], rows)
+    with _answered():
+        if as_json:
+            _print_json(entries)
+        else:
+            show_rows(["model", "parameters", "MACs", "input", "classes", "source"], rows)
     return OK
 
 
@@ -489,13 +521,21 @@ def models(as_json: bool) -> int:
 def doctor(as_json: bool) -> int:
     """What this machine can build and run, and what to install for more."""
     from edgeres.doctor import examine
+
+    facts = examine()
+    with _answered():
+        if as_json:
+            _print_json(facts)
+        else:
+            _show_health(facts)
+    return OK
+
+
+def _show_health(facts: Dict[str, Any]) -> None:
+    """Print what `doctor` found."""
     from edgeres.targets import here
     from edgeres.terminal import show_rows
 
-    facts = examine()
-    if as_json:
-        _print_json(facts)
-        return OK
     click.echo(
         f"{facts['system']}, Python {facts['python']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.1f} GiB"
     )
@@ -510,7 +550,6 @@ def doctor(as_json: bool) -> int:
     show_rows(["package", "version"], [[name, number or "not installed"] for name, number in installed])
     rows = [[x["what"], "yes" if x["can"] else "no", x["install"] or ""] for x in facts["abilities"]]
     show_rows(["can it", "", "to make it so"], rows)
-    return OK
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""What ``edgeres bench`` measures, as nouns: they convert to JSON and back as those of :mod:`edgeres.artifacts` do."""
+"""What ``bench`` and the latency gate measure, as nouns: to JSON and back as those of :mod:`edgeres.artifacts` are."""
 
 from __future__ import annotations
 
@@ -82,3 +82,35 @@ class Benchmark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     notes: Tuple[str, ...] = ()
     interval_method: str = "sign test"
     engine_sha256: str = ""
+
+
+class LatencyLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A limit that was asked for, and whether an engine keeps it.
+
+    ``name`` is ``p50_ms``, milliseconds per call at most, or ``speedup``, times as fast as ``against`` at least.
+    ``verdict`` is ``pass`` or ``fail`` where the whole 95 % interval says so, else ``inconclusive``, as without one.
+    """
+
+    name: str
+    limit: float
+    measured: float
+    ci95: Optional[Tuple[float, float]]
+    verdict: str
+    against: str = ""
+
+
+class LatencyReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How fast an engine is on one machine, one frame a call, against what was asked of it; never without a limit.
+
+    ``device`` says where it was measured: the target and the processor. ``p50_ms`` is the median over ``rounds`` of
+    each round's own; ``notes`` say what to mind about the machine.
+    """
+
+    device: str
+    calls: int
+    rounds: int
+    p50_ms: float
+    p99_ms: float
+    limits: Tuple[LatencyLimit, ...]
+    notes: Tuple[str, ...] = ()
+    interval_method: str = "sign test"

@@ -82,12 +82,22 @@ class Batch(Parameter):
         return numbers * 3 if len(numbers) == 1 else numbers
 
 
-class Seconds(click.FloatRange):
-    """A time that can end: NaN is in no range, and yet no range refuses it."""
+class Finite(click.FloatRange):
+    """A number of a range, and no NaN, which is in no range and yet refused by none."""
 
     def convert(self, value: Any, param: Optional[click.Parameter], context: Optional[click.Context]) -> float:
-        seconds = float(super().convert(value, param, context))
-        if not math.isfinite(seconds) or seconds > LONGEST:
+        number = float(super().convert(value, param, context))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, context)
+        return number
+
+
+class Seconds(Finite):
+    """A time that can end."""
+
+    def convert(self, value: Any, param: Optional[click.Parameter], context: Optional[click.Context]) -> float:
+        seconds = super().convert(value, param, context)
+        if seconds > LONGEST:
             self.fail(f"{value} is not a number of seconds up to {LONGEST}.", param, context)
         return seconds
 
@@ -219,6 +229,29 @@ ENGINE_OPTIONS = (
         "uint8 where any normalized input is then still answered alike.",
     ),
 )
+
+
+LATENCY_OPTIONS = (
+    click.option(
+        "--max-latency-ms",
+        type=Finite(0, min_open=True),
+        metavar="MS",
+        help="Limit on the median latency (p50) of one frame, on this machine.",
+    ),
+    click.option(
+        "--min-speedup",
+        type=Finite(0, min_open=True),
+        metavar="TIMES",
+        help="How many times as fast as its float twin the engine has to be, on this machine.",
+    ),
+)
+
+
+def latency_options(command: F) -> F:
+    """Give a command the limits on the latency."""
+    for option in reversed(LATENCY_OPTIONS):
+        command = option(command)
+    return command
 
 
 def engine_options(command: F) -> F:

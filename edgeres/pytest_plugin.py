@@ -10,7 +10,7 @@ import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Dict, Generator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, List, Optional, Tuple
 
 import pytest
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgeres.artifacts import Report
 
 PATHS = ("bundle", "data", "baseline")
+LIMITS = ("max_latency_ms", "min_speedup")
 CHOICES = {"policy": ("ci", "point"), "inconclusive": ("fail", "skip", "pass")}
 KEYWORDS = {
     "bundle": "the bundle to judge; as an option it adds a test of its own",
@@ -28,6 +29,8 @@ KEYWORDS = {
     "policy": "ci (the whole 95 %% interval decides) or point (default: the bundle's own)",
     "baseline": "an accepted report.json to beat as well",
     "backend": "which of the bundle's engines, or its target (default: the first)",
+    "max_latency_ms": "limit on one frame's p50 in ms, on the machine that runs the tests (default: none)",
+    "min_speedup": "how many times as fast as its float twin the engine has to be there (default: not asked)",
     "inconclusive": "fail (default), skip or pass, where the samples cannot decide",
 }
 """What a gate can be told: by the marker, as ``--edgeres-…`` and as ``edgeres_…`` in the ini file, in this order."""
@@ -127,7 +130,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, text in KEYWORDS.items():
         kind: Dict[str, Any] = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": name.upper()}
         if name not in CHOICES:
-            kind["type"] = _points if name == "max_drop" else _given
+            kind["type"] = NUMBERS.get(name, _given)
         group.addoption(f"--edgeres-{name.replace('_', '-')}", dest=f"edgeres_{name}", help=text, **kind)
         parser.addini(f"edgeres_{name}", f"for edgeres_gate: {text.split(';')[0].replace('%%', '%')}")
 
@@ -186,10 +189,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def _judged(bundle: Path, data: Any = None, baseline: Optional[Path] = None, **options: Any) -> Report:
-    from edgeres.judge import read_baseline, validate_bundle
+    from edgeres.gate import gate
+    from edgeres.judge import read_baseline
+    from edgeres.validation import Limits
 
     accepted = None if baseline is None else read_baseline(baseline)
-    return validate_bundle(bundle, data, baseline=accepted, **options)
+    limits = Limits(*(options.pop(name, None) for name in LIMITS))
+    return gate(bundle, data, limits=limits, baseline=accepted, **options)
 
 
 def _short_form(report: Report, bundle: Path) -> str:
@@ -213,8 +219,9 @@ def _settings(config: pytest.Config, item: pytest.Item) -> Dict[str, Any]:
     problems = _problems(told)
     if problems:
         pytest.fail(f"edgeres, for {item.name}: {'; '.join(problems)}", pytrace=False)
-    if "max_drop" in told:
-        told["max_drop"] = float(told["max_drop"])
+    for name in NUMBERS:
+        if name in told:
+            told[name] = float(told[name])
     for name in PATHS:
         if name in told:
             told[name] = _place(config, os.fspath(told[name]))
@@ -238,11 +245,11 @@ def _problems(told: Dict[str, Any]) -> List[str]:
             found.append(f"{name} is {value!r}: choose one of {', '.join(CHOICES[name])}")
         elif name in (*PATHS, "backend") and not (value and isinstance(value, (str, os.PathLike))):
             found.append(f"{name} is {value!r}: give {'a name' if name == 'backend' else 'a path'}")
-        elif name == "max_drop":
+        elif name in NUMBERS:
             try:
-                _points(value)
+                NUMBERS[name](value)
             except (argparse.ArgumentTypeError, TypeError) as problem:
-                found.append(f"max_drop: {problem}")
+                found.append(f"{name}: {problem}")
     return found
 
 
@@ -255,13 +262,29 @@ def _given(value: str) -> str:
 
 def _points(value: Any) -> float:
     """Return percentage points, 0 to 100."""
-    try:
-        points = float(value)
-    except ValueError:
-        points = math.nan
-    if isinstance(value, bool) or not 0 <= points <= 100:
+    points = _number(value)
+    if not 0 <= points <= 100:
         raise argparse.ArgumentTypeError(f"{value!r} is no number of percentage points, 0 to 100")
     return points
+
+
+def _limit(value: Any) -> float:
+    """Return a limit, a finite number above 0."""
+    limit = _number(value)
+    if not 0 < limit < math.inf:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number above 0")
+    return limit
+
+
+def _number(value: Any) -> float:
+    """Return a number; NaN where it is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except ValueError:
+        return math.nan
+
+
+NUMBERS: Dict[str, Callable[[Any], float]] = {"max_drop": _points, **dict.fromkeys(LIMITS, _limit)}
 
 
 def _place(config: pytest.Config, path: str) -> Path:

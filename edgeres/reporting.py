@@ -32,7 +32,15 @@ from edgeres.measurements import (
 from edgeres.page import Contents, Flip, flips, pairs
 from edgeres.recipe import locate
 from edgeres.samples import Samples, open_samples, picture
-from edgeres.validation import advice, baseline_headline, fallen_words, headline
+from edgeres.validation import (
+    Limits,
+    advice,
+    against_limits,
+    baseline_headline,
+    fallen_words,
+    headline,
+    limit_headline,
+)
 from edgeres.validation.baseline import unpacked
 from edgeres.workspace import Workspace
 
@@ -44,17 +52,20 @@ BENCH = ".bench.json"  # behind a bundle's name: where a result of `bench` is lo
 LARGEST_BENCH = 16 << 20  # bytes; a result has tens of kB
 
 
-def page(folder: Path, manifest: Manifest, measured: Optional[Benchmark] = None) -> bytes:
+def page(
+    folder: Path, manifest: Manifest, measured: Optional[Benchmark] = None, limits: Optional[Limits] = None
+) -> bytes:
     """Return the page of a bundle, with pictures of the samples where these are at hand; the same bundle and the same
     samples give the same bytes.
 
     Args:
         folder: where the manifest's files lie.
         measured: how fast the engine is, where that is known.
+        limits: on the latency; their verdicts count in the page's.
 
     Raises:
         MissingPackageError: jinja2 is not installed.
-        BundleError: a file is not what the manifest says.
+        BundleError: a file is not what the manifest says, or there are limits and nothing was measured.
     """
     try:
         from edgeres.page.render import render
@@ -62,6 +73,8 @@ def page(folder: Path, manifest: Manifest, measured: Optional[Benchmark] = None)
         raise MissingPackageError.for_extra("jinja2", PAGE, "report") from None
     # As it is read from the file: a build's own still has tuples where JSON has lists.
     manifest = from_json(to_json(without_page(manifest)), Manifest, files.MANIFEST)
+    if limits is not None and limits.asked:
+        manifest = _limited(manifest, measured, limits)
     contents = Contents(manifest, model=_model(manifest), errors=layer_errors(folder, manifest), measured=measured)
     content = read_listed(folder, manifest, files.TABLE)
     if content is not None:
@@ -76,6 +89,7 @@ def page(folder: Path, manifest: Manifest, measured: Optional[Benchmark] = None)
     return render(
         contents._replace(
             headlines=[line for line in (headline(report), baseline_headline(report)) if line],
+            limits=[(x.verdict, limit_headline(report, x)) for x in (report.latency.limits if report.latency else ())],
             fallen=fallen_words(report),
             advice=advice(report, *repairs(folder, manifest)),
             flips=shown,
@@ -84,6 +98,17 @@ def page(folder: Path, manifest: Manifest, measured: Optional[Benchmark] = None)
             pairs=pairs(found),
         )
     )
+
+
+def _limited(manifest: Manifest, measured: Optional[Benchmark], limits: Limits) -> Manifest:
+    """Return a manifest whose report holds what was measured against limits on the latency."""
+    if measured is None or manifest.report is None:
+        lacking = "benchmark of it beside the bundle: edgeres bench BUNDLE --out BUNDLE.bench.json"
+        if manifest.report is None:
+            lacking = "verdict in the bundle: edgeres build BUNDLE"
+        raise BundleError(f"a limit on the latency cannot be judged, for there is no {lacking}")
+    judged = msgspec.structs.replace(manifest.report, latency=against_limits(measured, limits))
+    return msgspec.structs.replace(manifest, report=judged)
 
 
 def with_page(folder: Path, manifest: Manifest) -> Manifest:
@@ -110,7 +135,7 @@ def page_loss(before: Manifest, after: Manifest) -> Tuple[str, ...]:
     )
 
 
-def report_bundle(bundle: Path, bench: Optional[Path] = None) -> Bundle:
+def report_bundle(bundle: Path, bench: Optional[Path] = None, limits: Optional[Limits] = None) -> Bundle:
     """Return a bundle whose page is made anew, with the samples' pictures and a benchmark as far as they are at hand.
 
     The bundle is verified first; where the page is as it was, nothing is written.
@@ -120,7 +145,7 @@ def report_bundle(bundle: Path, bench: Optional[Path] = None) -> Bundle:
         BundleError: the bundle is damaged, or cannot be changed.
     """
     manifest = verify(bundle)
-    content = page_of(bundle, bench)
+    content = page_of(bundle, bench, limits)
     if any(ref == files.content_ref(PAGE, content) for ref in manifest.files):
         return Bundle(str(bundle), manifest)
     with Workspace(bundle, f"Or write the page elsewhere: edgeres report {bundle} --out FILE") as workspace:
@@ -129,20 +154,22 @@ def report_bundle(bundle: Path, bench: Optional[Path] = None) -> Bundle:
         manifest = verify(bundle)  # again, now that no other build can change it
         for ref in without_page(manifest).files:
             workspace.write(ref.path, read_verified(bundle, ref))
-        changed = _bound(workspace.folder, manifest, page_of(bundle, bench))
+        changed = _bound(workspace.folder, manifest, page_of(bundle, bench, limits))
         workspace.commit(changed)
     return Bundle(str(bundle), changed)
 
 
-def page_of(bundle: Path, bench: Optional[Path] = None) -> bytes:
+def page_of(bundle: Path, bench: Optional[Path] = None, limits: Optional[Limits] = None) -> bytes:
     """Return the page of a bundle, which is verified and not changed.
 
     Raises:
         MissingPackageError: jinja2 is not installed.
-        BundleError: the bundle is damaged; the benchmark is none, or of another engine.
+        BundleError: the bundle is damaged; the benchmark is none, or of another engine, or missing where there are
+            limits on the latency.
+        BackendError: the benchmark does not tell what a limit is on.
     """
     manifest = verify(bundle)
-    return page(bundle, manifest, benchmark_of(bundle, manifest, bench))
+    return page(bundle, manifest, benchmark_of(bundle, manifest, bench), limits)
 
 
 def benchmark_of(bundle: Path, manifest: Manifest, chosen: Optional[Path] = None) -> Optional[Benchmark]:

@@ -29,7 +29,7 @@ from edgeres.measurements import (
     Memory,
 )
 from edgeres.progress import Progress, counted
-from edgeres.validation import advice, baseline_headline, decibels, fallen_words, headline
+from edgeres.validation import advice, baseline_headline, decibels, fallen_words, headline, limit_headline
 from edgeres.validation.cases import first_of, one_line
 
 WIDTH_OF_A_LOG = 140  # columns; where nobody's window can be asked
@@ -38,12 +38,20 @@ VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold
 SPEEDUP_STYLE = {"faster": "bold green", "slower": "bold red", "undecided": "bold yellow"}
 
 
+class _Console(Console):
+    """A console on which nobody has to read to the end: what follows is not shown, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def console(stderr: bool = False) -> Console:
     """Return a console; plain text where there is no terminal, no colour where NO_COLOR is set, no guessed markup.
 
     It is as wide as the terminal, or as COLUMNS says.
     """
-    made = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    made = _Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
     if not made.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         made.width = WIDTH_OF_A_LOG
     return made
@@ -245,6 +253,8 @@ def show_report(report: Report, worst: Sequence[str] = (), untried: str = "") ->
     _show_verdict(report.verdict, headline(report))
     if report.baseline is not None:
         _show_verdict(report.baseline.verdict, baseline_headline(report))
+    for limit in report.latency.limits if report.latency is not None else ():
+        _show_verdict(limit.verdict, limit_headline(report, limit))
     for line in advice(report, worst, untried):
         out.print(one_line(f"  {line}"))
 

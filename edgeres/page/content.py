@@ -64,11 +64,13 @@ class Pair(NamedTuple):
 
 class Contents(NamedTuple):
     """All that a page tells of a bundle. ``flips`` are the first of ``flipped``; ``unseen`` says why pictures are
-    missing, where they are; ``headlines`` are the verdicts in words, ``fallen`` the classes that fell."""
+    missing, where they are; ``headlines`` are the verdicts in words, ``fallen`` the classes that fell, ``limits``
+    verdict and words of each limit on the latency."""
 
     manifest: Manifest
     headlines: Sequence[str] = ()
     fallen: Sequence[str] = ()
+    limits: Sequence[Tuple[str, str]] = ()
     advice: Sequence[str] = ()
     flips: Sequence[Flip] = ()
     flipped: int = 0

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import re
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Match, Optional
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -22,7 +22,7 @@ from edgeres.page.content import Contents
 PLACE = Path(__file__).parent
 TEMPLATE = "page.html"
 STYLE = "page.css"
-FLAG = re.compile(r"(?<!\S)--[a-z][a-z-]*")
+CODE = re.compile(r"`(?P<command>[^`]+)`|(?<!\S)--[a-z][a-z-]*")
 
 
 def render(contents: Contents) -> bytes:
@@ -64,8 +64,13 @@ def _shown(value: Any) -> Any:
 
 
 def _flags(text: str) -> Markup:
-    """Return text in which the command line's flags are set as code, so that no line breaks within them."""
-    return Markup(FLAG.sub(r"<code>\g<0></code>", str(escape(_shown(text)))))  # escaped before
+    """Return text in which commands between backticks, and flags, are set as code: no line breaks within a flag."""
+
+    def code(found: Match[str]) -> str:
+        command = found["command"]
+        return f"<code>{found[0]}</code>" if command is None else f'<code class="command">{command}</code>'
+
+    return Markup(CODE.sub(code, str(escape(_shown(text)))))  # escaped before
 
 
 def _percent(value: Optional[float], digits: int = 2) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from edgeres.validation.baseline import against_baseline
 from edgeres.validation.cases import short_form
 from edgeres.validation.compare import attribute_drop, compare
+from edgeres.validation.latency import Limits, against_limits, limit_headline
 from edgeres.validation.words import advice, baseline_headline, decibels, fallen_words, headline
 
 __all__ = [
+    "Limits",
     "advice",
     "against_baseline",
+    "against_limits",
     "attribute_drop",
     "baseline_headline",
     "compare",
     "decibels",
     "fallen_words",
     "headline",
+    "limit_headline",
     "short_form",
 ]

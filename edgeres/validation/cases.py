@@ -6,6 +6,7 @@ from typing import List, NamedTuple, Sequence, Tuple
 
 from edgeres.artifacts import Report
 from edgeres.errors import printable
+from edgeres.validation.latency import limit_headline, limit_name
 from edgeres.validation.words import advice, baseline_headline, decibels, fallen_words, headline
 
 SHOWN = 10  # classes, where there is little room
@@ -25,16 +26,18 @@ class Case(NamedTuple):
 
 
 def cases(report: Report) -> Tuple[Case, ...]:
-    """Return the gates of a report (FP32, the baseline), every class that fell, and the layers of each engine.
+    """Return the gates of a report (FP32, the baseline, latency), every class that fell, and the layers of each engine.
 
-    A class that fell fails with the gate; where the whole keeps its budget it is a warning. Layers that do not run as
-    planned are always one: ``edgeres compile --strict`` refuses them.
+    A class that fell fails with the accuracy; where the whole keeps its budget it is a warning. Layers that do not run
+    as planned are always one: ``edgeres compile --strict`` refuses them.
     """
     found = [Case("gate", "accuracy against FP32", report.verdict, headline(report))]
     if report.baseline is not None:
         found.append(Case("gate", "accuracy against the baseline", report.baseline.verdict, baseline_headline(report)))
+    for limit in report.latency.limits if report.latency is not None else ():
+        found.append(Case("gate", limit_name(limit), limit.verdict, one_line(limit_headline(report, limit))))
     fallen = [change for change in report.classes if change.fell]
-    told = "fail" if report.outcome() == "fail" else "warning"
+    told = "fail" if report.accuracy() == "fail" else "warning"
     for change, words in zip(fallen, fallen_words(report)):
         found.append(Case("class", one_line(f"class {change.name or change.label}"), told, one_line(words)))
     for summary in report.layers:

@@ -38,6 +38,8 @@ def junit(report: Report, bundle: str, seconds: float, hints: Tuple[Sequence[str
         "precision": report.precision,
         "policy": report.policy,
     }
+    if report.latency is not None:
+        facts.update(latency_p50_ms=report.latency.p50_ms, latency_device=report.latency.device)
     known = {name: str(value) for name, value in facts.items() if value is not None}
     return _document(bundle, cases(report), known, seconds, short_form(report, *hints))
 

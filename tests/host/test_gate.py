@@ -104,9 +104,13 @@ def test_a_gitlab_pipeline_runs_what_githubs_does(place: Path) -> None:
     read = yaml.safe_load((place / "lab/.gitlab-ci.yml").read_text(encoding="utf-8"))
     (job,) = read.values()
     assert set(job) == {"image", "script", "artifacts"}
-    assert (job["artifacts"]["when"], job["artifacts"]["reports"]) == ("always", {"junit": "build/edgeres.xml"})
+    gate = job["script"][-1]
+    reports = {"junit": "build/edgeres.xml", "codequality": "build/codequality.json"}
+    assert (job["artifacts"]["when"], job["artifacts"]["reports"]) == ("always", reports)
+    assert gate.endswith(" --junit build/edgeres.xml --code-quality build/codequality.json")
     assert all(list(place.glob(pattern)) for pattern in job["artifacts"]["paths"])
     install, build, gate = job["script"]
+    gate = gate.replace(" --code-quality build/codequality.json", "")  # GitHub has no reader for it
     steps = workflow(place / ".github/workflows/edgeres.yml")["jobs"]["int8"]["steps"]
     assert [install, build.split(" ||")[0], gate] == [step["run"] for step in steps if "run" in step]
     # what the build answers 1 to goes on to the gate, and nothing else does
@@ -161,6 +165,7 @@ def test_every_channel_says_the_same(
     summary = place / f"{verdict}.md"
     done = edgeres(
         *("validate", bundle, *validation, "--json", "--junit", f"{verdict}.xml"),
+        *("--code-quality", f"{verdict}.json"),
         cwd=place,
         code=code,
         GITHUB_ACTIONS="true",
@@ -173,6 +178,12 @@ def test_every_channel_says_the_same(
     assert case[0].attrib.get("type", verdict) == verdict
     assert done.stderr.startswith(f"::{level} title={bundle}%3A accuracy against FP32%3A {verdict}::INT8 ")
     assert summary.read_text(encoding="utf-8").splitlines()[0].endswith(f": {verdict}")
+    noticed = json.loads((place / f"{verdict}.json").read_text(encoding="utf-8"))
+    severity = {"pass": [], "fail": ["critical"], "inconclusive": ["major"]}
+    assert [one["severity"] for one in noticed if one["check_name"] == "edgeres-gate"] == severity[verdict]
+    for one in noticed:
+        lines = (place / one["location"]["path"]).read_text(encoding="utf-8").splitlines()
+        assert lines[one["location"]["lines"]["begin"] - 1].startswith("max_drop = 1.0")
 
     plugin = [] if installed() else ["-p", "edgeres.pytest_plugin"]
     samples = [word for name in data for word in ("--edgeres-data", name)]
@@ -185,6 +196,31 @@ def test_every_channel_says_the_same(
     headline = (case[0].text or "").splitlines()[0]
     assert headline.startswith(f"{verdict.upper()}: INT8 ")
     assert (headline in tested.stdout.splitlines()) == (code != 0)
+
+
+def test_an_engine_that_is_too_slow_fails_by_every_channel(place: Path) -> None:
+    """No machine answers in a tenth of a microsecond, and each in a minute."""
+    limits = ("--max-latency-ms", "1e-4", "--min-speedup", "1e-3")
+    files = ("--junit", "slow.xml", "--code-quality", "slow.json")
+    done = edgeres(*("validate", "build/bundle", *limits, *files, "--json"), cwd=place, code=1, GITHUB_ACTIONS="true")
+    report = json.loads(done.stdout)
+    assert (report["verdict"], report["outcome"]) == ("pass", "fail")
+    assert report["latency"]["device"].startswith("cpu (")
+    told = [(one["name"], one["limit"], one["verdict"]) for one in report["latency"]["limits"]]
+    assert told == [("p50_ms", 1e-4, "fail"), ("speedup", 1e-3, "pass")]
+    assert all(one["ci95"][0] <= one["measured"] <= one["ci95"][1] for one in report["latency"]["limits"])
+    cases = [(case.attrib["name"], case[0].tag) for case in ET.parse(place / "slow.xml").getroot().iter("testcase")]
+    assert cases == [
+        ("accuracy against FP32", "system-out"), ("latency", "failure"), ("latency against FP32", "system-out"),
+    ]  # fmt: skip
+    assert [line.split(" ")[0] for line in done.stderr.splitlines()] == ["::notice", "::error", "::notice"]
+    (found,) = json.loads((place / "slow.json").read_text(encoding="utf-8"))
+    assert found["description"].startswith("latency: INT8 takes ")
+    plugin = [] if installed() else ["-p", "edgeres.pytest_plugin"]
+    asked = ("--edgeres-bundle", "build/bundle", "--edgeres-max-latency-ms", "1e-4")
+    tested = run(sys.executable, "-m", "pytest", *plugin, "-p", "no:cacheprovider", *asked, cwd=place, code=1)
+    assert any(line.startswith("FAIL: INT8 takes ") for line in tested.stdout.splitlines())
+    edgeres("validate", "build/bundle", "--max-latency-ms", "60000", cwd=place)
 
 
 def installed() -> bool:

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,129 +22,21 @@ from command_line import edgeres
 from edgeres import files
 from edgeres.artifacts import (
     BaselineChange,
-    CalibrationTable,
     Change,
     ClassChange,
-    Climb,
     Discordant,
-    Engine,
-    EngineLayer,
-    LayerError,
-    LayerPlan,
     Manifest,
     Preprocessing,
-    QuantizationErrors,
-    QuantizedModel,
     Report,
-    Rung,
-    StageRecord,
-    TensorRange,
-    to_data,
     to_json,
 )
-from edgeres.benchmark import answer, speedup, summarize
 from edgeres.bundle import verify
 from edgeres.errors import BundleError, MissingPackageError
-from edgeres.judge import judge, reference_content
-from edgeres.measurements import (
-    Benchmark,
-)
 from edgeres.page import Contents, plots
 from edgeres.page.render import render
 from edgeres.reporting import page_loss, page_of, report_bundle, with_page
-from edgeres.samples import open_samples
-from edgeres.validation import fallen_words
-
-HOSTILE = "<script>alert('x')</script>\"'&\u202e\x1b"
-"""What a name may hold, a slash aside: markup, quotes of both kinds, a mark that turns the text around, an escape."""
-CLASSES = ("<script>alert(1)", 'it\'s "quoted" & more', "plain")
-
-
-def photos(folder: Path, pictures: Callable[..., np.ndarray], each: int = 20, side: int = 96) -> Path:
-    """Write images into one subfolder per class, whose names and whose files' names are hostile."""
-    frames = iter(pictures(each * len(CLASSES), side=side))
-    for name in CLASSES:
-        (folder / name).mkdir(parents=True)
-        for number in range(each):
-            Image.fromarray(next(frames)).save(folder / name / f"\"><img src=x onerror='1' {number}.png")
-    return folder
-
-
-def layer_error(name: str, share: float) -> LayerError:
-    return LayerError(
-        f"/{name}/Conv", "Conv", name, f"/{name}/in", share, 40.0, 30.0, 41.0, None, 2.5, 2.5 / 127, -2.5, 2.5, -1.0,
-        2.6, 0.001, 0.002,
-    )  # fmt: skip
-
-
-def tensor_range(amax: float, sqnr_db: float | None, shift: float = 0.0) -> TensorRange:
-    return TensorRange(amax, amax / 127, "auto", -amax / 2, 1.1 * amax, 1000, 0.5, 0.001, sqnr_db, shift)
-
-
-def benchmark(engine_sha256: str) -> Benchmark:
-    """A result of `bench` whose latencies are 1 ms for int8 and 2 ms for fp32, give or take a little."""
-    random = np.random.default_rng(0)
-    found = [
-        summarize(name, size, [np.int64(size * ms * 1e6 * random.uniform(0.9, 1.2, 20)) for _ in range(8)])
-        for size in (1, 8)
-        for name, ms in (("int8", 1.0), (f"fp32 {HOSTILE}", 2.0))
-    ]
-    ratios = [speedup(found[0], found[1]), speedup(found[2], found[3])]
-    return Benchmark(
-        HOSTILE, "cpu", "cpu", "int8", (3, 32, 32), None, {"processor": HOSTILE}, tuple(found), tuple(ratios), {}, None,
-        (), tuple(answer(ratio, "this CPU") for ratio in ratios), ("mind this",), engine_sha256=engine_sha256,
-    )  # fmt: skip
-
-
-def made(folder: Path, samples_at: Path, noise: float = 0.6, name: str = "a net", backend: str = "cpu") -> Path:
-    """Write a bundle whose verdict is real (on made-up logits) and whose texts are hostile; there is no model in it."""
-    samples = open_samples(samples_at, labelled=True)
-    assert samples.labels is not None
-    random = np.random.default_rng(1)
-    reference = random.standard_normal((len(samples), len(CLASSES))) + 3.0 * np.eye(len(CLASSES))[samples.labels]
-    logits = np.float32(reference + noise * random.standard_normal(reference.shape))
-    folder.mkdir(parents=True)
-    (folder / files.REFERENCE).write_bytes(reference_content(reference, samples))
-    (folder / files.MEANING).write_bytes(reference_content(logits, samples))
-    (folder / "model.int8.onnx").write_bytes(b"no model")
-    layers = tuple(
-        EngineLayer(f"layer {kind}", "conv", kind, ("int8",), (), (kind,), ()) for kind in ("int8", "int8", "fp16")
-    )
-    engine = Engine(
-        "cpu", backend, "int8", files.file_ref(folder, "model.int8.onnx"), {"machine": HOSTILE}, {}, layers=layers,
-        not_as_planned=(f"{HOSTILE} runs in fp16",),
-    )  # fmt: skip
-    report = judge((folder / files.REFERENCE).read_bytes(), logits, engine, (0.5, "ci"), meaning=logits)
-    (folder / files.REPORT).write_bytes(to_json(report))
-    errors = QuantizationErrors(8, 30.0, 31.0, tuple(layer_error(f"{HOSTILE}{i}", 0.3 / (i + 1)) for i in range(15)))
-    (folder / files.ERRORS).write_bytes(to_json(errors))
-    chosen = samples.sample_set()
-    ranges = {f"{HOSTILE}{i}": tensor_range(i + 1.0, 20.0 + i, i % 2 * 0.5) for i in range(14)}
-    table = CalibrationTable(
-        "0" * 64, Preprocessing((32, 32)), chosen, "auto", 99.99, {**ranges, "dead": tensor_range(0.0, None)}
-    )
-    (folder / files.TABLE).write_bytes(to_json(table))
-    plan = tuple(
-        LayerPlan(f"node{i}", "Conv", f"{HOSTILE}{i}", kind, f"because of {HOSTILE}")
-        for i, kind in enumerate(("int8", "int8", "float"))
-    )
-    model = QuantizedModel(engine.file, "int8", plan)
-    rungs = (
-        Rung("fast", 1, (), 9.0, 0.8, 20.0, "fail", 1.0),
-        Rung("give back", 1, (HOSTILE,), 1.0, 0.9, 25.0, "fail", 1.0, 8.0),
-    )
-    stages = {
-        "quantize": StageRecord("q", (), 1.0, to_data(model)),
-        "budget": StageRecord("b", (), 1.0, to_data(Climb(rungs, 1))),
-    }
-    there = [files.file_ref(folder, path.name) for path in sorted(folder.iterdir())]
-    manifest = Manifest(
-        name, "int8", {"model": {"source": HOSTILE}, "validation": {"samples": str(samples_at), "max_drop": 0.5}},
-        Preprocessing((32, 32)), tuple(there), stages, {"tools": {"numpy": HOSTILE}, "host": {}, "git": None},
-        (engine,), report, (f"warned of {HOSTILE}",),
-    )  # fmt: skip
-    (folder / files.MANIFEST).write_bytes(to_json(manifest))
-    return folder
+from edgeres.validation import Limits, fallen_words
+from hostile_bundle import CLASSES, HOSTILE, SHOWN, benchmark, made, photos
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +119,7 @@ def test_the_checker_refuses_what_is_not_html(page: bytes) -> None:
 
 def test_hostile_names_are_shown_as_they_are(page: bytes) -> None:
     words = words_of(page)
-    shown = HOSTILE.replace("\u202e", "\\u202e").replace("\x1b", "\\x1b")
-    assert words.count(shown) > 15 + 14  # each layer, each range, and more
+    assert words.count(SHOWN) > 15 + 14  # each layer, each range, and more
     for name in CLASSES[:2]:
         assert name in words
     assert "\"><img src=x onerror='1' " in words
@@ -458,6 +348,33 @@ def test_a_benchmark_of_another_engine_is_not_shown(tmp_path: Path, pictures: Ca
         page_of(bundle, tmp_path / "none.json")
 
 
+def test_limits_on_the_latency_count_in_the_pages_verdict(tmp_path: Path, pictures: Callable[..., np.ndarray]) -> None:
+    """The benchmark's int8 takes 0.9 to 1.2 ms, fp32 twice as long; the bundle keeps its accuracy."""
+    bundle = made(tmp_path / "bundle", photos(tmp_path / "images", pictures, side=24), noise=0.0)
+    with pytest.raises(BundleError, match="no benchmark of it beside the bundle"):
+        page_of(bundle, limits=Limits(2.0))
+    (tmp_path / "bundle.bench.json").write_bytes(to_json(benchmark(verify(bundle).engines[0].file.sha256)))
+    report = verify(bundle).report
+    assert report is not None
+    accuracy = report.verdict
+    assert accuracy != "fail"
+    for limits, verdicts, outcome in (
+        (Limits(2.0, 1.2), ["pass", "pass"], accuracy),
+        (Limits(0.5, 1.2), ["fail", "pass"], "fail"),
+    ):
+        content = page_of(bundle, limits=limits)
+        assert problems(content) == []
+        words = words_of(content)
+        assert f"a net, INT8 {outcome} INT8 keeps top-1" in words
+        rows = [[" ".join("".join(cell.itertext()).split()) for cell in row] for row in parsed(content).iter("tr")]
+        told = {row[0]: (row[1], row[-1]) for row in rows if row[0].endswith("at least") or row[0].endswith("at most")}
+        assert told == {
+            "p50 (of a round), ms, at most": (f"{limits.max_latency_ms:g}", verdicts[0]),
+            f"times as fast as fp32 {SHOWN}, at least": ("1.2", verdicts[1]),
+        }
+        assert words.index("INT8 takes 1.") < words.index("What to do next")
+
+
 def test_without_jinja2_no_page_is_left_that_may_not_hold(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,23 +397,3 @@ def test_the_command_writes_where_it_is_told(place: Path, page: bytes, tmp_path:
     assert (place / files.MANIFEST).read_bytes() == before
     assert "lies in the bundle" in edgeres("report", place, "--out", place / "x.html", code=2).stderr
     assert "there is no bundle" in edgeres("report", tmp_path / "none", code=1).stderr
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine to draw the page with")
-@pytest.mark.parametrize(("dark", "ground"), [(False, (255, 255, 255)), (True, (0x14, 0x17, 0x1B))])
-def test_a_browser_draws_it_in_light_and_in_dark(
-    page: bytes, tmp_path: Path, dark: bool, ground: tuple[int, int, int]
-) -> None:
-    """The ground's colour tells that the policy lets the page's own style in, and that the right half of it holds."""
-    (tmp_path / "page.html").write_bytes(page)
-    command = [
-        str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=800,600",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        f"--screenshot={tmp_path / 'page.png'}", (tmp_path / "page.html").as_uri(),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    with Image.open(tmp_path / "page.png") as drawn:
-        assert drawn.convert("RGB").getpixel((2, 2)) == ground

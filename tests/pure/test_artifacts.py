@@ -55,6 +55,8 @@ from edgeres.measurements import (
     Benchmark,
     BoardState,
     Latency,
+    LatencyLimit,
+    LatencyReport,
     Memory,
     Speedup,
 )
@@ -179,6 +181,7 @@ manifests = st.builds(
 findings = st.builds(Finding, words, words, words, whole, many(words))
 comparisons = st.builds(Comparison, words, numbers, numbers, numbers, numbers, st.booleans())
 latencies = st.builds(Latency, words, whole, whole, *[numbers] * 7, many(numbers))
+limits = st.builds(LatencyLimit, words, numbers, numbers, st.none() | st.tuples(numbers, numbers), words, words)
 speedups = st.builds(Speedup, words, words, whole, numbers, st.none() | st.tuples(numbers, numbers), whole, words)
 memories = st.builds(Memory, st.none() | whole, st.none() | whole)
 spreads = st.dictionaries(words, st.tuples(numbers, numbers, numbers), max_size=3)
@@ -223,6 +226,8 @@ NOUNS: Dict[type, Any] = {
     Climb: st.builds(Climb, many(rungs), whole, many(layer_costs), words),
     Manifest: manifests,
     Latency: latencies,
+    LatencyLimit: limits,
+    LatencyReport: st.builds(LatencyReport, words, whole, whole, numbers, numbers, many(limits), many(words)),
     Speedup: speedups,
     Memory: memories,
     BoardState: states,

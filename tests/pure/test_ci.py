@@ -1,15 +1,17 @@
-"""What CI systems are told: JUnit files held against the published schema's facts, GitHub's commands read back."""
+"""What CI systems are told: JUnit held against a schema, GitHub's commands read back, GitLab's required fields."""
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import msgspec
 import numpy as np
 import pytest
+import xmlschema
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,60 +19,28 @@ from edgeres import ci
 from edgeres.artifacts import LayerSummary, Report
 from edgeres.cli import VERDICT_CODES, _report_json
 from edgeres.errors import BundleError, SampleError
+from edgeres.measurements import LatencyLimit, LatencyReport
 from edgeres.validation import against_baseline, compare, short_form
 from edgeres.validation.cases import cases
 from edgeres.validation.github import annotation, commands, plain, summary
+from edgeres.validation.gitlab import Line, code_quality, code_quality_error
 from edgeres.validation.junit import junit, junit_error
 
-# Of junit-10.xsd (Jenkins' xUnit plugin; Surefire's attributes): what an element may have, must have, and may hold.
-ATTRIBUTES: Dict[str, Tuple[Set[str], Set[str]]] = {
-    "testsuites": ({"name", "time", "tests", "failures", "errors"}, set()),
-    "testsuite": (
-        {"name", "tests", "failures", "errors", "group", "time", "skipped", "timestamp", "hostname", "id", "package"},
-        {"name", "tests", "failures", "errors"},
-    ),
-    "properties": (set(), set()),
-    "property": ({"name", "value"}, {"name", "value"}),
-    "testcase": ({"name", "time", "classname", "group"}, {"name"}),
-    "failure": ({"type", "message"}, set()),
-    "error": ({"type", "message"}, set()),
-    "skipped": ({"type", "message"}, set()),
-    "system-out": (set(), set()),
-}
-CHILDREN = {
-    "testsuites": {"testsuite"},
-    "testsuite": {"testsuite", "properties", "testcase", "system-out", "system-err"},
-    "properties": {"property"},
-    "testcase": {"skipped", "error", "failure", "system-out", "system-err"},
-}
-SUREFIRE_TIME = re.compile(r"(([0-9]{0,3},)*[0-9]{3}|[0-9]{0,3})*(\.[0-9]*)?")
+SCHEMA = xmlschema.XMLSchema10(str(Path(__file__).with_name("junit.xsd")))
 BLACK_BOX = 'evil\x1b[31m \x00 <b a="1">&\'\ud800\ufffe]]> 50%, a:b\r\n::error::x | `y`'
+ANYTHING = st.text(st.characters(exclude_categories=()))  # lone surrogates, too
 COUNT = 4000
 
 
-def breaches(node: ET.Element) -> List[str]:
-    """Return what the schema has against an element and all in it."""
-    if node.tag not in ATTRIBUTES:
-        return [f"unknown element {node.tag}"]
-    may, must = ATTRIBUTES[node.tag]
-    found = [f"{node.tag} has {name}" for name in set(node.attrib) - may]
-    found += [f"{node.tag} lacks {name}" for name in must - set(node.attrib)]
-    if node.tag in ("testsuite", "testsuites") and not SUREFIRE_TIME.fullmatch(node.attrib.get("time", "")):
-        found.append(f"time {node.attrib['time']}")
-    if node.tag in CHILDREN and (node.text or "").strip():
-        found.append(f"text in {node.tag}")
-    for child in node:
-        if child.tag not in CHILDREN.get(node.tag, set()):
-            found.append(f"{child.tag} in {node.tag}")
-        found += breaches(child)
-    return found
+def breaches(content: bytes) -> List[str]:
+    """Return what the schema has against a file."""
+    return [error.reason or str(error) for error in SCHEMA.iter_errors(ET.fromstring(content))]
 
 
 def read(content: bytes) -> List[Tuple[str, str, str]]:
     """Return (name, what it is, its type) of each case of a valid file, whose counts are right."""
+    assert breaches(content) == []
     root = ET.fromstring(content)
-    assert root.tag == "testsuites"
-    assert breaches(root) == []
     nodes = list(root.iter("testcase"))
     for holder in (root, root[0]):
         told = [int(holder.attrib[name]) for name in ("tests", "failures", "errors")]
@@ -104,6 +74,27 @@ def with_baseline(report: Report, before: Report) -> Report:
     return against_baseline(report, before, np.arange(report.samples) % 10)
 
 
+HERE = Line("build/b/recipe.toml", 12)
+
+
+def findings(content: bytes) -> List[Tuple[str, str, str]]:
+    """Return (check, severity, description) of each finding of a code quality report that GitLab accepts.
+
+    Source: GitLab's documentation, "Code Quality report format": an array of objects; description, check_name,
+    fingerprint (unique), severity and location.path with location.lines.begin are required; no byte order mark.
+    """
+    read = json.loads(content.decode("utf-8"))
+    assert isinstance(read, list)
+    for one in read:
+        assert {"description", "check_name", "fingerprint", "severity", "location"} <= set(one)
+        assert all(isinstance(one[name], str) and one[name] for name in set(one) - {"location"})
+        assert one["severity"] in ("info", "minor", "major", "critical", "blocker")
+        assert not one["location"]["path"].startswith(("/", "./"))
+        assert isinstance(one["location"]["lines"]["begin"], int)
+    assert len({one["fingerprint"] for one in read}) == len(read)
+    return [(one["check_name"], one["severity"], one["description"]) for one in read]
+
+
 def unescaped(text: str) -> str:
     """Return what GitHub's runner reads; source: escapes of its toolkit, the other way round."""
     for code, character in (("%0D", "\r"), ("%0A", "\n"), ("%3A", ":"), ("%2C", ","), ("%25", "%")):
@@ -123,7 +114,18 @@ def command(line: str) -> Tuple[str, Dict[str, str], str]:
 
 
 FP32, BASELINE = "accuracy against FP32", "accuracy against the baseline"
+LATENCY, SPEEDUP = "latency", "latency against FP32"
 GOOD, BAD, OPEN = judged(0), judged(400), judged(0, 20)
+
+
+def timed(report: Report, *verdicts: str) -> Report:
+    """Return a report with these verdicts on a limit of the latency, and on one of the speed-up."""
+    limits = (
+        LatencyLimit("p50_ms", 2.0, 1.5, (1.25, 1.75), verdicts[0]),
+        *(LatencyLimit("speedup", 1.5, 1.6, (1.55, 1.7), verdict, "fp32") for verdict in verdicts[1:]),
+    )
+    told = LatencyReport(BLACK_BOX, 300, 30, 1.5, 2.5, limits, ("other programs were at work",))
+    return msgspec.structs.replace(report, latency=told)
 
 
 def worse() -> Report:
@@ -147,6 +149,14 @@ WORSE = worse()
         (with_baseline(GOOD, GOOD), [(FP32, "system-out", ""), (BASELINE, "system-out", "")], ["notice", "notice"]),
         (with_baseline(BAD, BAD), [(FP32, "failure", "fail"), (BASELINE, "system-out", "")], ["error", "notice"]),
         (with_baseline(BAD, GOOD), [(FP32, "failure", "fail"), (BASELINE, "failure", "fail")], ["error", "error"]),
+        (timed(GOOD, "pass"), [(FP32, "system-out", ""), (LATENCY, "system-out", "")], ["notice", "notice"]),
+        (timed(GOOD, "fail"), [(FP32, "system-out", ""), (LATENCY, "failure", "fail")], ["notice", "error"]),
+        (timed(OPEN, "fail"), [(FP32, "failure", "inconclusive"), (LATENCY, "failure", "fail")], ["warning", "error"]),
+        (
+            timed(GOOD, "inconclusive", "pass"),
+            [(FP32, "system-out", ""), (LATENCY, "failure", "inconclusive"), (SPEEDUP, "system-out", "")],
+            ["notice", "warning", "notice"],
+        ),
         (
             with_baseline(judged(30), judged(0)),
             [(FP32, "failure", "inconclusive"), (BASELINE, "failure", "inconclusive")],
@@ -158,9 +168,13 @@ def test_the_gates_of_a_report(report: Report, expected: List[Tuple[str, str, st
     report = msgspec.structs.replace(report, classes=())
     found = read(junit(report, "build/net-int8", 1.5))
     assert found == expected
-    red = any(kind in ("failure", "error") for _, kind, _ in found)
-    assert red == (VERDICT_CODES[report.outcome()] != 0)
+    red = [name for name, kind, _ in found if kind in ("failure", "error")]
+    assert bool(red) == (VERDICT_CODES[report.outcome()] != 0)
     assert [command(line)[0] for line in commands(report, "build/net-int8")] == levels
+    noticed = findings(code_quality(report, "build/net-int8", HERE))
+    assert [(check, text.partition(": ")[0]) for check, _, text in noticed] == [("edgeres-gate", name) for name in red]
+    severity = {"error": "critical", "warning": "major"}
+    assert [level for _, level, _ in noticed] == [severity[level] for level in levels if level != "notice"]
 
 
 def test_a_class_that_fell_fails_only_with_the_gate() -> None:
@@ -171,9 +185,28 @@ def test_a_class_that_fell_fails_only_with_the_gate() -> None:
     assert read(junit(kept, "b", 0)) == [(FP32, "system-out", ""), ("class kind 3", "skipped", "warning")]
     levels = [command(line)[0] for line in commands(kept, "b")]
     assert levels == ["notice", "warning"]
+    (found,) = findings(code_quality(kept, "b", HERE))
+    assert found[:2] == ("edgeres-class", "minor")
+    late = read(junit(timed(kept, "fail"), "b", 0))  # too slow, and no worse for it
+    assert late[1:] == [(LATENCY, "failure", "fail"), ("class kind 3", "skipped", "warning")]
     lost = judged(400, only_class=3, classes=names)
     assert read(junit(lost, "b", 0)) == [(FP32, "failure", "fail"), ("class kind 3", "failure", "fail")]
     assert [command(line)[0] for line in commands(lost, "b")] == ["error", "error"]
+
+
+def test_a_finding_keeps_its_fingerprint_while_its_numbers_change() -> None:
+    """GitLab tells by it what a merge request brings; another finding, or another bundle, has another one."""
+
+    def marks(report: Report, bundle: str = "b") -> List[Any]:
+        return [one["fingerprint"] for one in json.loads(code_quality(report, bundle, HERE))]
+
+    names = ["same\n"] * 5 + ["same "] * 5
+    before, after = judged(2000, classes=names), judged(2100, classes=names)
+    assert cases(before)[0].message != cases(after)[0].message
+    assert len(marks(before)) == 11
+    assert marks(before) == marks(after)
+    assert set(marks(before)).isdisjoint(marks(before, "other"))
+    assert findings(code_quality(before, "b", HERE))[1][:2] == ("edgeres-class", "critical")
 
 
 def test_all_classes_that_fell_are_one_annotation() -> None:
@@ -213,6 +246,13 @@ def test_names_cannot_break_out() -> None:
         assert (level, set(properties)) == ("error", {"title"})
         assert "50%, a:b" in properties["title"]
         assert message.isprintable()
+    report = timed(report, "fail", "inconclusive")
+    assert read(junit(report, BLACK_BOX, 0))[1:3] == [
+        (LATENCY, "failure", "fail"),
+        (SPEEDUP, "failure", "inconclusive"),
+    ]
+    for _, _, description in findings(code_quality(report, BLACK_BOX, Line(BLACK_BOX))):
+        assert description.isprintable()
     text = summary(report, BLACK_BOX)
     assert "<b" not in text
     assert not re.search(r"(?<!\\)\| `", text)
@@ -220,7 +260,7 @@ def test_names_cannot_break_out() -> None:
 
 
 @settings(max_examples=200)
-@given(st.text(), st.text())
+@given(ANYTHING, ANYTHING)
 def test_any_text_goes_through(title: str, message: str) -> None:
     level, properties, told = command(annotation("error", title, message))
     assert level == "error"
@@ -230,12 +270,27 @@ def test_any_text_goes_through(title: str, message: str) -> None:
     ((name, kind, _),) = read(junit_error(message, title))
     assert (name, kind) == (FP32, "error")
     assert "\n" not in plain(message)
+    assert len(findings(code_quality_error(message, title, HERE))) == 1
 
 
-def test_a_checker_that_sees_nothing_proves_nothing() -> None:
-    suite = '<testsuite name="a" tests="1" failures="0" errors="0" time="1,5e3"><testcase time="1"/>{}</testsuite>'
-    found = breaches(ET.fromstring(f"<testsuites>{suite.format('<failure/>')}</testsuites>"))
-    assert found == ["time 1,5e3", "testcase lacks name", "failure in testsuite"]
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b'tests="1"', b'tests="one"'),
+        (b' errors="0"', b""),
+        (b'time="1.500"', b'time="1.5e3"'),
+        (b"<system-out>", b"text<system-out>"),
+        (b"<system-out>", b"<passed /><system-out>"),
+        (b"<properties>", b'<properties><property name="x" />'),
+        (b"<testcase ", b'<testcase file="a.py" '),
+        (b"</system-out>", b"</system-out><skipped />"),
+    ],
+)
+def test_the_schema_sees_what_is_wrong(before: bytes, after: bytes) -> None:
+    content = junit(GOOD, "b", 1.5)
+    assert before in content
+    assert breaches(content) == []
+    assert breaches(content.replace(before, after)) != []
 
 
 def test_the_numbers_stand_in_the_file() -> None:
@@ -297,7 +352,7 @@ def test_nothing_is_told_where_nobody_listens(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     assert ci.judged(BAD, "b", ((), "")) == []
-    assert ci.stopped(SampleError("x"), "b", None) == []
+    assert ci.stopped(SampleError("x"), "b", ci.Outputs()) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,35 +374,43 @@ def test_a_summary_is_appended_and_changes_no_verdict(tmp_path: Path, monkeypatc
 def test_what_could_not_be_judged_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     file = tmp_path / "new" / "junit.xml"
-    (line,) = ci.stopped(SampleError("no samples: 100 %"), "b", file)
+    told = tmp_path / "new" / "quality.json"
+    (line,) = ci.stopped(SampleError("no samples: 100 %"), "b", ci.Outputs(file, told))
     assert command(line) == ("error", {"title": "b: not judged"}, "no samples: 100 %")
     assert read(file.read_bytes()) == [(FP32, "error", "error")]
+    assert findings(told.read_bytes()) == [("edgeres-gate", "blocker", f"{FP32}: no samples: 100 %")]
     # a file that cannot be written does not hide the problem
-    assert len(ci.stopped(SampleError("no samples"), "b", tmp_path / "new" / "junit.xml" / "x")) == 1
+    assert len(ci.stopped(SampleError("no samples"), "b", ci.Outputs(file / "x", file / "y"))) == 1
 
 
 def test_an_old_file_is_gone_before_the_work_begins(tmp_path: Path) -> None:
     file = tmp_path / "junit.xml"
     for earlier in (junit(GOOD, "b", 0), b'<?xml version="1.0"?>\n<testsuite/>', b""):
         file.write_bytes(earlier)
-        ci.make_way(file)
+        ci.make_way(ci.Outputs(junit=file))
         assert not file.exists()
-    ci.make_way(file)
-    ci.make_way(tmp_path / "new" / "folder" / "junit.xml")
+    for earlier in (code_quality(GOOD, "b", HERE), code_quality(BAD, "b", HERE), b""):
+        file.write_bytes(earlier)
+        ci.make_way(ci.Outputs(code_quality=file))
+        assert not file.exists()
+    ci.make_way(ci.Outputs(file, file))
+    ci.make_way(ci.Outputs(tmp_path / "new" / "folder" / "junit.xml"))
     assert list(tmp_path.iterdir()) == []
     file.write_text("a file")
     with pytest.raises(BundleError, match="no folder"):
-        ci.make_way(file / "junit.xml")
+        ci.make_way(ci.Outputs(code_quality=file / "quality.json"))
     with pytest.raises(BundleError, match="no ordinary file"):
-        ci.make_way(tmp_path)
+        ci.make_way(ci.Outputs(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"[tool]\n", b"<green/>", b" " * 1024 + b"<testsuites/>", bytes(range(256))])
-def test_a_file_that_is_no_junit_file_is_kept(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_something_else_is_kept(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "pyproject.toml"
     file.write_bytes(content)
-    with pytest.raises(BundleError, match="no JUnit file"):
-        ci.make_way(file)
+    with pytest.raises(BundleError, match=r"no JUnit file, and would be lost: --junit replaces"):
+        ci.make_way(ci.Outputs(junit=file))
+    with pytest.raises(BundleError, match=r"no code quality report, and would be lost: --code-quality replaces"):
+        ci.make_way(ci.Outputs(code_quality=file))
     assert file.read_bytes() == content
 
 

@@ -15,6 +15,7 @@ import pytest
 import edgeres.pytest_plugin
 from edgeres.artifacts import Manifest, Preprocessing, to_json
 from edgeres.judge import validate_bundle
+from edgeres.twins import bench_bundle
 
 pytest_plugins = "pytester"
 
@@ -25,7 +26,10 @@ from pathlib import Path
 import numpy as np
 
 import edgeres.judge
+import edgeres.twins
+from edgeres.benchmark import speedup, summarize
 from edgeres.errors import SampleError
+from edgeres.measurements import Benchmark
 from edgeres.validation import compare
 
 
@@ -47,7 +51,17 @@ def validate_bundle(bundle, images=None, labels=None, *, baseline=None, max_drop
     )
 
 
+def bench_bundle(bundle, settings, watch):
+    """Each round of int8 takes 1 ms, and one of fp32 2 ms."""
+    int8, fp32 = (summarize(name, 1, [np.full(9, ms * 10**6)] * 30) for name, ms in (("int8", 1), ("fp32", 2)))
+    return Benchmark(
+        "", "cpu", "cpu", "int8", (3, 4, 4), None, {"processor": "Some CPU"}, (int8, fp32), (speedup(int8, fp32),), {},
+        None, (), (),
+    )
+
+
 edgeres.judge.validate_bundle = validate_bundle
+edgeres.twins.bench_bundle = bench_bundle
 '''
 
 
@@ -83,6 +97,7 @@ class Session:
 def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Session:
     # The inner sessions run in this process: what their conftest replaces must come back for the tests after these.
     monkeypatch.setattr("edgeres.judge.validate_bundle", validate_bundle)
+    monkeypatch.setattr("edgeres.twins.bench_bundle", bench_bundle)
     return Session(pytester)
 
 
@@ -262,6 +277,8 @@ def test_paths_of_a_mark_count_from_the_root_folder(session: Session) -> None:
         ),
         ("bundle='good', max_drop=-1", "*max_drop: -1 is no number of percentage points, 0 to 100"),
         ("bundle='good', max_drop=True", "*max_drop: True is no number *"),
+        ("bundle='good', max_latency_ms=0", "*max_latency_ms: 0 is no number above 0"),
+        ("bundle='good', min_speedup=True", "*min_speedup: True is no number above 0"),
         ("bundle='', data=''", "*bundle is '': give a path; data is '': give a path"),
         ("bundle=7, data=[1]", "*bundle is 7: give a path; data is [[]1]: give a path"),
         ("bundle='good', inconclusive='maybe'", "*inconclusive is 'maybe': choose one of fail, skip, pass"),
@@ -281,6 +298,20 @@ def test_what_an_option_does_not_take_is_wrong_usage(session: Session, points: s
     result = session.run("--edgeres-bundle", "good", "--edgeres-max-drop", points)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*--edgeres-max-drop: '{points}' is no number of percentage points, 0 to 100"])
+
+
+def test_a_limit_on_the_latency_is_asked_for_like_all_else(session: Session) -> None:
+    session.run("--edgeres-bundle", "good", "--edgeres-max-latency-ms", "1.5").assert_outcomes(passed=1)
+    slow = session.run("--edgeres-bundle", "good", "--edgeres-max-latency-ms", "0.5")
+    slow.assert_outcomes(failed=1)
+    slow.stdout.fnmatch_lines(["FAIL: INT8 takes 1.000 ms a frame (p50) on cpu (Some CPU) *: fails."])
+    session.pytester.makepyfile(marked("bundle='good', max_latency_ms=2, min_speedup=1.5"))
+    session.run().assert_outcomes(passed=1)
+    session.pytester.makeini("[pytest]\nedgeres_min_speedup = 2.5\n")
+    session.pytester.makepyfile(marked("bundle='good'"))
+    session.run().stdout.fnmatch_lines(["FAIL: INT8 is 2.00 times as fast as FP32 on cpu (Some CPU) *: fails."])
+    for wrong in ("0", "inf", "nan", "much"):
+        assert session.run("--edgeres-min-speedup", wrong).ret == pytest.ExitCode.USAGE_ERROR
 
 
 def test_a_marked_test_without_the_fixture_is_no_gate(session: Session) -> None:
@@ -308,8 +339,8 @@ def test_the_outcome_stands_in_pytests_own_junit(session: Session) -> None:
 
 def test_help_names_every_option(session: Session) -> None:
     text = "\n".join(session.run("--help").outlines)
-    for option in ("bundle", "data", "max-drop", "policy", "baseline", "backend", "inconclusive"):
-        assert f"--edgeres-{option}" in text
+    for option in edgeres.pytest_plugin.KEYWORDS:
+        assert f"--edgeres-{option.replace('_', '-')}" in text
     assert "edgeres(bundle, data, " in "\n".join(session.run("--markers").outlines)
 
 
