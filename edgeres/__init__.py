@@ -14,7 +14,7 @@ Rooms are entered when they are needed: importing edgeres loads nothing heavy.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Dict, Optional
 
 from edgeres.errors import EdgeresError
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgeres.artifacts import Bundle, Report
     from edgeres.progress import Progress
     from edgeres.runtime import LoadedEngine
+    from edgeres.signatures import Keys
 
     Path = Union[str, os.PathLike[str]]
 
@@ -117,11 +118,12 @@ def load(
     threads: Optional[int] = None,
     cuda_graphs: bool = False,
     frames: str = "rgb",
+    trusted_keys: Optional[Keys] = None,
 ) -> LoadedEngine:
     """Return a bundle's engine, verified; see :func:`edgeres.runtime.load`."""
     from edgeres.runtime import load as open_bundle
 
-    return open_bundle(bundle, backend, threads, cuda_graphs, frames)
+    return open_bundle(bundle, backend, threads, cuda_graphs, frames, trusted_keys)
 
 
 def validate(
@@ -133,11 +135,13 @@ def validate(
     max_drop: Optional[float] = None,
     policy: Optional[str] = None,
     baseline: Optional[Report] = None,
+    trusted_keys: Optional[Keys] = None,
 ) -> Report:
     """Return the comparison of a bundle's engine with FP32; see :func:`edgeres.judge.validate_bundle`."""
     from edgeres.judge import validate_bundle
 
-    return validate_bundle(bundle, images, labels, backend=backend, max_drop=max_drop, policy=policy, baseline=baseline)
+    budget: Dict[str, Any] = {"max_drop": max_drop, "policy": policy, "baseline": baseline}
+    return validate_bundle(bundle, images, labels, backend=backend, trusted_keys=trusted_keys, **budget)
 
 
 def _plain(value: Any) -> Any:
