@@ -331,8 +331,11 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
 @cli.command()
 @click.argument("path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
-def inspect(path: Path, as_json: bool) -> int:
+@click.option("--sbom", is_flag=True, help="A bundle's files and the tools that made it, as CycloneDX 1.5 (JSON).")
+def inspect(path: Path, as_json: bool, sbom: bool) -> int:
     """What is inside: layers and the reason for each, ranges, engines, provenance."""
+    if sbom:
+        return _bill(path)
     from edgeres.inspection import grouped, inspect_file, pair_row, read_and_inspect
     from edgeres.terminal import show_ladder, show_manifest, show_rows
     from edgeres.validation.cases import one_line
@@ -372,6 +375,14 @@ def inspect(path: Path, as_json: bool) -> int:
             show_rows(columns, [pair_row(name, pair) for name, pair in facts["ranges"].items()], "Q/DQ pairs")
         for problem in grouped(facts["lint"]):
             click.echo(one_line(f"TensorRT rule broken: {problem}"))
+    return OK
+
+
+def _bill(bundle: Path) -> int:
+    from edgeres.bundle import verify
+    from edgeres.sbom import bill_of_materials
+
+    _print_json(bill_of_materials(verify(bundle)))
     return OK
 
 

@@ -255,11 +255,18 @@ def _request(source: Source, section: EngineSection) -> BuildRequest:
 def _ranges(folder: Path, equalized: bool) -> Dict[str, float]:
     """Return the ``amax`` of each tensor of the FP32 model; none where the ranges are those of an equalized model."""
     if equalized:
-        found = scalings_from_bytes((folder / files.SCALINGS).read_bytes(), files.SCALINGS)
+        found = scalings_from_bytes(_content(folder, files.SCALINGS), files.SCALINGS)
         if not all(scaling.is_plain for scaling in found.values()):
             return {}
-    table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
+    table = from_json(_content(folder, files.TABLE), CalibrationTable, files.TABLE)
     return {name: value.amax for name, value in table.tensors.items()}
+
+
+def _content(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"the bundle has no {name}, which a DLA's ranges come from. Build it again.") from None
 
 
 def _sources(exported: ExportedModel, model: QuantizedModel) -> Dict[str, FileRef]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Tuple
 
 from edgeres.bundle import Folder, check_files, manifest_bytes, parse_manifest
-from edgeres.errors import MissingPackageError, SigningKeyError
+from edgeres.errors import MissingPackageError, SignatureError, SigningKeyError
 from edgeres.files import MANIFEST, SIGNATURES, read_bounded, sha256_bytes, write_atomic
-from edgeres.signatures import LARGEST_KEY, Signature, message, read_signatures, signatures_content
+from edgeres.signatures import LARGEST_KEY, MOST, Signature, message, read_signatures, signatures_content
 
 Passphrase = Callable[[], Optional[bytes]]
 """Is asked where a private key is locked."""
@@ -66,6 +66,7 @@ def sign_bundle(bundle: Folder, path: Path, passphrase: Passphrase = lambda: Non
 
     Raises:
         BundleError: there is no intact bundle, or it cannot be written.
+        SignatureError: the signatures that are there are damaged, or too many.
         SigningKeyError: the file holds no private key, or the passphrase does not open it.
         MissingPackageError: cryptography is not installed.
     """
@@ -82,6 +83,8 @@ def sign_bundle(bundle: Folder, path: Path, passphrase: Passphrase = lambda: Non
     own = Signature(key.public.id, sha256_bytes(content), key.sign(message(content)))
     others = [one for one in read_signatures(bundle) if one.key != own.key]
     kept = [one for one in others if one.manifest == own.manifest]
+    if len(kept) == MOST:
+        raise SignatureError(f"{bundle} has {MOST} signatures already. Remove {SIGNATURES}, and sign it again.")
     write_atomic(Path(bundle) / SIGNATURES, signatures_content([own, *kept]))
     warnings = [
         f"the signature by {one.key} was of an earlier manifest, and is gone" for one in others if one not in kept

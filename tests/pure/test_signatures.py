@@ -311,6 +311,15 @@ def test_signing_again_after_a_change_leaves_only_what_is_true(bundle: Path, min
     assert mine[2] in done.warnings[0]
 
 
+def test_no_more_are_written_than_are_read(bundle: Path, yours: Any) -> None:
+    (one,) = read_signatures(bundle)
+    many = [one._replace(key=f"{number:064x}") for number in range(signatures_module.MOST)]
+    (bundle / SIGNATURES).write_bytes(signatures_module.signatures_content(many))
+    assert len(read_signatures(bundle)) == signatures_module.MOST
+    with pytest.raises(SignatureError, match="32 signatures already"):
+        sign_bundle(bundle, yours[0])
+
+
 def test_only_whole_bundles_are_signed(tmp_path: Path, mine: Any) -> None:
     folder = make(tmp_path / "harmed")
     (folder / "model.int8.onnx").write_bytes(b"another")
