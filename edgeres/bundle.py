@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple, Union
 
@@ -20,6 +21,8 @@ from edgeres.signatures import Keys, check
 Folder = Union[str, "os.PathLike[str]"]
 FORMAT = 1
 LARGEST_MANIFEST = 16 << 20  # bytes; one has tens of kB, and read it may take 25 times as much memory
+HASHING = 4  # threads: Python lets go of its lock while it reads and hashes, and files do not wait for one another
+SMALL = 4 << 20  # bytes of a bundle that are hashed sooner than threads have begun
 INSIDE = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 """A part of a file's path in a bundle. So no path leads out, and each is one file's alone, on any file system: no part
 is empty or begins or ends with a dot, nothing is special to Windows, and there is nothing to normalize in Unicode."""
@@ -154,8 +157,14 @@ def check_files(folder: Folder, manifest: Manifest, wanted: Tuple[str, ...] = ()
     """
     problems = _contradictions(manifest)
     contents: Dict[str, bytes] = {}
-    for ref in manifest.files:
-        content, problem = _examine(folder, ref, keep=ref.path in wanted)
+
+    def examined(ref: FileRef) -> Tuple[bytes, str]:
+        return _examine(folder, ref, keep=ref.path in wanted)
+
+    with ThreadPoolExecutor(HASHING) as pool:
+        large = sum(ref.bytes for ref in manifest.files) > SMALL
+        found = list((pool.map if large else map)(examined, manifest.files))
+    for ref, (content, problem) in zip(manifest.files, found):
         if problem:
             problems.append(problem)
         elif ref.path in wanted:

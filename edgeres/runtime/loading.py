@@ -8,7 +8,7 @@ from typing import Dict, Optional, Tuple
 
 from edgeres.artifacts import Engine, Manifest
 from edgeres.bundle import Folder, check_files, read_manifest
-from edgeres.errors import BackendError, BundleError, MissingPackageError, numbered
+from edgeres.errors import BackendError, BundleError, IntegrityError, MissingPackageError, numbered
 from edgeres.preprocess import COLORS, problems
 from edgeres.runtime.engine import LoadedEngine, OpenEngine
 from edgeres.signatures import Keys
@@ -34,7 +34,12 @@ def read_engine(
     """
     manifest = read_manifest(bundle, trusted_keys)
     record = _choose(bundle, manifest, backend)
-    contents = check_files(bundle, manifest, (record.file.path, *also))
+    try:
+        contents = check_files(bundle, manifest, (record.file.path, *also))
+    except IntegrityError:
+        if read_manifest(bundle, trusted_keys) == manifest:
+            raise
+        raise BundleError(f"{bundle} changed while it was being read. Load it again.") from None
     check_preprocessing(bundle, manifest)
     return manifest, record, contents
 

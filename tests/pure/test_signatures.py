@@ -265,6 +265,29 @@ def test_an_empty_list_trusts_nobody_and_is_a_mistake(bundle: Path) -> None:
         edgeres.load(bundle, trusted_keys=[])
 
 
+def test_a_bundle_that_is_exchanged_meanwhile_is_to_be_loaded_again(
+    bundle: Path, mine: Any, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `edgeres compile` does it, beside a program that starts."""
+    check_files = loading.check_files
+
+    def then_exchange(folder: Path, manifest: Manifest, wanted: Tuple[str, ...]) -> Dict[str, bytes]:
+        (bundle / "engines/gpu.engine").write_bytes(b"a newer one")
+        refs = (file_ref(bundle, "engines/gpu.engine"), *manifest.files[1:])
+        engine = Engine("gpu", "tensorrt", "int8", refs[0], {}, {})
+        newer = Manifest(**{**manifest_fields(manifest), "files": refs, "engines": (engine,)})
+        (bundle / MANIFEST).write_bytes(to_json(newer))
+        sign_bundle(bundle, mine[0])
+        return check_files(folder, manifest, wanted)
+
+    monkeypatch.setattr(loading, "check_files", then_exchange)
+    with pytest.raises(BundleError, match="Load it again"):
+        edgeres.load(bundle, trusted_keys=mine[1])
+    assert not opened.contents
+    monkeypatch.undo()
+    verify(bundle, mine[1])
+
+
 def refused(load: Callable[[], object]) -> str:
     with pytest.raises(EdgeresError) as caught:
         load()
