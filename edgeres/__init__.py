@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgeres.artifacts import Bundle, Report
     from edgeres.progress import Progress
     from edgeres.runtime import LoadedEngine
+    from edgeres.signatures import Keys
 
     Path = Union[str, os.PathLike[str]]
 
@@ -117,11 +118,12 @@ def load(
     threads: Optional[int] = None,
     cuda_graphs: bool = False,
     frames: str = "rgb",
+    trusted_keys: Optional[Keys] = None,
 ) -> LoadedEngine:
     """Return a bundle's engine, verified; see :func:`edgeres.runtime.load`."""
     from edgeres.runtime import load as open_bundle
 
-    return open_bundle(bundle, backend, threads, cuda_graphs, frames)
+    return open_bundle(bundle, backend, threads, cuda_graphs, frames, trusted_keys)
 
 
 def validate(
@@ -135,6 +137,7 @@ def validate(
     baseline: Optional[Report] = None,
     max_latency_ms: Optional[float] = None,
     min_speedup: Optional[float] = None,
+    trusted_keys: Optional[Keys] = None,
 ) -> Report:
     """Return the comparison of a bundle's engine with FP32; see :func:`edgeres.judge.validate_bundle`.
 
@@ -155,6 +158,7 @@ def validate(
         max_drop=max_drop,
         policy=policy,
         baseline=baseline,
+        trusted_keys=trusted_keys,
     )
 
 

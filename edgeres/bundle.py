@@ -1,48 +1,82 @@
-"""Reading a bundle: its manifest, and the check that every file is the one the manifest binds.
+"""Reading a bundle: its manifest, who vouches for that, and the check that every file is the one the manifest binds.
 
-Nothing is parsed but the manifest itself until its files' hashes are known to be right, and what was hashed is what is
-used: :func:`read_verified` hands out the very bytes it checked.
+Nothing is parsed but the manifest itself until its files' hashes are known to be right, and the manifest neither, where
+keys are trusted, until its signature is. What was checked is what is used: the very bytes, read once.
 """
 
 from __future__ import annotations
 
 import os
-import stat
-from pathlib import Path, PurePosixPath
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Dict, List, Optional, Tuple, Union
 
 from edgeres.artifacts import FileRef, Manifest, from_data, from_json
 from edgeres.errors import BundleError, IntegrityError, numbered
-from edgeres.files import MANIFEST, sha256_bytes, sha256_file
+from edgeres.files import MANIFEST, SIGNATURES, NotOrdinary, open_inside, read_hashed
 from edgeres.recipe import BACKENDS, PRECISIONS, SECTIONS, TARGETS
+from edgeres.signatures import Keys, check
 
 Folder = Union[str, "os.PathLike[str]"]
 FORMAT = 1
 LARGEST_MANIFEST = 16 << 20  # bytes; one has tens of kB, and read it may take 25 times as much memory
+HASHING = 4  # threads: Python lets go of its lock while it reads and hashes, and files do not wait for one another
+SMALL = 4 << 20  # bytes of a bundle that are hashed sooner than threads have begun
+INSIDE = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
+"""A part of a file's path in a bundle. So no path leads out, and each is one file's alone, on any file system: no part
+is empty or begins or ends with a dot, nothing is special to Windows, and there is nothing to normalize in Unicode."""
 
 
-def read_manifest(folder: Folder) -> Manifest:
+def read_manifest(folder: Folder, trusted_keys: Optional[Keys] = None) -> Manifest:
     """Return a bundle's manifest; its files are not looked at.
+
+    Args:
+        trusted_keys: public keys, one of which has to have signed it; None: whoever wrote it is believed.
 
     Raises:
         BundleError: there is no bundle, or its manifest cannot be understood, or has words that this edgeres does not
             know.
+        SignatureError: no trusted key vouches for it; it was not parsed.
+        SigningKeyError: what is to be trusted is no public key.
+    """
+    content = manifest_bytes(folder)
+    if trusted_keys is not None:
+        check(folder, content, trusted_keys)
+    return parse_manifest(folder, content)
+
+
+def manifest_bytes(folder: Folder) -> bytes:
+    """Return a bundle's manifest as it lies there, neither checked nor parsed.
+
+    Raises:
+        BundleError: there is none, or it is no manifest by its size or its kind.
     """
     path = Path(folder) / MANIFEST
     how = f"Build one: edgeres build --out {folder}"
     try:
         if not Path(folder).is_dir():
             raise BundleError(f"there is no bundle at {folder}. {how}")
-        if not stat.S_ISREG(path.lstat().st_mode):  # a link neither
-            raise BundleError(f"{path} is not an ordinary file, so {folder} is not a bundle. {how}")
-        with open(path, "rb") as stream:
-            content = stream.read(LARGEST_MANIFEST + 1)
+        with open_inside(folder, MANIFEST) as stream:
+            content = stream.read(LARGEST_MANIFEST + 1) or b""
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. {how}") from None
+    except NotOrdinary:
+        raise BundleError(f"{path} is not an ordinary file, so {folder} is not a bundle. {how}") from None
     except OSError as problem:
         raise BundleError(f"{path} cannot be read: {problem.strerror}") from None
     if len(content) > LARGEST_MANIFEST:
         raise BundleError(f"{path} is larger than any manifest (over {LARGEST_MANIFEST} bytes): it is not one")
+    return content
+
+
+def parse_manifest(folder: Folder, content: bytes) -> Manifest:
+    """Return the manifest that some bytes hold.
+
+    Raises:
+        BundleError: they cannot be understood.
+    """
+    path = Path(folder) / MANIFEST
     manifest = from_json(content, Manifest, str(path))
     for name, kind in SECTIONS.items():
         from_data(manifest.recipe.get(name, {}), kind, f"{path}: recipe.{name}")
@@ -62,19 +96,19 @@ def _unknown_words(manifest: Manifest) -> List[str]:
     return [f"the {what} {word!r}" for what, word, known in dict.fromkeys(told) if word not in known]
 
 
-def verify(folder: Folder) -> Manifest:
+def verify(folder: Folder, trusted_keys: Optional[Keys] = None) -> Manifest:
     """Return a bundle's manifest after checking every file that it binds: present, regular, of that size and SHA-256.
 
     Raises:
-        BundleError: there is no readable manifest.
+        BundleError: there is no readable manifest; or, as :func:`read_manifest`, nobody trusted vouches for it.
         IntegrityError: with every file that is missing, changed or outside the bundle.
     """
-    return verify_and_read(folder, ())[0]
+    return verify_and_read(folder, (), trusted_keys)[0]
 
 
 def unlisted(folder: Folder, manifest: Manifest) -> List[str]:
     """Return the files in a bundle's folder that its manifest does not know, relative to the folder."""
-    known = {ref.path for ref in manifest.files} | {MANIFEST}
+    known = {ref.path for ref in manifest.files} | {MANIFEST, SIGNATURES}
     folder = Path(folder)
     entries = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     found = (path.relative_to(folder).as_posix() for path in entries)
@@ -87,18 +121,9 @@ def read_verified(folder: Folder, ref: FileRef) -> bytes:
     Raises:
         IntegrityError: the file is not the one that ``ref`` describes.
     """
-    path, problem = _place(Path(folder), ref)
+    content, problem = _examine(folder, ref, keep=True)
     if problem:
-        raise IntegrityError(f"{folder}: {problem}")
-    try:
-        with open(path, "rb") as stream:
-            content = stream.read(ref.bytes + 1)
-    except OSError as failure:
-        raise IntegrityError(f"{path} cannot be read: {failure.strerror}") from None
-    if len(content) != ref.bytes or sha256_bytes(content) != ref.sha256:
-        raise IntegrityError(
-            f"{path} is not the file that the manifest binds. Build the bundle again or copy it again."
-        )
+        raise IntegrityError(f"{folder}: {problem}. Build the bundle again, or copy it again.")
     return content
 
 
@@ -113,25 +138,40 @@ def read_listed(folder: Folder, manifest: Manifest, path: str) -> Optional[bytes
 
 def intact(folder: Folder, ref: FileRef) -> bool:
     """Whether a file is the one that ``ref`` describes."""
-    return not _problems(Path(folder), ref)
+    return not _examine(folder, ref, keep=False)[1]
 
 
-def verify_and_read(folder: Folder, wanted: Tuple[str, ...]) -> Tuple[Manifest, Dict[str, bytes]]:
+def verify_and_read(
+    folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys] = None
+) -> Tuple[Manifest, Dict[str, bytes]]:
     """Return the manifest and the bytes of the ``wanted`` files, after checking every file of the bundle once."""
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, trusted_keys)
+    return manifest, check_files(folder, manifest, wanted)
+
+
+def check_files(folder: Folder, manifest: Manifest, wanted: Tuple[str, ...] = ()) -> Dict[str, bytes]:
+    """Return the bytes of the ``wanted`` files, after checking every file that a manifest binds once.
+
+    Raises:
+        IntegrityError: with every file that is missing, changed or outside the bundle.
+    """
     problems = _contradictions(manifest)
     contents: Dict[str, bytes] = {}
-    for ref in manifest.files:
-        if ref.path not in wanted:
-            problems.extend(_problems(Path(folder), ref))
-            continue
-        try:
-            contents[ref.path] = read_verified(folder, ref)
-        except IntegrityError as problem:
-            problems.append(str(problem))
+
+    def examined(ref: FileRef) -> Tuple[bytes, str]:
+        return _examine(folder, ref, keep=ref.path in wanted)
+
+    with ThreadPoolExecutor(HASHING) as pool:
+        large = sum(ref.bytes for ref in manifest.files) > SMALL
+        found = list((pool.map if large else map)(examined, manifest.files))
+    for ref, (content, problem) in zip(manifest.files, found):
+        if problem:
+            problems.append(problem)
+        elif ref.path in wanted:
+            contents[ref.path] = content
     if problems:
         raise IntegrityError(numbered(str(folder), problems) + "\nDo not use it: build it again, or copy it again.")
-    return manifest, contents
+    return contents
 
 
 def _contradictions(manifest: Manifest) -> List[str]:
@@ -142,6 +182,8 @@ def _contradictions(manifest: Manifest) -> List[str]:
     refs = {ref.path: ref for ref in manifest.files}
     if len(refs) != len(manifest.files):
         problems.append("the manifest lists a file twice")
+    elif len({path.lower() for path in refs}) != len(refs):
+        problems.append("the manifest lists files whose names differ in case alone")
     if not refs:
         problems.append("the manifest lists no file")
     for engine in manifest.engines:
@@ -150,36 +192,23 @@ def _contradictions(manifest: Manifest) -> List[str]:
     return problems
 
 
-def _problems(folder: Path, ref: FileRef) -> List[str]:
-    path, problem = _place(folder, ref)
-    if problem:
-        return [problem]
+def _examine(folder: Folder, ref: FileRef, keep: bool) -> Tuple[bytes, str]:
+    """Return a file's bytes, where they are to be kept, and what is wrong with the file (empty: nothing)."""
+    parts = ref.path.split("/")
+    if ref.path.lower() in (MANIFEST, SIGNATURES) or not all(map(INSIDE.fullmatch, parts)):
+        return b"", f"the manifest names {ref.path!r}, which is not a path inside the bundle"
     try:
-        changed = sha256_file(path) != ref.sha256
-    except OSError as failure:
-        return [f"{ref.path} cannot be read: {failure.strerror}"]
-    return [f"{ref.path} has changed since it was built (its SHA-256 is another)"] if changed else []
-
-
-def _place(folder: Path, ref: FileRef) -> Tuple[Path, str]:
-    """Return where a file lies and what is wrong with that (empty: nothing); links are not followed anywhere."""
-    pure = PurePosixPath(ref.path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in ref.path or not pure.parts:
-        return folder, f"the manifest names {ref.path!r}, which is not a path inside the bundle"
-    path = folder
-    try:
-        for part in pure.parts:
-            path = path / part
-            mode = os.lstat(path).st_mode
-            if stat.S_ISLNK(mode):
-                return path, f"{ref.path} is a link; a bundle has ordinary files only"
-        if not stat.S_ISREG(mode):
-            return path, f"{ref.path} is not an ordinary file"
-        size = os.lstat(path).st_size
+        with open_inside(folder, ref.path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != ref.bytes:
+                return b"", f"{ref.path} has {size} bytes instead of {ref.bytes}"
+            content, sha256 = read_hashed(stream, size, keep)
     except FileNotFoundError:
-        return path, f"{ref.path} is missing"
-    except (OSError, ValueError) as failure:
-        return path, f"{ref.path} cannot be looked up: {failure}"
-    if size != ref.bytes:
-        return path, f"{ref.path} has {size} bytes instead of {ref.bytes}"
-    return path, ""
+        return b"", f"{ref.path} is missing"
+    except NotOrdinary as problem:
+        return b"", f"{ref.path} {problem.strerror}"
+    except OSError as problem:
+        return b"", f"{ref.path} cannot be read: {problem.strerror}"
+    if sha256 != ref.sha256:
+        return b"", f"{ref.path} has changed since it was built (its SHA-256 is another)"
+    return content, ""

@@ -20,18 +20,19 @@ import click
 import msgspec
 
 import edgeres
-from edgeres.errors import BundleError, EdgeresError, printable
-from edgeres.options import Seconds, Size, Sizes, build_options, engine_options, latency_options
+from edgeres.errors import BundleError, EdgeresError, SigningKeyError, printable
+from edgeres.options import Seconds, Size, Sizes, build_options, engine_options, key_option, latency_options
 from edgeres.streams import guard, on_github, order
 
 OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 70, 130, 143
 UNTOUCHED = "an earlier bundle is untouched, and a build goes on where it stopped"
 WORST = 10  # layers that `inspect` shows to people; --json has all
+PASSPHRASE = "EDGERES_PASSPHRASE"
 VERDICT_CODES = {"pass": OK, "fail": FAILED, "inconclusive": UNDECIDED, "unlabelled": UNDECIDED}
 OUTPUT = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
 if TYPE_CHECKING:
-    from edgeres.artifacts import Bundle, Report
+    from edgeres.artifacts import Bundle, Manifest, Report
     from edgeres.ci import Outputs
     from edgeres.validation import Limits
 
@@ -81,6 +82,7 @@ _stage("quantize", "quantize", "Write the model in the wanted precision." + _BUN
 @cli.command("compile")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @engine_options
+@key_option
 @click.option(
     "--list-targets",
     is_flag=True,
@@ -127,6 +129,7 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 @click.option(
     "--code-quality", type=OUTPUT, metavar="FILE", help="Write what was found as GitLab's code quality report too."
 )
+@key_option
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON object on stdout.")
 def validate(bundle: str, baseline: Optional[Path], as_json: bool, **options: Any) -> int:
     """The gate: the bundle's engine against FP32 on the same samples, and against the last one that was accepted.
@@ -152,7 +155,8 @@ def validate(bundle: str, baseline: Optional[Path], as_json: bool, **options: An
     except EdgeresError as problem:
         _annotate(ci.stopped(problem, bundle, outputs), as_json)
         raise
-    seconds, hints = time.monotonic() - begun, repairs(Path(bundle), read_manifest(Path(bundle)))
+    seconds = time.monotonic() - begun
+    hints = repairs(Path(bundle), read_manifest(bundle, options["trusted_keys"]))
     with _answered():
         if as_json:
             _print_json(_report_json(report))
@@ -250,6 +254,7 @@ def _check_baseline(baseline: Optional[Path], bundle: Path, update: bool) -> Non
 @click.option("--frames", type=Size(), help="Also from uint8 camera frames of this size, with preprocessing.")
 @click.option("--against", metavar="BUNDLE", help="Another bundle's engine for the same backend, to compare with.")
 @click.option("--cuda-graphs", is_flag=True, help="On a GPU: record each engine's work, and launch it in one piece.")
+@key_option
 @click.option("--alone", is_flag=True, help="Without the float twin: clocks and power are then the engine's alone.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Keep the result there, as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
@@ -304,7 +309,7 @@ def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool,
 
     limits = _limits(options)
     if out is None:
-        report_bundle(bundle, bench, limits)
+        report_bundle(bundle, bench, limits, lambda text: click.echo(f"warning: {text}", err=True))
     elif _within(out, bundle):
         raise click.UsageError(f"--out {out} lies in the bundle. Without --out the page goes there, and is bound.")
     else:
@@ -348,28 +353,33 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
 @cli.command()
 @click.argument("path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
-def inspect(path: Path, as_json: bool) -> int:
+@click.option("--sbom", is_flag=True, help="A bundle's files and the tools that made it, as CycloneDX 1.5 (JSON).")
+def inspect(path: Path, as_json: bool, sbom: bool) -> int:
     """What is inside: layers and the reason for each, ranges, engines, provenance."""
-    from edgeres.inspection import inspect_bundle, inspect_file
+    if sbom:
+        return _bill(path)
+    from edgeres.inspection import inspect_file, read_and_inspect
 
-    facts = inspect_file(path) if path.is_file() or path.suffix.lower() == ".onnx" else inspect_bundle(path)
+    manifest = None
+    if path.is_file() or path.suffix.lower() == ".onnx":
+        facts = inspect_file(path)
+    else:
+        manifest, facts = read_and_inspect(path)
     with _answered():
         if as_json:
             _print_json(facts)
         else:
-            _show_inside(path, facts)
+            _show_inside(path, manifest, facts)
     return OK
 
 
-def _show_inside(path: Path, facts: Dict[str, Any]) -> None:
+def _show_inside(path: Path, manifest: Optional[Manifest], facts: Dict[str, Any]) -> None:
     """Print what `inspect` found in a file or in a bundle."""
-    from edgeres.bundle import read_manifest
     from edgeres.inspection import grouped, pair_row
     from edgeres.terminal import show_ladder, show_manifest, show_rows
     from edgeres.validation.cases import one_line
 
-    if "bundle" in facts:
-        manifest = read_manifest(path)
+    if manifest is not None:
         show_manifest(str(path), manifest)
         if manifest.climb is not None:
             show_ladder(manifest.climb)
@@ -396,6 +406,16 @@ def _show_inside(path: Path, facts: Dict[str, Any]) -> None:
             show_rows(columns, [pair_row(name, pair) for name, pair in facts["ranges"].items()], "Q/DQ pairs")
         for problem in grouped(facts["lint"]):
             click.echo(one_line(f"TensorRT rule broken: {problem}"))
+
+
+def _bill(bundle: Path) -> int:
+    from edgeres.bundle import verify
+    from edgeres.sbom import bill_of_materials
+
+    bill = bill_of_materials(verify(bundle))
+    with _answered():
+        _print_json(bill)
+    return OK
 
 
 def _error_rows(errors: Dict[str, Any]) -> Tuple[List[str], List[List[str]], str]:
@@ -435,34 +455,81 @@ def _comparison_rows(hygiene: Dict[str, Any]) -> List[List[str]]:
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@key_option
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
-def verify(bundle: Path, as_json: bool) -> int:
-    """Check the hash of every file of a bundle, and which engines fit this machine. Nothing is deserialized or run.
+def verify(bundle: Path, trusted_keys: Optional[Tuple[str, ...]], as_json: bool) -> int:
+    """Check the hash of every file of a bundle, its signatures, and which engines fit this machine. Nothing is
+    deserialized or run.
 
-    Hashes find damage, not forgery: whoever can change a file can change the manifest. Exit code 0 says that the files
-    are as they were built, also where an engine is for another machine.
+    Hashes find damage, not forgery: whoever can change a file can change the manifest. Forgery is found where you name
+    the key of whom you trust. Exit code 0 says that the files are as they were built (with --key: by whom you trust),
+    also where an engine is for another machine.
     """
-    from edgeres.bundle import unlisted
-    from edgeres.bundle import verify as check
+    from edgeres.inspection import signature_words, verify_bundle
     from edgeres.targets import misfits
     from edgeres.validation.cases import one_line
 
-    manifest = check(bundle)
-    strangers = unlisted(bundle, manifest)
+    manifest, facts = verify_bundle(bundle, trusted_keys)
     fits = [(engine, misfits(engine, str(bundle))) for engine in manifest.engines]
     with _answered():
         if as_json:
             engines = [{"target": x.target, "backend": x.backend, "fits": not why, "problems": why} for x, why in fits]
-            facts = {"bundle": str(bundle), "files": len(manifest.files), "unlisted": strangers, "intact": True}
             _print_json({**facts, "engines": engines})
             return OK
         click.echo(f"{one_line(str(bundle))}: all {len(manifest.files)} files are as they were built")
+        for words in [signature_words(one) for one in facts["signatures"]] or ["not signed"]:
+            click.echo(words)
         for engine, why in fits:
             said = f"does not run here: {'; '.join(why)}" if why else "fits this machine"
             click.echo(one_line(f"the engine for {engine.target} {said}"))
-        for path in strangers:
+        for path in facts["unlisted"]:
             click.echo(one_line(f"not part of the bundle, not checked: {path}"))
     return OK
+
+
+@cli.command()
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--passphrase", is_flag=True, help=f"Lock the private key; asks, or takes {PASSPHRASE}.")
+def keygen(path: Path, passphrase: bool) -> int:
+    """A new pair of Ed25519 keys: FILE, the private one, to sign with, and FILE.pub for robots and everybody else.
+
+    Nothing is overwritten. Whoever has the private key can sign in your name: it stays where bundles are built.
+    """
+    from edgeres.signing import make_pair
+
+    public, key = make_pair(path, _passphrase(new=True) if passphrase else None)
+    with _answered():
+        click.echo(printable(f"private key, for nobody else: {path}\npublic key, for every robot: {public}\nid: {key}"))
+    return OK
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--key", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="PRIVATE", help="See keygen."
+)
+def sign(bundle: Path, key: Path) -> int:
+    """Sign a bundle, after checking all of it: its manifest.sig then holds a signature of the manifest.
+
+    Several keys may sign one bundle; the same one again replaces its signature. Whatever changes the bundle later
+    (build, compile, report) takes the signatures away.
+    """
+    from edgeres.signing import sign_bundle
+
+    signed = sign_bundle(bundle, key, _passphrase)
+    for text in signed.warnings:
+        click.echo(printable(f"warning: {text}"), err=True)
+    with _answered():
+        click.echo(printable(f"{bundle}: signed by {signed.key}"))
+    return OK
+
+
+def _passphrase(new: bool = False) -> bytes:
+    """Return the passphrase of a private key, asked for where the environment does not tell it."""
+    told = os.environ.get(PASSPHRASE)
+    if not told and not sys.stdin.isatty():
+        raise SigningKeyError(f"the private key is locked, and there is nobody to ask: set {PASSPHRASE}")
+    return (told or str(click.prompt("passphrase", hide_input=True, confirmation_prompt=new, err=True))).encode()
 
 
 @cli.command()
@@ -588,12 +655,14 @@ def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
     from edgeres.recipe import engine_section
     from edgeres.terminal import TerminalProgress, show_engine
 
+    keys = options.pop("trusted_keys")
     given = {edgeres.OPTIONS[name].partition(".")[2]: value for name, value in options.items()}
-    section = engine_section(read_manifest(bundle).recipe.get("engine", {}), given)
+    section = engine_section(read_manifest(bundle, keys).recipe.get("engine", {}), given)
     progress = TerminalProgress()
     progress.stage("compile", str(bundle))
     try:
-        made, engine, warnings = compile_bundle(bundle, section, lambda _, done, total: progress.advance(done, total))
+        watch = progress.advance
+        made, engine, warnings = compile_bundle(bundle, section, lambda _, done, total: watch(done, total), keys)
     finally:
         progress.stop()
     for text in warnings:

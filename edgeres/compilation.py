@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import msgspec
 
@@ -34,6 +34,7 @@ from edgeres.files import content_ref, file_ref
 from edgeres.noise import scalings_from_bytes
 from edgeres.recipe import EngineSection, Recipe
 from edgeres.reporting import page_loss, with_page
+from edgeres.signatures import Keys
 from edgeres.targets import cpu_instead, gpu_is_usable, require_onnxruntime, resolve
 from edgeres.workspace import Workspace
 
@@ -254,11 +255,18 @@ def _request(source: Source, section: EngineSection) -> BuildRequest:
 def _ranges(folder: Path, equalized: bool) -> Dict[str, float]:
     """Return the ``amax`` of each tensor of the FP32 model; none where the ranges are those of an equalized model."""
     if equalized:
-        found = scalings_from_bytes((folder / files.SCALINGS).read_bytes(), files.SCALINGS)
+        found = scalings_from_bytes(_content(folder, files.SCALINGS), files.SCALINGS)
         if not all(scaling.is_plain for scaling in found.values()):
             return {}
-    table = from_json((folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
+    table = from_json(_content(folder, files.TABLE), CalibrationTable, files.TABLE)
     return {name: value.amax for name, value in table.tensors.items()}
+
+
+def _content(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"the bundle has no {name}, which a DLA's ranges come from. Build it again.") from None
 
 
 def _sources(exported: ExportedModel, model: QuantizedModel) -> Dict[str, FileRef]:
@@ -269,20 +277,25 @@ def _sources(exported: ExportedModel, model: QuantizedModel) -> Dict[str, FileRe
     return forms if model.mixed is None else {**forms, "qdq-fp16": model.mixed}
 
 
-def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[Bundle, Engine, Tuple[str, ...]]:
+def compile_bundle(
+    bundle: Path, section: EngineSection, watch: Watch, trusted_keys: Optional[Keys] = None
+) -> Tuple[Bundle, Engine, Tuple[str, ...]]:
     """Return a bundle with one more engine (or a newer one for the same target), that engine, and warnings.
 
-    The bundle is verified first and changed whole, at the end; engines for other targets stay.
+    The bundle is verified first and changed whole, at the end; engines for other targets stay, signatures do not.
+
+    Args:
+        trusted_keys: as of :func:`edgeres.load`: one of them has to have signed what is compiled.
 
     Raises:
-        BundleError: there is no intact bundle, or it was never quantized.
+        BundleError: there is no intact bundle, it was never quantized, or nobody who is trusted vouches for it.
         BackendError: the engine cannot be built.
     """
-    verify(bundle)  # before anything is made beside it: the name may be a typing mistake
+    verify(bundle, trusted_keys)  # before anything is made beside it: the name may be a typing mistake
     with Workspace(bundle, "Copy the bundle to a folder where you may write, and compile it there.") as workspace:
         if workspace.unfinished:
             raise BundleError(f"an unfinished build stands beside {bundle}. Finish it first: edgeres build {bundle}")
-        manifest = verify(bundle)  # again, now that no other build can change it
+        manifest = verify(bundle, trusted_keys)  # again, now that no other build can change it
         exported, model = _models(bundle, manifest)
         for ref in manifest.files:
             workspace.write(ref.path, read_verified(bundle, ref))
@@ -292,6 +305,7 @@ def compile_bundle(bundle: Path, section: EngineSection, watch: Watch) -> Tuple[
         if changed.report is not None:
             workspace.write(files.REPORT, to_json(changed.report))
         changed = with_page(workspace.folder, changed)
+        warnings = (*warnings, *workspace.signature_loss(changed))
         workspace.commit(changed)
     if manifest.report is not None and changed.report is None:
         again = f"edgeres validate {shlex.quote(str(bundle))} --backend {engine.target}"

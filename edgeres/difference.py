@@ -13,8 +13,8 @@ from edgeres.artifacts import (
     Manifest,
     Report,
 )
-from edgeres.bundle import read_listed, read_manifest
-from edgeres.inspection import inspect_bundle
+from edgeres.bundle import read_listed
+from edgeres.inspection import read_and_inspect
 from edgeres.judge import read_reference
 from edgeres.measurements import (
     Benchmark,
@@ -49,8 +49,7 @@ def difference(first: Path, second: Path) -> Facts:
     Raises:
         BundleError: one is no bundle, or is damaged.
     """
-    facts = [inspect_bundle(folder) for folder in (first, second)]
-    manifests = [read_manifest(folder) for folder in (first, second)]
+    manifests, facts = zip(*(read_and_inspect(folder) for folder in (first, second)))
     accuracy, answers, unpaired = _paired((first, second), manifests)
     return {
         "bundles": [str(first), str(second)],

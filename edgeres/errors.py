@@ -13,8 +13,10 @@
     ├── QuantizationError           the graph cannot be quantized
     │   └── LintError               a written graph breaks a rule that TensorRT depends on
     ├── BackendError                an engine cannot be compiled, opened or run
+    ├── SigningKeyError             a key is none, of another kind, or the wrong one of its pair
     └── BundleError                 a bundle is missing, incomplete or busy
-        └── IntegrityError          a bundle's file is not the one its manifest binds
+        ├── IntegrityError          a bundle's file is not the one its manifest binds
+        └── SignatureError          nobody who is trusted vouches for a bundle
 
 A message says what is wrong, where, and what to do next. Anything else that escapes is a bug in edgeres.
 """
@@ -95,12 +97,20 @@ class BackendError(EdgeresError):
     """An engine cannot be compiled, opened or run."""
 
 
+class SigningKeyError(EdgeresError):
+    """A key is none, is of another kind, or is the wrong one of its pair. No message shows anything of a key."""
+
+
 class BundleError(EdgeresError):
     """A bundle is missing, incomplete, or being written by somebody else."""
 
 
 class IntegrityError(BundleError):
     """A bundle's file is not the one that its manifest binds."""
+
+
+class SignatureError(BundleError):
+    """Nobody who is trusted vouches for a bundle, or its signatures are damaged."""
 
 
 def first_line(problem: BaseException) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
+import io
+import mmap
 import os
 import stat
 from pathlib import Path
-from typing import Union
+from typing import Iterator, Tuple, Union
 
 from edgeres.artifacts import FileRef
 from edgeres.errors import BundleError
 
 MANIFEST = "manifest.json"
+SIGNATURES = "manifest.sig"
 RECIPE = "recipe.toml"
 FP32_MODEL = "model.fp32.onnx"
 MIXED_MODEL = "model.int8-fp16.onnx"
@@ -29,6 +33,8 @@ PAGE = "report.html"
 ENGINES = "engines/"
 
 CHUNK = 1 << 20
+HUGE_PAGE = 2 << 20  # bytes, on x86 and on ARM with pages of 4 kB
+MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
 
 
 def model_file(precision: str) -> str:
@@ -48,6 +54,84 @@ def sha256_file(path: Union[str, Path]) -> str:
         for chunk in iter(lambda: stream.read(CHUNK), b""):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+class NotOrdinary(OSError):
+    """What was to be opened is a link, or something else than an ordinary file; ``strerror`` says it of a subject."""
+
+
+@contextlib.contextmanager
+def open_inside(folder: Union[str, os.PathLike[str]], path: str) -> Iterator[io.FileIO]:
+    """Open an ordinary file somewhere in a folder for reading; ``path`` is relative, with slashes.
+
+    No link is followed on the way, also none that is put there meanwhile; pipes and devices are not opened.
+
+    Raises:
+        NotOrdinary: something on the way is a link, or at its end is no ordinary file.
+        OSError: it cannot be opened.
+    """
+    *parents, name = path.split("/")
+    with contextlib.ExitStack() as held:
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        held.callback(os.close, place)
+        for part in parents:
+            _refuse_link(part, place)
+            place = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+            held.callback(os.close, place)
+        _refuse_extraordinary(_refuse_link(name, place))
+        # Whoever changes the name after the look at it wins nothing: a link is not followed, a pipe does not block.
+        careful = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+
+        def opener(name: str, flags: int, folder: int = place) -> int:
+            return os.open(name, flags | careful, dir_fd=folder)
+
+        stream = held.enter_context(io.FileIO(name, opener=opener))
+        _refuse_extraordinary(os.fstat(stream.fileno()))
+        yield stream
+
+
+def _refuse_link(name: str, place: int) -> os.stat_result:
+    status = os.stat(name, dir_fd=place, follow_symlinks=False)
+    if stat.S_ISLNK(status.st_mode):
+        raise NotOrdinary(errno.ELOOP, "is a link; a bundle has ordinary files only")
+    return status
+
+
+def _refuse_extraordinary(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise NotOrdinary(errno.EINVAL, "is not an ordinary file")
+
+
+def read_hashed(stream: io.FileIO, size: int, keep: bool) -> Tuple[bytes, str]:
+    """Return the next ``size`` bytes of a file, and the SHA-256 of these very bytes, as 64 hex digits.
+
+    Args:
+        keep: otherwise the bytes are forgotten as soon as they are hashed, and none are returned.
+    """
+    digest, done = hashlib.sha256(), 0
+    # Without a copy: the buffer is of the bytes that getvalue() returns at last.
+    content = io.BytesIO(bytes(size if keep else min(size, CHUNK)))
+    with content.getbuffer() as view:
+        if keep:
+            _ask_for_huge_pages(view)
+        while done < size:
+            begin = done if keep else 0
+            count = stream.readinto(view[begin : begin + min(CHUNK, size - done)])
+            if not count:
+                break
+            digest.update(view[begin : begin + count])  # while they are in the processor's cache
+            done += count
+    return content.getvalue()[:done] if keep else b"", digest.hexdigest()
+
+
+def _ask_for_huge_pages(view: memoryview) -> None:
+    """Ask the kernel to give memory that nobody has touched yet in large pieces: given in pages of 4 kB it takes longer
+    than hashing what is read into it. Where the kernel does not want to, nothing happens."""
+    if MADV_HUGEPAGE is None or len(view) < 2 * HUGE_PAGE:
+        return
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    first, last = -(-begin // HUGE_PAGE) * HUGE_PAGE, (begin + len(view)) // HUGE_PAGE * HUGE_PAGE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(MADV_HUGEPAGE))
 
 
 def read_bounded(path: Union[str, Path], largest: int) -> bytes:

@@ -40,6 +40,7 @@ def gate(
         return report
     from edgeres.twins import Settings, bench_bundle
 
-    settings = Settings(options.get("backend", "auto"), (BATCH,), PACE, alone=limits.min_speedup is None)
+    backend, keys = options.get("backend", "auto"), options.get("trusted_keys")
+    settings = Settings(backend, (BATCH,), PACE, alone=limits.min_speedup is None, trusted_keys=keys)
     measured = bench_bundle(bundle, settings, options.get("watch", lambda done, total: None))
     return msgspec.structs.replace(report, latency=against_limits(measured, limits))

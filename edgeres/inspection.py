@@ -20,8 +20,10 @@ from edgeres.artifacts import (
     summaries,
     to_data,
 )
-from edgeres.bundle import read_listed, unlisted, verify_and_read
+from edgeres.bundle import check_files, manifest_bytes, parse_manifest, read_listed, unlisted, verify_and_read
 from edgeres.errors import BundleError, MissingPackageError
+from edgeres.files import sha256_bytes
+from edgeres.signatures import Keys, check, read_signatures
 
 WORST = 3  # layers that are named in short
 WEIGHTED = ("Conv", "Gemm", "MatMul")
@@ -30,6 +32,11 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 def inspect_bundle(folder: Path) -> Dict[str, Any]:
     """Return a verified bundle's layers with the reason and the error of each, its ranges, engines, provenance and
     verdict."""
+    return read_and_inspect(folder)[1]
+
+
+def read_and_inspect(folder: Path) -> Tuple[Manifest, Dict[str, Any]]:
+    """Return a verified bundle's manifest, and what :func:`inspect_bundle` returns, from one reading."""
     manifest, contents = verify_and_read(folder, (files.TABLE, files.ERRORS))
     table = errors = None
     if files.TABLE in contents:
@@ -42,7 +49,7 @@ def inspect_bundle(folder: Path) -> Dict[str, Any]:
         exported = from_data(manifest.stages["export"].facts, ExportedModel, "stage export")
     if "quantize" in manifest.stages:
         quantized = from_data(manifest.stages["quantize"].facts, QuantizedModel, "stage quantize")
-    return {
+    return manifest, {
         "bundle": str(folder),
         "name": manifest.name,
         "precision": manifest.precision,
@@ -67,6 +74,45 @@ def inspect_bundle(folder: Path) -> Dict[str, Any]:
         "unlisted": unlisted(folder, manifest),
         "warnings": list(manifest.warnings),
     }
+
+
+def verify_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Manifest, Dict[str, Any]]:
+    """Return a verified bundle's manifest, and what of the bundle was verified.
+
+    ``signatures`` has the ``key`` of each and whether it says to be of this manifest (``current``); ``trusted`` whether
+    one of the trusted keys really signed it: None where none were given, and then no signature was checked.
+
+    Raises:
+        BundleError: it is damaged, or none of the trusted keys vouches for it.
+        SigningKeyError: what is to be trusted is no public key.
+    """
+    content = manifest_bytes(folder)
+    good = None if trusted_keys is None else check(folder, content, trusted_keys)
+    manifest = parse_manifest(folder, content)
+    check_files(folder, manifest)
+    digest = sha256_bytes(content)
+    signatures = [
+        {"key": one.key, "current": one.manifest == digest, "trusted": None if good is None else one.key in good}
+        for one in read_signatures(folder)
+    ]
+    return manifest, {
+        "bundle": str(folder),
+        "files": len(manifest.files),
+        "unlisted": unlisted(folder, manifest),
+        "intact": True,
+        "trusted": None if good is None else True,
+        "signatures": signatures,
+    }
+
+
+def signature_words(signature: Dict[str, Any]) -> str:
+    """Return one of ``signatures`` of :func:`verify_bundle` in words."""
+    if signature["trusted"]:
+        return f"signed by {signature['key']}, which you trust"
+    if not signature["current"]:
+        return f"signed by {signature['key']} for another manifest: the bundle was changed since"
+    doubt = "whom you do not trust" if signature["trusted"] is False else "not checked against a key that you trust"
+    return f"says to be signed by {signature['key']}, {doubt}"
 
 
 def layer_errors(folder: Path, manifest: Manifest) -> Optional[QuantizationErrors]:

@@ -25,6 +25,7 @@ from edgeres.errors import BackendError, BundleError, SampleError, numbered
 from edgeres.recipe import ValidationSection, locate
 from edgeres.runtime.loading import load_with, open_record
 from edgeres.samples import Samples, open_samples, samples_from_arrays
+from edgeres.signatures import Keys
 from edgeres.validation import against_baseline, attribute_drop, compare
 
 LARGEST_REPORT = 64 << 20  # bytes; the answers to 50,000 samples take 100 kB
@@ -207,6 +208,7 @@ def validate_bundle(
     max_drop: Optional[float] = None,
     policy: Optional[str] = None,
     baseline: Optional[Report] = None,
+    trusted_keys: Optional[Keys] = None,
     watch: Watch = lambda done, total: None,
 ) -> Report:
     """Return the comparison of a bundle's engine with FP32 on some samples. The bundle is verified and not changed.
@@ -221,12 +223,14 @@ def validate_bundle(
         max_drop: the accuracy budget in percentage points; None for the bundle's own.
         policy: ``ci`` or ``point``; None for the bundle's own.
         baseline: an earlier report on the same samples, to compare with as well.
+        trusted_keys: as of :func:`edgeres.load`: one of them has to have signed the bundle.
 
     Raises:
-        BundleError: the bundle is damaged or has no engine.
+        BundleError: the bundle is damaged or has no engine, or nobody who is trusted vouches for it.
         SampleError: the samples cannot be read, or labels do not fit them.
     """
-    engine, contents = load_with(bundle, backend, None, (files.REFERENCE, files.FP32_MODEL, files.MEANING))
+    wanted = (files.REFERENCE, files.FP32_MODEL, files.MEANING)
+    engine, contents = load_with(bundle, backend, None, wanted, trusted_keys)
     with engine:
         manifest = engine.manifest
         samples = _samples(manifest, images, labels)

@@ -254,6 +254,16 @@ def latency_options(command: F) -> F:
     return command
 
 
+key_option = click.option(
+    "--key",
+    "trusted_keys",
+    multiple=True,
+    callback=lambda context, option, keys: keys or None,
+    metavar="PUBLIC",
+    help="Refuse a bundle that nobody signed with this key. Repeatable: one of them is enough.",
+)
+
+
 def engine_options(command: F) -> F:
     """Give a command the options that concern engines."""
     for option in reversed(ENGINE_OPTIONS):

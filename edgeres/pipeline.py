@@ -644,7 +644,10 @@ def build(
                 job.warn(text)
             manifest = _manifest(job)
         manifest = with_page(workspace.folder, manifest)
+        unsigned = workspace.signature_loss(manifest)
         workspace.commit(manifest)
+        for text in unsigned:
+            job.progress.warn(text)  # the manifest, which may be signed next, does not tell of it
     return Bundle(str(place), manifest)
 
 

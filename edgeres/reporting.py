@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import msgspec
 import numpy as np
@@ -135,7 +135,12 @@ def page_loss(before: Manifest, after: Manifest) -> Tuple[str, ...]:
     )
 
 
-def report_bundle(bundle: Path, bench: Optional[Path] = None, limits: Optional[Limits] = None) -> Bundle:
+def report_bundle(
+    bundle: Path,
+    bench: Optional[Path] = None,
+    limits: Optional[Limits] = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Bundle:
     """Return a bundle whose page is made anew, with the samples' pictures and a benchmark as far as they are at hand.
 
     The bundle is verified first; where the page is as it was, nothing is written.
@@ -154,8 +159,12 @@ def report_bundle(bundle: Path, bench: Optional[Path] = None, limits: Optional[L
         manifest = verify(bundle)  # again, now that no other build can change it
         for ref in without_page(manifest).files:
             workspace.write(ref.path, read_verified(bundle, ref))
-        changed = _bound(workspace.folder, manifest, page_of(bundle, bench, limits))
+        page_content = page(bundle, manifest, benchmark_of(bundle, manifest, bench), limits)
+        changed = _bound(workspace.folder, manifest, page_content)
+        unsigned = workspace.signature_loss(changed)
         workspace.commit(changed)
+    for text in unsigned:
+        warn(text)
     return Bundle(str(bundle), changed)
 
 

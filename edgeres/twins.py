@@ -34,6 +34,7 @@ from edgeres.preprocess import prepare_batch
 from edgeres.provenance import cores, version
 from edgeres.runtime.engine import LoadedEngine
 from edgeres.runtime.loading import load, open_record
+from edgeres.signatures import Keys
 
 T = TypeVar("T")
 Watch = Callable[[int, int], None]
@@ -46,8 +47,8 @@ BUSY = 0.5
 
 class Settings(NamedTuple):
     """What to measure. ``batches`` None: 1, 8 and 32, as far as the engine takes them. ``frames`` (height, width) adds
-    uint8 camera frames of that size; ``against`` is another bundle to beat; ``alone`` leaves the float twin out;
-    ``cuda_graphs`` records the work of all engines, see :func:`edgeres.load`."""
+    uint8 camera frames of that size; ``against`` is another bundle to beat; ``alone`` leaves the float twin out.
+    ``trusted_keys`` are as of :func:`edgeres.load`, for both bundles; ``cuda_graphs`` too, for all engines."""
 
     backend: str = "auto"
     batches: Optional[Tuple[int, ...]] = None
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
     frames: Optional[Tuple[int, int]] = None
     against: Optional[Folder] = None
     alone: bool = False
+    trusted_keys: Optional[Keys] = None
     cuda_graphs: bool = False
 
 
@@ -81,8 +83,8 @@ def bench_bundle(
     settings = settings or Settings()
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with ExitStack() as held:
-        meter = Meter(_device_memory(bundle, settings.backend, held))
-        engine = meter.watch("", lambda: load(bundle, settings.backend, settings.threads, settings.cuda_graphs))
+        meter = Meter(_device_memory(bundle, settings, held))
+        engine = meter.watch("", lambda: _load(bundle, settings.backend, settings))
         held.callback(engine.close)
         record = engine.record
         meter.rename("", record.precision)
@@ -156,10 +158,14 @@ class Meter:
         return resident_bytes(), None if self._free_on_device is None else -self._free_on_device()
 
 
-def _device_memory(bundle: Folder, backend: str, held: ExitStack) -> Optional[Callable[[], int]]:
+def _load(bundle: Folder, backend: str, settings: Settings) -> LoadedEngine:
+    return load(bundle, backend, settings.threads, settings.cuda_graphs, trusted_keys=settings.trusted_keys)
+
+
+def _device_memory(bundle: Folder, settings: Settings, held: ExitStack) -> Optional[Callable[[], int]]:
     """Return what tells the free bytes of the GPU that a bundle's engine will run on; None for the CPU, and where no
     GPU opens, of which loading the engine will tell. It opens before anything is measured: CUDA itself needs memory."""
-    engines = read_manifest(bundle).engines
+    engines, backend = read_manifest(bundle, settings.trusted_keys).engines, settings.backend
     record = next((one for one in engines if backend in ("auto", one.backend, one.target)), None)
     if record is None:
         return None
@@ -189,8 +195,9 @@ def _twins(bundle: Folder, engine: LoadedEngine, settings: Settings) -> Dict[str
     for twin in () if settings.alone else records:
         found[twin.precision] = partial(_open_twin, bundle, manifest, twin, settings)
     if settings.against is not None:
-        name = f"{read_manifest(settings.against).precision} of {os.fspath(settings.against)}"
-        found[name] = partial(load, settings.against, record.target, settings.threads, settings.cuda_graphs)
+        other = read_manifest(settings.against, settings.trusted_keys)
+        name = f"{other.precision} of {os.fspath(settings.against)}"
+        found[name] = partial(_load, settings.against, record.target, settings)
     return found
 
 

@@ -22,9 +22,19 @@ from typing import Any, Dict, List, Optional, Tuple, Type
 import msgspec
 
 from edgeres.artifacts import Engine, Manifest, StageRecord, from_json, to_json
-from edgeres.bundle import intact, read_manifest, read_verified, unlisted
+from edgeres.bundle import intact, manifest_bytes, read_manifest, read_verified, unlisted
 from edgeres.errors import BundleError
-from edgeres.files import INTEGER_MODEL, MANIFEST, RECIPE, file_ref, sha256_bytes, write_atomic
+from edgeres.files import (
+    INTEGER_MODEL,
+    MANIFEST,
+    RECIPE,
+    SIGNATURES,
+    file_ref,
+    read_bounded,
+    sha256_bytes,
+    write_atomic,
+)
+from edgeres.signatures import LARGEST as LARGEST_SIGNATURES
 
 RECORDS = ".stages"
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -182,6 +192,22 @@ class Workspace:
         now = {ref.path for ref in manifest.files}
         return [ref.path for ref in self._earlier.files if ref.path not in now] if self._earlier is not None else []
 
+    def signature_loss(self, manifest: Manifest) -> Tuple[str, ...]:
+        """Return what to say where the earlier bundle is signed, and a new manifest is not the one that was."""
+        if not os.path.lexists(self.out / SIGNATURES) or self._is_there(manifest):
+            return ()
+        return (
+            "the bundle was signed as it was, and the signatures are gone. Sign it again: edgeres sign BUNDLE --key "
+            "PRIVATE",
+        )
+
+    def _is_there(self, manifest: Manifest) -> bool:
+        """Whether the earlier bundle's manifest is this one, byte for byte."""
+        try:
+            return manifest_bytes(self.out) == to_json(manifest)
+        except BundleError:
+            return False
+
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest, drop what is not in it, take over the user's own files, and exchange the folders.
 
@@ -192,6 +218,9 @@ class Workspace:
             for path in unlisted(self.folder, manifest):
                 os.unlink(self.folder / path)
             self.write(MANIFEST, to_json(manifest))
+            if self._is_there(manifest):
+                with contextlib.suppress(OSError):  # there are none, or they are no file
+                    self.write(SIGNATURES, read_bounded(self.out / SIGNATURES, LARGEST_SIGNATURES))
             for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
                 with contextlib.suppress(OSError):
                     folder.rmdir()

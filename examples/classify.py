@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     live = arguments.source.isdecimal()
     source = camera(int(arguments.source)) if live else files(arguments.source)
     latencies = []
-    with edgeres.load(arguments.bundle, backend=arguments.backend) as engine:
+    with edgeres.load(arguments.bundle, backend=arguments.backend, trusted_keys=arguments.key) as engine:
         engine.warmup()
         try:
             for logits, (name, came) in engine.stream(source, depth=1 if live else 2, drop=live):
@@ -101,6 +101,7 @@ def main() -> int:
     parser.add_argument("source", help="a camera's index, a folder of images, a list file, .npy or .npz")
     parser.add_argument("--labels", help="a text file, the name of one class per line (default: numbers)")
     parser.add_argument("--backend", default="auto", help="an engine of the bundle (default: its first)")
+    parser.add_argument("--key", action="append", help="a public key that has to have signed the bundle; repeatable")
     parser.add_argument("--top", type=int, default=1, help="how many classes are shown (1)")
     try:
         run(parser.parse_args())

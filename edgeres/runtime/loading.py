@@ -7,31 +7,41 @@ import os
 from typing import Dict, Optional, Tuple
 
 from edgeres.artifacts import Engine, Manifest
-from edgeres.bundle import Folder, read_manifest, verify_and_read
-from edgeres.errors import BackendError, BundleError, MissingPackageError, numbered
+from edgeres.bundle import Folder, check_files, read_manifest
+from edgeres.errors import BackendError, BundleError, IntegrityError, MissingPackageError, numbered
 from edgeres.preprocess import COLORS, problems
 from edgeres.runtime.engine import LoadedEngine, OpenEngine
+from edgeres.signatures import Keys
 
 
 def load_with(
-    bundle: Folder,
-    backend: str,
-    threads: Optional[int],
-    also: Tuple[str, ...],
-    cuda_graphs: bool = False,
-    frames: str = "rgb",
+    bundle: Folder, backend: str, threads: Optional[int], also: Tuple[str, ...], trusted_keys: Optional[Keys] = None
 ) -> Tuple[LoadedEngine, Dict[str, bytes]]:
     """Return a bundle's engine as :func:`load` does, and the bytes of those files of ``also`` that the bundle has, all
     from one reading: a bundle that is exchanged meanwhile cannot mix with its successor."""
-    if frames not in COLORS:
-        raise BackendError(f"frames is {frames!r}: choose one of {', '.join(COLORS)}")
-    record = _choose(bundle, read_manifest(bundle), backend)
-    manifest, contents = verify_and_read(bundle, (record.file.path, *also))
-    if record != _choose(bundle, manifest, backend) or record.file.path not in contents:
-        raise BundleError(f"{bundle} changed while it was being read. Load it again.")
+    manifest, record, contents = read_engine(bundle, backend, also, trusted_keys)
+    runner = open_record(contents[record.file.path], record, threads, os.fspath(bundle))
+    return LoadedEngine(runner, manifest, record), contents
+
+
+def read_engine(
+    bundle: Folder, backend: str, also: Tuple[str, ...] = (), trusted_keys: Optional[Keys] = None
+) -> Tuple[Manifest, Engine, Dict[str, bytes]]:
+    """Return a bundle's manifest, the record of the engine that is wanted, and the bytes of its file and of those of
+    ``also`` that the bundle has; everything is verified, nothing is opened.
+
+    Raises: as :func:`load`.
+    """
+    manifest = read_manifest(bundle, trusted_keys)
+    record = _choose(bundle, manifest, backend)
+    try:
+        contents = check_files(bundle, manifest, (record.file.path, *also))
+    except IntegrityError:
+        if read_manifest(bundle, trusted_keys) == manifest:
+            raise
+        raise BundleError(f"{bundle} changed while it was being read. Load it again.") from None
     check_preprocessing(bundle, manifest)
-    runner = open_record(contents[record.file.path], record, threads, os.fspath(bundle), cuda_graphs)
-    return LoadedEngine(runner, manifest, record, frames), contents
+    return manifest, record, contents
 
 
 def open_record(
@@ -79,8 +89,10 @@ def load(
     threads: Optional[int] = None,
     cuda_graphs: bool = False,
     frames: str = "rgb",
+    trusted_keys: Optional[Keys] = None,
 ) -> LoadedEngine:
-    """Return a bundle's engine, after every file of the bundle has been checked against its manifest.
+    """Return a bundle's engine, after every file of the bundle has been checked against its manifest, and that against
+    its signatures, if ``trusted_keys`` are given.
 
     Args:
         bundle: its folder.
@@ -93,13 +105,22 @@ def load(
             nets of many small layers gain by it. Where it cannot be recorded (``LoadedEngine.cuda_graphs`` says why)
             calls run as without. While it is being recorded, no other thread of the process may wait for the whole
             GPU, as ``torch.cuda.synchronize`` does.
+        trusted_keys: public keys, one of which has to have signed the bundle: the paths of PEM files, or their content,
+            or the 32 bytes of a key. None: whoever could write the bundle is believed.
 
     Raises:
+        SignatureError: none of the trusted keys vouches for the bundle; nothing of it was parsed.
+        SigningKeyError: what is to be trusted is no public key, or nothing at all.
+        MissingPackageError: a package is missing: the backend's, or cryptography for ``trusted_keys``.
         BundleError: there is no bundle, or it has no engine of that backend.
         IntegrityError: a file is not the one that the manifest binds; nothing was opened.
         BackendError: the engine cannot be opened, or there is no such channel order.
     """
-    return load_with(bundle, backend, threads, (), cuda_graphs, frames)[0]
+    if frames not in COLORS:
+        raise BackendError(f"frames is {frames!r}: choose one of {', '.join(COLORS)}")
+    manifest, record, contents = read_engine(bundle, backend, (), trusted_keys)
+    runner = open_record(contents[record.file.path], record, threads, os.fspath(bundle), cuda_graphs)
+    return LoadedEngine(runner, manifest, record, frames)
 
 
 def _choose(bundle: Folder, manifest: Manifest, backend: str) -> Engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,19 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import edgeres
-from edgeres.artifacts import CalibrationTable, from_json
+from edgeres.artifacts import CalibrationTable, from_data, from_json
 from edgeres.bundle import verify
 from edgeres.cli import cli
+from edgeres.compilation import compile_bundle
 from edgeres.errors import BundleError, CalibrationError, EdgeresError, IntegrityError, RecipeError
+from edgeres.files import MANIFEST, SIGNATURES
 from edgeres.inspection import inspect_bundle
 from edgeres.judge import open_file
 from edgeres.progress import Progress
 from edgeres.quantize import lint
-from edgeres.recipe import dossier
+from edgeres.recipe import EngineSection, dossier
+from edgeres.runtime.loading import read_engine
+from edgeres.signing import make_pair, sign_bundle
 
 
 class Watcher(Progress):
@@ -500,6 +505,41 @@ def test_a_tampered_bundle_is_not_loaded(copy: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(IntegrityError, match=r"model\.int8\.onnx"):
         edgeres.load(copy)
+
+
+def test_any_flipped_bit_of_any_file_is_found(copy: Path, tmp_path: Path) -> None:
+    """64 random bits of each, by `verify` and by what `load` does before a backend gets a byte."""
+    public, _ = make_pair(tmp_path / "key")
+    sign_bundle(copy, tmp_path / "key")
+    paths = sorted(path for path in copy.rglob("*") if path.is_file())
+    assert len(paths) == len(verify(copy).files) + 2
+    for path in paths:
+        whole = path.read_bytes()
+        for bit in np.random.default_rng(1).integers(0, 8 * len(whole), 64).tolist():
+            with open(path, "r+b") as stream:
+                stream.seek(bit // 8)
+                stream.write(bytes([whole[bit // 8] ^ 1 << bit % 8]))
+            for door in (partial(verify, copy, [public]), partial(read_engine, copy, "auto", (), [public])):
+                with pytest.raises(BundleError, match=None if path.name in (MANIFEST, SIGNATURES) else path.name):
+                    door()
+            path.write_bytes(whole)
+    verify(copy, [public])
+
+
+def test_what_changes_a_bundle_takes_its_signature_and_says_so(copy: Path, tmp_path: Path) -> None:
+    public, _ = make_pair(tmp_path / "key")
+    section = from_data(verify(copy).recipe["engine"], EngineSection, "engine")
+    for change in (
+        lambda: compile_bundle(copy, section, lambda *_: None)[2],
+        lambda: CliRunner().invoke(cli, ["build", str(copy), "--max-drop", "0.7"], catch_exceptions=False).stderr,
+    ):
+        sign_bundle(copy, tmp_path / "key")
+        verify(copy, [public])
+        assert "edgeres sign" in str(change())
+        assert not (copy / SIGNATURES).exists()
+    sign_bundle(copy, tmp_path / "key")
+    CliRunner().invoke(cli, ["build", str(copy)], catch_exceptions=False)  # and changes nothing
+    verify(copy, [public])
 
 
 def test_validate_uses_the_stored_reference_or_runs_fp32(copy: Path) -> None:

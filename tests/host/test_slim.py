@@ -27,7 +27,11 @@ CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.syml
 OUTSIDE = {"socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}
 
 def place(path):
-    return os.path.realpath(os.fsdecode(path))
+    path = os.fsdecode(path)
+    if not os.path.lexists(path):  # it may be below a folder that is open, and the event does not tell which
+        folders = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+        path = next((os.path.join(one, path) for one in folders if os.path.lexists(os.path.join(one, path))), path)
+    return os.path.realpath(path)
 
 def watch(event, arguments):
     if event == "open" and isinstance(arguments[0], (str, bytes)):

@@ -102,7 +102,7 @@ def test_one_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, path
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     (folder / path).write_bytes(bytes(content))
     assert f"{path} has changed since it was built" in problems_of(folder)
-    with pytest.raises(IntegrityError, match="is not the file that the manifest binds"):
+    with pytest.raises(IntegrityError, match=f"{path} has changed since it was built"):
         read_verified(folder, ref_of(folder, path))
 
 
@@ -175,7 +175,7 @@ def test_a_replaced_file_is_found(folder: Path, change: Callable[[Path], None], 
 
 PARENTS = {
     "a link": (parent_linked, "is a link"),
-    "a file": (parent_made_file, "cannot be looked up: .*Not a directory"),
+    "a file": (parent_made_file, "cannot be read: Not a directory"),
     "gone": (lambda path: shutil.rmtree(path.parent), "is missing"),
 }
 
@@ -205,7 +205,12 @@ def test_all_problems_are_named_at_once(folder: Path) -> None:
         assert "model.int8.onnx" not in text
 
 
-OUTSIDE = ["/etc/hostname", "../stranger", "engines/../../stranger", "engines\\stranger", "..", ".", "", "/", "//x"]
+ELSEWHERE = ["/etc/hostname", "../stranger", "engines/../../stranger", "..", "/", "//x"]
+EMPTY_PARTS = ["", ".", "a//b", "a/", "./a", "a/./b"]
+OF_WINDOWS = ["engines\\stranger", "C:stranger", "C:/stranger", "file:stream", "ends.", "ends ", "engines./a", "a*"]
+OTHER_NAMES = ["manifest.json", "Manifest.JSON", "manifest.sig", ".hidden", "em\0pty", "new\nline", "\x1b[2J"]
+UNICODE = ["caf\u00e9", "cafe\u0301"]  # one name to some file systems, two to others
+OUTSIDE = [*ELSEWHERE, *EMPTY_PARTS, *OF_WINDOWS, *OTHER_NAMES, *UNICODE]
 
 
 @pytest.mark.parametrize("path", OUTSIDE)
@@ -220,6 +225,13 @@ def test_a_path_out_of_the_bundle_is_refused(folder: Path, path: str) -> None:
         read_verified(folder, ref)
     with pytest.raises(IntegrityError, match="which is not a path inside the bundle"):
         verify_and_read(folder, (path,))
+
+
+def test_names_that_differ_in_case_alone_are_refused(folder: Path) -> None:
+    """On some file systems they are one file."""
+    (folder / "Recipe.toml").write_bytes(b"")
+    bind(folder, (*read_manifest(folder).files, file_ref(folder, "Recipe.toml")))
+    assert "names differ in case alone" in problems_of(folder)
 
 
 @pytest.mark.parametrize("path", ["em\0pty", "a" * 300, "b/" * 3000 + "c"], ids=["NUL", "long name", "long path"])
@@ -239,21 +251,60 @@ def test_an_arbitrary_entry_is_an_integrity_error(
     assert not intact(tmp_path_factory.getbasetemp(), FileRef(path, sha256, size))
 
 
-def test_a_file_that_goes_while_it_is_read_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between looking and opening, it may have been removed."""
-    place = bundle_module._place
+def exchanged(path: Path) -> None:
+    """Put a link to something of the same size in the place of a file."""
+    (path.parent / "other").write_bytes(bytes(path.stat().st_size))
+    path.unlink()
+    path.symlink_to("other")
 
-    def then_remove(folder: Path, ref: FileRef) -> Tuple[Path, str]:
-        found = place(folder, ref)
-        if not found[1]:
-            (folder / ref.path).unlink()
-        return found
 
-    monkeypatch.setattr(bundle_module, "_place", then_remove)
-    with pytest.raises(IntegrityError, match=r"empty cannot be read: No such file"):
-        read_verified(folder, ref_of(folder, "empty"))
-    with pytest.raises(IntegrityError, match=r"recipe.toml cannot be read: No such file"):
-        verify(folder)
+def with_a_linked_parent(path: Path) -> None:
+    """Put a link to a folder that somebody else may write in the place of the folder that a file is in."""
+    path.parent.rename(path.parent.parent / "same")
+    path.parent.symlink_to("same")
+
+
+MEANWHILE = {
+    "removed": ("recipe.toml", removed, "is missing"),
+    "a link": ("recipe.toml", exchanged, "cannot be read: Too many levels of symbolic links"),
+    "a pipe": ("recipe.toml", made_fifo, "is not an ordinary file"),
+    "a folder": ("recipe.toml", made_folder, "cannot be read: Is a directory"),
+    "a linked parent": ("engines/cpu/a.engine", with_a_linked_parent, "cannot be read: Not a directory"),
+}
+
+
+@pytest.mark.parametrize(("path", "change", "words"), MEANWHILE.values(), ids=MEANWHILE)
+def test_whoever_exchanges_a_file_between_look_and_opening_wins_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, path: str, change: Callable[[Path], None], words: str
+) -> None:
+    ref, look, place = ref_of(folder, path), os.stat, folder / path
+    seen = "cpu" if change is with_a_linked_parent else place.name
+
+    def then_change(name: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        status = look(name, *arguments, **options)
+        if name == seen:
+            monkeypatch.undo()
+            change(place)
+        return status
+
+    monkeypatch.setattr("edgeres.files.os.stat", then_change)
+    with pytest.raises(IntegrityError, match=f"{path} {words}"):
+        read_verified(folder, ref)
+    assert os.stat is look  # the change was made
+
+
+def test_an_open_file_stays_the_one_that_was_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is given to another file while the first is read changes nothing."""
+    hashed = bundle_module.read_hashed
+
+    def then_exchange(stream: Any, size: int, keep: bool) -> Tuple[bytes, str]:
+        (folder / "other").write_bytes(b"another")
+        os.replace(folder / "other", folder / "recipe.toml")
+        return hashed(stream, size, keep)
+
+    ref = ref_of(folder, "recipe.toml")
+    monkeypatch.setattr(bundle_module, "read_hashed", then_exchange)
+    assert read_verified(folder, ref) == CONTENTS["recipe.toml"]
 
 
 def test_what_the_manifest_does_not_know_is_listed(folder: Path) -> None:

@@ -26,6 +26,7 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
     "torch": ("models/", "export/", "quantize/"),  # quantize: accuracy recovery needs gradients
     "safetensors": ("models/",),
     "jinja2": ("page/render.py",),
+    "cryptography": ("keys.py",),
     "markupsafe": ("page/render.py",),  # jinja2's own: text that is HTML already
     "google": ("export/",),  # protobuf, for the error of a damaged ONNX file
     "onnx": ("export/", "calibrate/", "quantize/"),
@@ -68,6 +69,7 @@ HEAVY = {
     "numba",
     "pydantic",
     "cv2",
+    "cryptography",
 }
 
 

@@ -16,7 +16,7 @@ import ros_double
 import scipy.special
 
 from edgeres.artifacts import Report
-from edgeres.errors import BackendError, BundleError
+from edgeres.errors import BackendError, BundleError, SignatureError
 from edgeres_ros.core import ERROR, OK, WARN, Answer, Classifier, Settings, SettingsError, open_classifier
 from edgeres_ros.image import ENCODINGS, FrameError, frame_of
 
@@ -334,3 +334,19 @@ def test_every_parameter_that_makes_no_sense_is_told_at_once(tmp_path: Path) -> 
 def test_a_missing_bundle_is_told_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere"):
         open_classifier(Settings(str(tmp_path / "nowhere")), print)
+
+
+@pytest.mark.parametrize(("told", "keys"), [("", None), ("a.pub", ["a.pub"]), ("a.pub:b.pub", ["a.pub", "b.pub"])])
+def test_who_has_to_have_signed_the_bundle_is_asked(
+    monkeypatch: pytest.MonkeyPatch, told: str, keys: Optional[List[str]]
+) -> None:
+    asked: List[Any] = []
+
+    def load(bundle: str, trusted_keys: Any, **options: Any) -> None:
+        asked.append(trusted_keys)
+        raise SignatureError("nobody")
+
+    monkeypatch.setattr("edgeres.load", load)
+    with pytest.raises(SignatureError):
+        open_classifier(Settings("bundle", trusted_keys=told), print)
+    assert asked == [keys]

@@ -70,9 +70,9 @@ class Bundles:
         self.manifests = manifests
         self.opened: Dict[str, Runner] = {}
 
-    def load(self, bundle: str, backend: str, threads: Optional[int], cuda_graphs: bool) -> LoadedEngine:
+    def load(self, bundle: str, backend: str, settings: Settings) -> LoadedEngine:
         found = self.manifests[bundle]
-        return self.open(bundle, found, found.engines[0], Settings(threads=threads, cuda_graphs=cuda_graphs))
+        return self.open(bundle, found, found.engines[0], settings)
 
     def open(self, bundle: str, found: Manifest, record: Engine, settings: Settings) -> LoadedEngine:
         runner = self.opened[f"{bundle}/{record.precision}"] = Runner(4, settings.cuda_graphs)
@@ -87,8 +87,8 @@ def bundles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bundles:
         both=manifest(engine("int8"), engine("fp16")),
         large=manifest(engine("fp16"), size=16),
     )
-    monkeypatch.setattr(twins, "read_manifest", made.manifests.__getitem__)
-    monkeypatch.setattr(twins, "load", made.load)
+    monkeypatch.setattr(twins, "read_manifest", lambda bundle, trusted_keys: made.manifests[bundle])
+    monkeypatch.setattr(twins, "_load", made.load)
     monkeypatch.setattr(twins, "_open_twin", made.open)
     monkeypatch.setattr(twins, "_device_memory", lambda bundle, backend, held: None)
     return made
@@ -204,15 +204,15 @@ def test_device_memory_is_asked_of_an_open_gpu_alone(monkeypatch: pytest.MonkeyP
         raise BackendError("the NVIDIA driver shows no GPU")
 
     cpu, gpu = (Engine(name, kind, "int8", FileRef("", "", 0), {}, {}) for name, kind in PAIRS)
-    monkeypatch.setattr(twins, "read_manifest", lambda bundle: manifest(cpu, gpu))
+    monkeypatch.setattr(twins, "read_manifest", lambda bundle, trusted_keys: manifest(cpu, gpu))
     monkeypatch.setattr("edgeres.backends.tensorrt.device.open_device", Gpu)
     with ExitStack() as held:
-        assert twins._device_memory("net", "auto", held) is None  # the first engine is the CPU's
-        assert twins._device_memory("net", "dla0", held) is None  # loading will say that there is none
-        free = twins._device_memory("net", "gpu", held)
+        assert twins._device_memory("net", Settings("auto"), held) is None  # the first engine is the CPU's
+        assert twins._device_memory("net", Settings("dla0"), held) is None  # loading will say that there is none
+        free = twins._device_memory("net", Settings("gpu"), held)
         assert free is not None
         assert (free(), Gpu.closed) == (700, False)
     assert Gpu.closed
     monkeypatch.setattr("edgeres.backends.tensorrt.device.open_device", none_there)
     with ExitStack() as held:
-        assert twins._device_memory("net", "tensorrt", held) is None
+        assert twins._device_memory("net", Settings("tensorrt"), held) is None

@@ -7,6 +7,7 @@ of its own answers; whatever fails there is told by :meth:`Classifier.health`, a
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -34,7 +35,8 @@ class Settings(NamedTuple):
 
     ``backend`` is one that ``edgeres.load`` takes, or a target. ``threads`` 0 leaves them to the backend. ``top_k`` 0
     means all classes, and those less probable than ``threshold`` are left out. ``labels`` is a text file with the name
-    of one class per line; where it is empty, classes are called by their numbers.
+    of one class per line; where it is empty, classes are called by their numbers. ``trusted_keys`` are files of public
+    keys, with a colon between them; where it is empty, nobody has to have signed the bundle.
     """
 
     bundle: str
@@ -44,6 +46,7 @@ class Settings(NamedTuple):
     threshold: float = 0.0
     labels: str = ""
     diagnostics_period: float = 1.0
+    trusted_keys: str = ""
 
 
 class Answer(NamedTuple):
@@ -86,7 +89,10 @@ def open_classifier(settings: Settings, deliver: Callable[[Answer], None]) -> Cl
             wrong.append(f"labels cannot be read: {problem}")
     if wrong:
         raise SettingsError(numbered("parameters", wrong))
-    engine = edgeres.load(settings.bundle, backend=settings.backend, threads=settings.threads or None)
+    keys = settings.trusted_keys.split(os.pathsep) if settings.trusted_keys else None
+    engine = edgeres.load(
+        settings.bundle, backend=settings.backend, threads=settings.threads or None, trusted_keys=keys
+    )
     try:
         black = np.zeros((1, *engine.input_shape[1:], 3), np.uint8)
         classes = engine(black).shape[1]

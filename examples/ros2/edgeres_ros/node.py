@@ -36,6 +36,7 @@ PARAMETERS = {
     "threshold": "classes that are less probable are left out",
     "labels": "a text file, the name of one class per line; empty: their numbers",
     "diagnostics_period": "seconds between diagnostics",
+    "trusted_keys": "public keys, one of which has to have signed the bundle; a colon between them; empty: not asked",
 }
 
 LEVELS = (DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR)

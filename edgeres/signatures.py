@@ -1,0 +1,142 @@
+"""Who vouches for a bundle: Ed25519 signatures of its manifest, which binds all other files, in a file beside it.
+
+``manifest.sig`` is text: a line that says what it is, and for each key a line ``ed25519 KEY MANIFEST SIGNATURE`` in
+lowercase hex, where KEY is the SHA-256 of the public key and MANIFEST that of the manifest that was signed. Both are
+hints: what counts is whether a key that is trusted made the signature of the manifest's very bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Collection, List, NamedTuple, Sequence, Tuple, Union
+
+from edgeres.errors import MissingPackageError, SignatureError, SigningKeyError, few, numbered
+from edgeres.files import SIGNATURES, open_inside, read_bounded, sha256_bytes
+
+if TYPE_CHECKING:
+    from edgeres.keys import PublicKey
+
+Key = Union[str, bytes, "os.PathLike[str]"]
+"""A public key: the path of its PEM file, the PEM itself, or the 32 bytes of the key."""
+Keys = Union[Key, Collection[Key]]
+
+HEADER = b"edgeres signatures 1"
+LINE = re.compile(rb"ed25519 ([0-9a-f]{64}) ([0-9a-f]{64}) ([0-9a-f]{128})")
+MOST = 32  # keys; more than anybody rotates through
+LARGEST = len(HEADER) + 1 + MOST * len(b"ed25519 " + bytes(64 + 1 + 64 + 1 + 128 + 1))  # bytes
+LARGEST_KEY = 64 << 10  # bytes
+CONTEXT = b"edgeres manifest v1\0"
+"""Stands in front of what is signed, so that no signature of anything else can be taken for one of a manifest."""
+
+
+class Signature(NamedTuple):
+    """One line of the file: the key's id, the SHA-256 of the manifest that was signed, and the signature, 64 bytes."""
+
+    key: str
+    manifest: str
+    value: bytes
+
+
+def message(manifest: bytes) -> bytes:
+    """Return what is signed of a manifest's bytes."""
+    return CONTEXT + manifest
+
+
+def read_signatures(folder: Union[str, os.PathLike[str]]) -> Tuple[Signature, ...]:
+    """Return the signatures beside a manifest, none of them checked; none where there is no such file.
+
+    Raises:
+        SignatureError: the file is something else.
+    """
+    place = f"{os.fspath(folder)}/{SIGNATURES}"
+    try:
+        with open_inside(folder, SIGNATURES) as stream:
+            content = stream.read(LARGEST + 1) or b""
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as problem:
+        raise SignatureError(f"{place} cannot be read: {getattr(problem, 'strerror', problem)}. {_AGAIN}") from None
+    header, *lines = content.split(b"\n")
+    found = [LINE.fullmatch(line) for line in lines[:-1]]
+    signatures = tuple(
+        Signature(one[1].decode(), one[2].decode(), bytes.fromhex(one[3].decode())) for one in found if one is not None
+    )
+    whole = len(content) <= LARGEST and header == HEADER and lines[-1:] == [b""] and None not in found and found
+    if not whole or len({one.key for one in signatures}) != len(signatures):
+        raise SignatureError(f"{place} does not hold signatures as edgeres writes them: it is damaged. {_AGAIN}")
+    return signatures
+
+
+def signatures_content(signatures: Sequence[Signature]) -> bytes:
+    """Return the file that :func:`read_signatures` reads; a key's order is that of its id."""
+    lines = [f"ed25519 {one.key} {one.manifest} {one.value.hex()}".encode("ascii") for one in sorted(signatures)]
+    return b"\n".join([HEADER, *lines, b""])
+
+
+def check(folder: Union[str, os.PathLike[str]], manifest: bytes, trusted: Keys) -> Tuple[str, ...]:
+    """Return the ids of the trusted keys that vouch for a manifest's bytes; one is enough.
+
+    Raises:
+        SignatureError: there is none.
+        SigningKeyError: what is to be trusted is no public key, or nothing.
+        MissingPackageError: cryptography is not installed.
+    """
+    keys = {key.id: key for key in public_keys(trusted)}
+    found = read_signatures(folder)
+    known = [one for one in found if one.key in keys]
+    of_this = [one for one in known if one.manifest == sha256_bytes(manifest)]
+    good = tuple(one.key for one in of_this if keys[one.key].made(one.value, message(manifest)))
+    if good:
+        return good
+    if not found:
+        problem = f"it is not signed: there is no {SIGNATURES}"
+    elif not known:
+        problem = f"it is signed by {few([one.key for one in found])}, and you trust {few(list(keys))}"
+    elif not of_this:
+        problem = f"it was signed by {known[0].key} for another manifest: what is here was changed since"
+    else:
+        problem = f"the signature by {of_this[0].key} is not of this manifest: it is forged or damaged"
+    raise SignatureError(f"{folder}: {problem}. Nothing was opened. {_AGAIN}")
+
+
+def public_keys(trusted: Keys) -> Tuple[PublicKey, ...]:
+    """Return the public keys of PEM files, PEMs, or bytes.
+
+    Raises:
+        SigningKeyError: with everything that is no public key; or there is nothing, which would trust nobody.
+        MissingPackageError: cryptography is not installed.
+    """
+    try:
+        from edgeres.keys import public_key
+    except ImportError:
+        raise MissingPackageError.for_extra("cryptography", "checking a signature", "sign") from None
+    sources = [trusted] if isinstance(trusted, (str, bytes, os.PathLike)) else list(trusted)
+    if not sources:
+        raise SigningKeyError("the list of trusted keys is empty. Name a public key, or leave the list out (None)")
+    keys: List[PublicKey] = []
+    problems: List[str] = []
+    for number, source in enumerate(sources, 1):
+        try:
+            keys.append(public_key(*_content(source, number)))
+        except SigningKeyError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise SigningKeyError(problems[0] if len(problems) == 1 else numbered("trusted keys", problems))
+    return tuple(keys)
+
+
+def _content(source: Key, number: int) -> Tuple[bytes, str]:
+    """Return the bytes of a key, and what to call it."""
+    if isinstance(source, str) and source.lstrip().startswith("-----BEGIN"):
+        source = source.encode()
+    if isinstance(source, bytes):
+        return source, f"trusted key {number}"
+    try:
+        return read_bounded(os.fspath(source), LARGEST_KEY), os.fspath(source)
+    except (OSError, ValueError, TypeError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise SigningKeyError(f"the key {source} cannot be read: {reason}") from None
+
+
+_AGAIN = "Get the bundle again, or have it signed: edgeres sign BUNDLE --key PRIVATE"
