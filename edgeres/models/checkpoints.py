@@ -91,7 +91,9 @@ def _read(path: Path) -> object:
     if path.is_dir():
         raise CheckpointError(str(path), ["this is a folder; name the file of weights in it"])
     if not path.is_file():
-        raise CheckpointError(str(path), ["this is a pipe or a device, not an ordinary file; save what it gives into one"])
+        raise CheckpointError(
+            str(path), ["this is a pipe or a device, not an ordinary file; save what it gives into one"]
+        )
     try:
         if path.stat().st_size == 0:
             raise CheckpointError(str(path), ["the file is empty; copy or download it again"])
@@ -123,7 +125,11 @@ def _why_unreadable(problem: Exception) -> str:
         )
     # What torch says of a pickle that it does not understand is advice to unpickle it after all: not to be passed on.
     # A message without a word in it (a bare number) says nothing either.
-    lines = [] if "eights only" in text or "weights_only" in text or "pickle" in text or text.isdigit() else text.strip().splitlines()
+    lines = (
+        []
+        if "eights only" in text or "weights_only" in text or "pickle" in text or text.isdigit()
+        else text.strip().splitlines()
+    )
     reason = f" ({lines[0][:200]})" if lines else ""
     return (
         f"this is no intact torch checkpoint{reason}; copy or download it again, "
@@ -149,7 +155,9 @@ def _flat(content: object, path: Path) -> dict[str, Tensor]:
     flat = {name: value for name, value in content.items() if _is_named_tensor(name, value)}
     if len(flat) > MOST_TENSORS or any(len(name) > LONGEST_NAME for name in flat):
         most = f"more than {MOST_TENSORS:,} tensors, or a name of more than {LONGEST_NAME:,} characters"
-        raise CheckpointError(str(path), [f"it holds {most}; save the weights alone: torch.save(model.state_dict(), path)"])
+        raise CheckpointError(
+            str(path), [f"it holds {most}; save the weights alone: torch.save(model.state_dict(), path)"]
+        )
     return flat
 
 

@@ -34,7 +34,7 @@ def check(path: Path) -> None:
         raise TooLarge(f"it has {size:,} bytes, more than {LARGEST:,}")
     with open(path, "rb") as stream:
         if path.suffix.lower() == ".safetensors":
-            _check_safetensors(stream)
+            _check_safetensors(stream, size)
         elif stream.read(len(ZIP)) == ZIP:
             _check_zip(path)
         else:
@@ -42,15 +42,17 @@ def check(path: Path) -> None:
             _check_pickles(stream.read(LARGEST_PICKLE + 1))
 
 
-def _check_safetensors(stream: io.BufferedReader) -> None:
+def _check_safetensors(stream: io.BufferedReader, size: int) -> None:
     """The header is JSON, with its length in 8 bytes in front of it."""
     length = int.from_bytes(stream.read(8), "little")
+    if length > size:
+        return  # the reader has words for it
     if length > LARGEST_HEADER:
         raise TooLarge(f"its header has {length:,} bytes, more than {LARGEST_HEADER:,}")
     try:
         names = msgspec.json.decode(stream.read(length), type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return  # the reader has words for it
+        return
     if len(names) > MOST_TENSORS:
         raise TooLarge(f"it holds {len(names):,} tensors, more than {MOST_TENSORS:,}")
 
