@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,9 @@ from onnx.reference import ReferenceEvaluator
 from edgeres.errors import ExportError, first_line
 
 LARGEST_FOLDED = 1 << 24  # elements: folding an Expand into something huge would only bloat the file
+FOLDED_PER_STORED = 2  # all that is folded at a time may have so many elements more for each of the file's
+LONGEST_SHAPE = 1 << 10  # elements: no list of a tensor's dimensions, axes or sizes has as many
+SELECTING = ("NonZero", "Compress", "Unique")  # nobody can say beforehand how much of its input comes out
 RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
 
 
@@ -88,7 +92,7 @@ def fold_constants(model: onnx.ModelProto) -> None:
     graph = model.graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
-    kept = []
+    kept, room = [], LARGEST_FOLDED + FOLDED_PER_STORED * sum(values.size for values in constants.values())
     for node in graph.node:
         foldable = (
             node.op_type not in ("QuantizeLinear", "DequantizeLinear", *RANDOM)
@@ -99,9 +103,10 @@ def fold_constants(model: onnx.ModelProto) -> None:
             and not outputs.intersection(node.output)
         )
         values = _evaluate(node, constants, model) if foldable else None
-        if values is None or any(value.size > LARGEST_FOLDED for value in values):
+        if values is None or sum(value.size for value in values) > room:
             kept.append(node)
         else:
+            room -= sum(value.size for value in values)
             constants.update(zip(node.output, values, strict=True))
             graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in zip(node.output, values, strict=True))
     del graph.node[:]
@@ -130,7 +135,7 @@ def split_hard_swishes(model: onnx.ModelProto) -> None:
 def _evaluate(
     node: onnx.NodeProto, constants: dict[str, np.ndarray], model: onnx.ModelProto
 ) -> list[np.ndarray] | None:
-    """Return a node's outputs from constant inputs; None where the evaluator does not know the operator."""
+    """Return a node's outputs from constant inputs; None where they are huge, or the evaluator has not the operator."""
     initializers = [numpy_helper.from_array(constants[name], name) for name in dict.fromkeys(node.input) if name]
     outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in node.output]
     single = helper.make_model(
@@ -139,9 +144,19 @@ def _evaluate(
         ir_version=model.ir_version,
     )
     try:
+        shapes = shapes_of(single)
+        known = [shapes.get(name, [None]) for name in node.output]
+        if node.op_type not in SELECTING and not all(_is_small(shape) for shape in known):
+            return None
         return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, {})]
     except Exception:  # the evaluator raises whatever an operator's own code raises; the node then simply stays
         return None
+
+
+def _is_small(shape: list[int | str | None]) -> bool:
+    """Whether a tensor is known to be small enough to be folded."""
+    extents = [extent for extent in shape if isinstance(extent, int) and extent >= 0]
+    return len(extents) == len(shape) and math.prod(extents) <= LARGEST_FOLDED
 
 
 def fold_batch_norms(model: onnx.ModelProto) -> None:
@@ -204,13 +219,43 @@ def shapes_of(model: onnx.ModelProto) -> dict[str, list[int | str | None]]:
 
     What the file itself claims of its intermediate tensors and outputs is left aside: it may be stale.
     """
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
-    del bare.graph.value_info[:]
-    for value in bare.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    shapes: dict[str, list[int | str | None]] = {t.name: list(t.dims) for t in inferred.initializer}
+    bare = _without_weights(model)
+    shapes = _inferred(bare, False)
+    # What follows the values of tensors has a node's output in memory, number by number, however long it is.
+    if all(
+        len(shape) > 1 or math.prod(n for n in shape if isinstance(n, int)) <= LONGEST_SHAPE
+        for shape in shapes.values()
+    ):
+        shapes = _inferred(bare, True)
+    shapes.update((tensor.name, list(tensor.dims)) for tensor in model.graph.initializer)
+    return shapes
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model whose large constants are inputs, and which claims no shapes but those of its inputs."""
+    graph = model.graph
+    small = [tensor for tensor in graph.initializer if math.prod(tensor.dims) <= LONGEST_SHAPE]
+    bare = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    bare.graph.name = "shapes"
+    bare.graph.node.extend(graph.node)
+    bare.graph.initializer.extend(small)
+    bare.graph.sparse_initializer.extend(graph.sparse_initializer)
+    bare.graph.input.extend(graph.input)
+    given = {value.name for value in graph.input} | {tensor.name for tensor in small}
+    bare.graph.input.extend(
+        helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in graph.initializer
+        if tensor.name not in given
+    )
+    for value in graph.output:
+        bare.graph.output.add().CopyFrom(value)
+        bare.graph.output[-1].type.tensor_type.ClearField("shape")
+    return bare
+
+
+def _inferred(model: onnx.ModelProto, by_value: bool) -> dict[str, list[int | str | None]]:
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=by_value).graph
+    shapes: dict[str, list[int | str | None]] = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         if value.type.tensor_type.HasField("shape"):
             dims = value.type.tensor_type.shape.dim
