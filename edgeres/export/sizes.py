@@ -7,7 +7,7 @@ import math
 import onnx
 
 from edgeres.errors import ExportError
-from edgeres.export.fold import shapes_of
+from edgeres.export.shapes import shapes_of
 
 LARGEST = 1 << 29  # numbers at a time, 2 GiB in float32: ResNet-50 holds 0.8 GiB for two frames of 1080 × 1920 pixels
 BATCH = 2  # as many images as an open batch is tried with

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-LARGEST = 1 << 33  # bytes: an ONNX file holds 2 GB at most, and a checkpoint may hold the optimizer's state as well
+from edgeres.files import LARGEST_WEIGHTS
+
 LARGEST_HEADER = 1 << 24  # bytes of safetensors' JSON
 LARGEST_PICKLE = 1 << 20  # bytes; torch's reader takes some 4 µs for each, and ResNet-152 has 0.1 MB
 MOST_TENSORS = 1 << 13
@@ -30,8 +31,8 @@ def check(path: Path) -> None:
         OSError: it cannot be read.
     """
     size = path.stat().st_size
-    if size > LARGEST:
-        raise TooLarge(f"it has {size:,} bytes, more than {LARGEST:,}")
+    if size > LARGEST_WEIGHTS:
+        raise TooLarge(f"it has {size:,} bytes, more than {LARGEST_WEIGHTS:,}")
     with open(path, "rb") as stream:
         if path.suffix.lower() == ".safetensors":
             _check_safetensors(stream, size)

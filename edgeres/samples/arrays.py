@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 from typing import Optional, Tuple
@@ -99,7 +100,9 @@ def _mapped(path: Path) -> np.ndarray:
     if zipfile.is_zipfile(path):
         raise SampleError(f"{path} is a .npz under another name. Rename it to end in .npz.")
     with open(path, "rb") as stream:
-        header_of(stream)
+        header, size = header_of(stream), os.fstat(stream.fileno()).st_size
+    if header.bytes > size:
+        raise ValueError(f"its header promises {header.shape} {header.dtype}, and it has {size:,} bytes")
     images: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return images
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -152,7 +153,8 @@ def list_file(path: Path) -> Listing:
     except UnicodeDecodeError:
         raise SampleError(f"{path} is not UTF-8 text. A list file names one image per line.") from None
     except OSError as problem:
-        raise SampleError(f"cannot read {path}: {problem.strerror or problem}. Check its permissions.") from None
+        advice = "Divide it" if problem.errno == errno.EFBIG else "Check its permissions"
+        raise SampleError(f"cannot read {path}: {problem.strerror or problem}. {advice}.") from None
     if text.count("\n") > MOST_SAMPLES:
         raise SampleError(f"{path} has more than {MOST_SAMPLES:,} lines. Divide it.")
     names: List[str] = []
