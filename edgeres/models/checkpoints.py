@@ -47,6 +47,9 @@ PREFIXES = ("module.", "model.", "_orig_mod.")
 RENAMES = (("linear.", "fc."), (".shortcut.", ".downsample."))
 """Other authors' words for torchvision's."""
 
+ADVICE = ("eights only", "weights_only", "pickle")
+"""Words of torch's advice to unpickle a file after all."""
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -125,11 +128,7 @@ def _why_unreadable(problem: Exception) -> str:
         )
     # What torch says of a pickle that it does not understand is advice to unpickle it after all: not to be passed on.
     # A message without a word in it (a bare number) says nothing either.
-    lines = (
-        []
-        if "eights only" in text or "weights_only" in text or "pickle" in text or text.isdigit()
-        else text.strip().splitlines()
-    )
+    lines = [] if any(word in text for word in ADVICE) or text.isdigit() else text.strip().splitlines()
     reason = f" ({lines[0][:200]})" if lines else ""
     return (
         f"this is no intact torch checkpoint{reason}; copy or download it again, "

@@ -99,6 +99,8 @@ class _Walk:
     def _count(self, linked: bool, depth: int) -> None:
         self._entries += 1
         self._links += linked
+        if self._entries <= MOST_SAMPLES and self._links <= MOST_LINKS and depth <= DEEPEST:  # as nearly always
+            return
         for found, most, what in (
             (self._images, MOST_SAMPLES, "images"),
             (self._entries, MOST_ENTRIES, "files and folders"),
