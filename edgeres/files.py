@@ -32,6 +32,7 @@ REPORT = "report.json"
 PAGE = "report.html"
 ENGINES = "engines/"
 
+LARGEST_WEIGHTS = 1 << 33  # bytes: an ONNX file holds 2 GB at most, a checkpoint the optimizer's state as well
 CHUNK = 1 << 20
 HUGE_PAGE = 2 << 20  # bytes, on x86 and on ARM with pages of 4 kB
 MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
@@ -145,9 +146,11 @@ def read_bounded(path: Union[str, Path], largest: int) -> bytes:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not an ordinary file", str(path))
-    with open(path, "rb") as stream:
-        content = stream.read(largest + 1)
-    if len(content) > largest:
+    content = b""
+    if status.st_size <= largest:
+        with open(path, "rb") as stream:
+            content = stream.read(largest + 1)
+    if max(status.st_size, len(content)) > largest:
         raise OSError(errno.EFBIG, f"larger than {largest:,} bytes", str(path))
     return content
 

@@ -178,9 +178,11 @@ def inspect_file(path: Path) -> Dict[str, Any]:
     if not path.is_file():
         raise BundleError(f"there is no ordinary file {path}. Check the path.")
     try:
+        from edgeres.export import files_of
         from edgeres.quantize.describe import describe_file
     except ImportError:
         raise MissingPackageError.for_extra("onnx", "looking into an .onnx file", "host") from None
+    files_of(path)  # which refuses what is too large to be read
     return {"file": str(path), **describe_file(path)}
 
 

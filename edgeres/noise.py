@@ -7,18 +7,19 @@ what counts is its step in its own units: the tensor's step over the factor.
 from __future__ import annotations
 
 import io
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Dict, Mapping, Tuple
 
 import numpy as np
 
+from edgeres.archive import read_npz
 from edgeres.errors import CalibrationError
 
 PER_OCTAVE = 4
 OCTAVES = (-6, 10)  # of the step, around the one whose grid just reaches the channel's largest magnitude
 STEPS = (OCTAVES[1] - OCTAVES[0]) * PER_OCTAVE + 1
+LARGEST = 1 << 30  # bytes of a file of scalings, unpacked: some tens of thousands of channels are a megabyte
 SMALLEST = 1e-30  # a channel that never fired has no magnitude to measure by
 
 
@@ -92,8 +93,9 @@ def scalings_from_bytes(content: bytes, where: str) -> Dict[str, Scaling]:
         CalibrationError: it is not such a file; ``where`` names it in the message.
     """
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as data:
-            names, channels, factors, weights = (data[name] for name in ("names", "channels", "factors", "weights"))
+        entries = ("names", "channels", "factors", "weights")
+        data = read_npz(content, entries, LARGEST)
+        names, channels, factors, weights = (data[name] for name in entries)
         ends = np.cumsum(channels, axis=0)
         if channels.shape != (len(names), 2) or (channels < 0).any() or len(set(names.tolist())) != len(names):
             raise ValueError("its names and channels do not belong together")
@@ -105,5 +107,5 @@ def scalings_from_bytes(content: bytes, where: str) -> Dict[str, Scaling]:
             str(name): Scaling(factors[end[0] - size[0] : end[0]], weights[end[1] - size[1] : end[1]])
             for name, size, end in zip(names, channels, ends)
         }
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, IndexError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, MemoryError) as problem:
         raise CalibrationError(f"{where}: not a file of scalings ({problem}). Calibrate again.") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import List, Optional, Tuple
 
 from edgeres.errors import MissingPackageError, RecipeError, SampleError
+from edgeres.files import LARGEST_WEIGHTS
 from edgeres.preprocess import problems as preprocessing_problems
 from edgeres.recipe import Recipe, locate
 from edgeres.samples import Samples, open_samples
@@ -106,6 +107,9 @@ def _unreadable(path: Path) -> List[str]:
             return [f"there is no file {path}"]
         with open(path, "rb") as stream:
             stream.read(1)
+        size = path.stat().st_size
+        if size > LARGEST_WEIGHTS:  # said before it is hashed
+            return [f"{path} has {size:,} bytes, more than {LARGEST_WEIGHTS:,}. Save the weights alone"]
     except OSError as problem:
         return [f"{path} cannot be read: {problem.strerror or problem}"]
     return []

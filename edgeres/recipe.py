@@ -42,7 +42,8 @@ LARGEST_WORKSPACE = (1 << 43) - 1  # in MiB; in bytes it has 63 bits
 TARGETS = ("cpu", "gpu", "dla0", "dla1", "rtx")
 DOSSIER_PREFIX = "edgeres:"
 MOST_MINUTES = 7 * 24 * 60
-LARGEST_RECIPE = 1 << 20  # bytes: a recipe is a page of text
+LARGEST_RECIPE = 1 << 16  # bytes: a recipe is a page of text
+MOST_DOTS = 1_000  # in a line: Python's reader takes gigabytes for a key of 30,000 parts
 DEFAULT_RECIPE = DOSSIER_PREFIX + "recipes/digits-int8.toml"
 IMAGENET_SIZE, IMAGENET_RESIZE = 224, 256
 
@@ -278,7 +279,10 @@ def _read(path: Path) -> Dict[str, Any]:
     except (OSError, ValueError) as failure:  # a ValueError: no path can be such
         raise RecipeError(str(path), [f"cannot be read: {getattr(failure, 'strerror', failure)}"]) from None
     try:
-        return tomllib.loads(content.decode("utf-8"))
+        text = content.decode("utf-8")
+        if any(line.count(".") > MOST_DOTS for line in text.split("\n")):
+            raise ValueError(f"no key has more than {MOST_DOTS:,} dots")
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as failure:  # not UTF-8, not TOML, a number of thousands of digits
         raise RecipeError(str(path), [f"is not TOML: {failure}"]) from None
 

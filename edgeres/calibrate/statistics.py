@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from edgeres.archive import read_npz
 from edgeres.calibrate.tensor import BINS, FINER, INFINITE, MAGNITUDES, TensorStatistics
 from edgeres.errors import CalibrationError
 from edgeres.provenance import cores
 
 __all__ = ["INFINITE", "MAGNITUDES", "Statistics", "TensorStatistics"]
 
+LARGEST = 8 << 30  # bytes, unpacked
 # what a file holds, and of which kind (numpy's letters: text, signed, float, unsigned)
 ENTRIES = {
     "names": "U",
@@ -99,8 +101,10 @@ class Statistics:
             CalibrationError: it is not such a file; ``where`` names it in the message.
         """
         try:
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                data = {name: _read_array(archive, name) for name in ENTRIES}
+            data = read_npz(content, tuple(ENTRIES), LARGEST)
+            for name, kind in ENTRIES.items():
+                if data[name].dtype.kind != kind:
+                    raise ValueError(f"{name} is {data[name].dtype}")
             return _checked(data)
         except Exception as problem:  # damaged bytes make zipfile, zlib and numpy raise nearly anything
             reason = str(problem) or type(problem).__name__
@@ -109,14 +113,6 @@ class Statistics:
 
 def _joined(arrays: list[np.ndarray], kind: type) -> np.ndarray:
     return np.concatenate([np.empty(0, kind), *arrays]).astype(kind)
-
-
-def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(f"{name}.npy") as stream:
-        array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
-    if array.dtype.kind != ENTRIES[name]:
-        raise ValueError(f"{name} is {array.dtype}")
-    return array
 
 
 def _checked(data: Mapping[str, np.ndarray]) -> Statistics:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import TensorProto, inliner
 
 from edgeres.errors import ExportError, first_line
 from edgeres.export.answers import batch_of, one_by_one, open_session
 from edgeres.export.exported import Exported
+from edgeres.export.external import read_model
 from edgeres.export.fold import (
     RANDOM,
     check_domains,
@@ -28,6 +28,7 @@ from edgeres.export.imported import imported, weights_of
 from edgeres.export.layout import channels_first
 from edgeres.export.opset import AGAIN, to_opset
 from edgeres.export.probe import Probed, judged, probe
+from edgeres.export.sizes import check_sizes
 from edgeres.export.unquantize import Taken, is_pair_part, unquantize
 from edgeres.export.unread import check_integers, check_operators, named
 from edgeres.export.widen import is_bfloat, widen
@@ -64,6 +65,7 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
     if channels_first(model) or turned:
         notes.append("its images are (N, h, w, 3); edgeres feeds (N, 3, h, w), and its Transpose is gone")
     height, width = _image_size(model, source, size)
+    check_sizes(model, (height, width), str(source))
     model = to_opset(model, str(source))
     fold_constants(model)
     free_reshapes(model)
@@ -88,6 +90,7 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
 
 def _taken_apart(model: onnx.ModelProto, source: Path, size: tuple[int, int] | None, seed: int) -> tuple[Taken, Probed]:
     """Take the Q/DQ out of a model, in place, and what a run with them found before."""
+    check_sizes(model, size, str(source))
     name_nodes(model)
     drop_identities(model)
     fold_constants(model)  # scales and zero points, where they are Constant nodes
@@ -105,16 +108,7 @@ def _tool(model: onnx.ModelProto) -> str:
 
 
 def _load(source: Path) -> onnx.ModelProto:
-    try:
-        model = onnx.load(source)
-    except OSError as problem:
-        raise ExportError(
-            f"{source} cannot be read as ONNX: {first_line(problem)}. Check the path; the file's external data, "
-            "if it has any, belongs beside it."
-        ) from None
-    except (DecodeError, ValueError, onnx.checker.ValidationError) as problem:
-        reason = first_line(problem).rstrip(".")
-        raise ExportError(f"{source} cannot be read as ONNX: {reason}. Export or copy it again.") from None
+    model = read_model(source)
     if is_bfloat(model):
         raise ExportError(
             f"{source} is in bfloat16, which onnxruntime does not compute on a CPU, so nothing made of it could be "

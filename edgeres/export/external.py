@@ -1,48 +1,133 @@
-"""Which files an ONNX model is made of: large weights may lie in files beside it."""
+"""Reading an ONNX file that anybody may have made, and the files beside it that large weights lie in.
+
+Nothing is read before it is known to be an ordinary file, inside the model's own folder, and small enough.
+"""
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from onnx.external_data_helper import uses_external_data
+from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
-from edgeres.errors import ExportError, first_line
+from edgeres.errors import ExportError, few, first_line
+
+LARGEST = (1 << 31) - 1  # bytes, of all files together: Protocol Buffers write no larger one, so neither could edgeres
+MOST_NODES = 10_000  # ResNet-152 has 360
+
+
+def read_model(source: Path) -> onnx.ModelProto:
+    """Return the model that an ONNX file holds, its weights included.
+
+    Raises:
+        ExportError: as :func:`files_of`.
+    """
+    model, _ = _opened(source)
+    try:
+        load_external_data_for_model(model, str(source.parent))
+    except Exception as problem:  # a slice that its file does not have; the kinds differ between onnx's releases
+        raise _unreadable(source, first_line(problem)) from None
+    return model
 
 
 def files_of(source: Path) -> list[Path]:
     """Return an ONNX file and the files that its weights lie in, sorted, so that a change of any of them is noticed.
 
     Raises:
-        ExportError: the file cannot be read as ONNX, or names a data file that is not there.
+        ExportError: the file cannot be read as ONNX, is too large, or names a data file that is not there, or that is
+            none beside it.
     """
+    return _opened(source)[1]
+
+
+def _opened(source: Path) -> tuple[onnx.ModelProto, list[Path]]:
+    """Return the model as it stands in its file alone, and all files that it is made of."""
     try:
+        status = os.stat(source)
+        if not stat.S_ISREG(status.st_mode):
+            raise _unreadable(source, "it is not an ordinary file")
+        if status.st_size > LARGEST:
+            raise _unreadable(source, f"it has {status.st_size:,} bytes, more than {LARGEST:,}")
         model = onnx.load(source, load_external_data=False)
+    except ExportError:
+        raise
     except Exception as problem:  # protobuf's and the file system's errors share no base but Exception
-        raise ExportError(f"{source} cannot be read as ONNX: {first_line(problem)}. Export it again.") from None
+        raise _unreadable(source, first_line(problem)) from None
     places = {
         entry.value
-        for tensor in _tensors(model.graph)
+        for tensor in _tensors(model)
         if uses_external_data(tensor)
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    data = [source.parent / place for place in sorted(places)]
-    missing = [str(path) for path in data if not path.is_file()]
+    found = [source, *(source.parent / place for place in sorted(places))]
+    _check_places(source, found[1:])
+    size = sum(path.stat().st_size for path in found)
+    if size > LARGEST:
+        raise _unreadable(source, f"it and its weights have {size:,} bytes, more than {LARGEST:,}")
+    nodes = _count(model)
+    if nodes > MOST_NODES:
+        raise _unreadable(source, f"it has {nodes:,} operators, more than {MOST_NODES:,}")
+    return model, found
+
+
+def _check_places(source: Path, places: list[Path]) -> None:
+    """Refuse data that is missing, or lies elsewhere: a stranger's model must not read what else a machine holds."""
+    folder = os.path.realpath(source.parent)
+    elsewhere, missing = [], []
+    for path in places:
+        try:
+            inside = os.path.realpath(path) == os.path.join(folder, os.path.relpath(path, source.parent))
+            up = os.pardir in Path(os.path.relpath(path, source.parent)).parts
+            if up or not inside:
+                elsewhere.append(str(path))
+            elif not stat.S_ISREG(os.stat(path).st_mode):
+                missing.append(str(path))
+        except (OSError, ValueError):  # a ValueError: no path can be such
+            missing.append(str(path)[:200])
+    if elsewhere:
+        raise ExportError(
+            f"{source} keeps weights in {few(elsewhere)}: a link, or outside of its folder. Export it again, with its "
+            "data beside it."
+        )
     if missing:
         raise ExportError(
-            f"{source} keeps weights in {', '.join(missing)}, which is not there. Copy it beside the model."
+            f"{source} keeps weights in {few(missing)}, which is no file. Export it again, or copy it beside the model."
         )
-    return [source, *data]
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Yield every tensor of a graph: initializers, and those in attributes, of inner graphs too."""
-    yield from graph.initializer
-    for node in graph.node:
-        for found in node.attribute:
-            if found.type == onnx.AttributeProto.TENSOR:
-                yield found.t
-            elif found.type == onnx.AttributeProto.GRAPH:
-                yield from _tensors(found.g)
+def _count(model: onnx.ModelProto) -> int:
+    """Return how many nodes a model has once its functions are written out, those in branches and loops included."""
+    bodies = {(function.domain, function.name): function for function in model.functions}
+    known: dict[tuple[str, str], int] = {}
+
+    def count(body: onnx.GraphProto | onnx.FunctionProto) -> int:
+        total = len(body.node)
+        for node in body.node:
+            key = (node.domain, node.op_type)
+            if key in bodies and key not in known:
+                known[key] = 0  # of what calls itself, which onnx's checker refuses
+                known[key] = count(bodies[key])
+            total += known.get(key, 0) + sum(count(g) for found in node.attribute for g in (found.g, *found.graphs))
+        return total
+
+    return count(model.graph)
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor of a model: initializers, and those in attributes, of inner graphs and functions too."""
+    bodies: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while bodies:
+        body = bodies.pop()
+        if isinstance(body, onnx.GraphProto):
+            yield from body.initializer
+        for found in (found for node in body.node for found in node.attribute):
+            yield from (found.t, *found.tensors)
+            bodies.extend((found.g, *found.graphs))
+
+
+def _unreadable(source: Path, reason: str) -> ExportError:
+    return ExportError(f"{source} cannot be read as ONNX: {reason.rstrip('.')}. Export or copy it again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,8 +11,11 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgeres.errors import ExportError, first_line
+from edgeres.export.shapes import shapes_of
 
 LARGEST_FOLDED = 1 << 24  # elements: folding an Expand into something huge would only bloat the file
+FOLDED_PER_STORED = 2  # all that is folded at a time may have so many elements more for each of the file's
+SELECTING = ("NonZero", "Compress", "Unique")  # nobody can say beforehand how much of its input comes out
 RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
 
 
@@ -88,7 +92,7 @@ def fold_constants(model: onnx.ModelProto) -> None:
     graph = model.graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
-    kept = []
+    kept, room = [], LARGEST_FOLDED + FOLDED_PER_STORED * sum(values.size for values in constants.values())
     for node in graph.node:
         foldable = (
             node.op_type not in ("QuantizeLinear", "DequantizeLinear", *RANDOM)
@@ -99,9 +103,10 @@ def fold_constants(model: onnx.ModelProto) -> None:
             and not outputs.intersection(node.output)
         )
         values = _evaluate(node, constants, model) if foldable else None
-        if values is None or any(value.size > LARGEST_FOLDED for value in values):
+        if values is None or sum(value.size for value in values) > room:
             kept.append(node)
         else:
+            room -= sum(value.size for value in values)
             constants.update(zip(node.output, values, strict=True))
             graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in zip(node.output, values, strict=True))
     del graph.node[:]
@@ -130,7 +135,7 @@ def split_hard_swishes(model: onnx.ModelProto) -> None:
 def _evaluate(
     node: onnx.NodeProto, constants: dict[str, np.ndarray], model: onnx.ModelProto
 ) -> list[np.ndarray] | None:
-    """Return a node's outputs from constant inputs; None where the evaluator does not know the operator."""
+    """Return a node's outputs from constant inputs; None where they are huge, or the evaluator has not the operator."""
     initializers = [numpy_helper.from_array(constants[name], name) for name in dict.fromkeys(node.input) if name]
     outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in node.output]
     single = helper.make_model(
@@ -139,9 +144,19 @@ def _evaluate(
         ir_version=model.ir_version,
     )
     try:
+        shapes = shapes_of(single)
+        known = [shapes.get(name, [None]) for name in node.output]
+        if node.op_type not in SELECTING and not all(_is_small(shape) for shape in known):
+            return None
         return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, {})]
     except Exception:  # the evaluator raises whatever an operator's own code raises; the node then simply stays
         return None
+
+
+def _is_small(shape: list[int | str | None]) -> bool:
+    """Whether a tensor is known to be small enough to be folded."""
+    extents = [extent for extent in shape if isinstance(extent, int) and extent >= 0]
+    return len(extents) == len(shape) and math.prod(extents) <= LARGEST_FOLDED
 
 
 def fold_batch_norms(model: onnx.ModelProto) -> None:
@@ -197,28 +212,6 @@ def _fold_one(
         graph.initializer.append(tensor)
     conv.input[:] = [conv.input[0], *folded]
     conv.output[0] = norm.output[0]
-
-
-def shapes_of(model: onnx.ModelProto) -> dict[str, list[int | str | None]]:
-    """Return tensors' shapes as onnx infers them: numbers, symbols such as ``batch``, or None for an unknown dimension.
-
-    What the file itself claims of its intermediate tensors and outputs is left aside: it may be stale.
-    """
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
-    del bare.graph.value_info[:]
-    for value in bare.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    shapes: dict[str, list[int | str | None]] = {t.name: list(t.dims) for t in inferred.initializer}
-    for value in (*inferred.input, *inferred.value_info, *inferred.output):
-        if value.type.tensor_type.HasField("shape"):
-            dims = value.type.tensor_type.shape.dim
-            shapes[value.name] = [
-                d.dim_value if d.HasField("dim_value") else d.dim_param or None  # a dimension may say neither
-                for d in dims
-            ]
-    return shapes
 
 
 def free_reshapes(model: onnx.ModelProto) -> None:

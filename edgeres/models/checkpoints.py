@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edgeres.architectures import ARCHITECTURES, Architecture, layers
 from edgeres.errors import CheckpointError
+from edgeres.models.containers import LONGEST_NAME, MOST_TENSORS, TooLarge, check
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -45,6 +46,9 @@ PREFIXES = ("module.", "model.", "_orig_mod.")
 
 RENAMES = (("linear.", "fc."), (".shortcut.", ".downsample."))
 """Other authors' words for torchvision's."""
+
+ADVICE = ("eights only", "weights_only", "pickle")
+"""Words of torch's advice to unpickle a file after all."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -89,9 +93,14 @@ def _read(path: Path) -> object:
         raise CheckpointError(str(path), ["there is no such file; check the path that --weights or the recipe gives"])
     if path.is_dir():
         raise CheckpointError(str(path), ["this is a folder; name the file of weights in it"])
+    if not path.is_file():
+        raise CheckpointError(
+            str(path), ["this is a pipe or a device, not an ordinary file; save what it gives into one"]
+        )
     try:
         if path.stat().st_size == 0:
             raise CheckpointError(str(path), ["the file is empty; copy or download it again"])
+        check(path)
         if path.suffix.lower() == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -103,6 +112,8 @@ def _read(path: Path) -> object:
 
 def _why_unreadable(problem: Exception) -> str:
     text = str(problem)
+    if isinstance(problem, TooLarge):
+        return f"{text}; save the weights alone: torch.save(model.state_dict(), path)"
     if isinstance(problem, PermissionError):
         return "you are not allowed to read it; change its permissions"
     if isinstance(problem, SafetensorError):
@@ -117,7 +128,7 @@ def _why_unreadable(problem: Exception) -> str:
         )
     # What torch says of a pickle that it does not understand is advice to unpickle it after all: not to be passed on.
     # A message without a word in it (a bare number) says nothing either.
-    lines = [] if "eights only" in text or "pickle" in text or text.isdigit() else text.strip().splitlines()
+    lines = [] if any(word in text for word in ADVICE) or text.isdigit() else text.strip().splitlines()
     reason = f" ({lines[0][:200]})" if lines else ""
     return (
         f"this is no intact torch checkpoint{reason}; copy or download it again, "
@@ -140,7 +151,13 @@ def _flat(content: object, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             str(path), [f"it holds a {held} and no named tensors; save them: torch.save(model.state_dict(), path)"]
         )
-    return {name: value for name, value in content.items() if _is_named_tensor(name, value)}
+    flat = {name: value for name, value in content.items() if _is_named_tensor(name, value)}
+    if len(flat) > MOST_TENSORS or any(len(name) > LONGEST_NAME for name in flat):
+        most = f"more than {MOST_TENSORS:,} tensors, or a name of more than {LONGEST_NAME:,} characters"
+        raise CheckpointError(
+            str(path), [f"it holds {most}; save the weights alone: torch.save(model.state_dict(), path)"]
+        )
+    return flat
 
 
 def _wrapped(content: Mapping[object, object]) -> object | None:

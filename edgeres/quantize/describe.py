@@ -41,6 +41,22 @@ def describe_file(path: Path) -> dict[str, Any]:
         raise ExportError(f"{path} cannot be read as ONNX: {first_line(problem)}") from None
     if not model.graph.node:
         raise ExportError(f"{path} holds no operators: it is empty or not an ONNX model")
+    try:
+        return _facts(model)
+    except Exception:
+        _check(model, path)  # what is wrong with a valid file is a bug of ours
+        raise
+
+
+def _check(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse a model that is not valid ONNX."""
+    try:
+        onnx.checker.check_model(model)
+    except Exception as problem:  # damaged names make the checker's bindings raise other kinds than its own two
+        raise ExportError(f"{path} is not valid ONNX: {first_line(problem)}") from None
+
+
+def _facts(model: onnx.ModelProto) -> dict[str, Any]:
     for number, node in enumerate(model.graph.node):
         node.name = node.name or f"{node.op_type}_{number}"  # a breach must say where it is
     graph = Graph(model)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import os
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Optional, Tuple
 
 import numpy as np
 
-from edgeres.errors import SampleError, first_line
+from edgeres.archive import header_of, names_in, read_npz
+from edgeres.errors import SampleError, few, first_line
+from edgeres.samples.listing import MOST_PIXELS, MOST_SAMPLES
 
 # What a .npz may claim to hold once it is unpacked: more is a mistake, or meant to fill the memory.
 LARGEST_BYTES = 64 << 30
-DAMAGED = (OSError, ValueError, EOFError, RuntimeError, MemoryError, OverflowError, zipfile.BadZipFile, zlib.error)
 
 
 class ArraySource:
@@ -54,21 +54,15 @@ def open_array(path: Path) -> ArraySource:
         SampleError: the file is damaged, or its arrays are not uint8 (N, H, W, 3) and one label per image.
     """
     zipped = path.suffix.lower() == ".npz"
-    content: Any
     try:
-        content, labels = _read_zip(path) if zipped else (np.load(path, mmap_mode="r", allow_pickle=False), None)
-    except DAMAGED as problem:
-        # numpy's own words may advise to unpickle the file after all: they are not passed on.
-        reason = getattr(problem, "strerror", None) or ("" if "pickle" in str(problem) else first_line(problem))
-        reason = reason or "it holds Python objects, or is damaged"
+        images, labels = _read_zip(path) if zipped else (_mapped(path), None)
+    except (OSError, ValueError, MemoryError) as problem:
+        reason = (getattr(problem, "strerror", None) or first_line(problem)).rstrip(".")
         writer = "numpy.savez" if zipped else "numpy.save"
         raise SampleError(
-            f"cannot read {path}: {reason.rstrip('.')}. Write it again, with {writer} and without object arrays."
+            f"cannot read {path}: {reason}. Write it again, with {writer} and without object arrays."
         ) from None
-    if not isinstance(content, np.ndarray):
-        content.close()
-        raise SampleError(f"{path} is a .npz under another name. Rename it to end in .npz.")
-    return from_arrays(content, labels, str(path), path.name)
+    return from_arrays(images, labels, str(path), path.name)
 
 
 def from_arrays(images: np.ndarray, labels: Optional[np.ndarray], where: str, name: str = "images") -> ArraySource:
@@ -81,6 +75,11 @@ def from_arrays(images: np.ndarray, labels: Optional[np.ndarray], where: str, na
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise SampleError(
             f"{where} holds {images.dtype} {images.shape}: give uint8 (N, H, W, 3), RGB from 0 to 255, at least one."
+        )
+    if len(images) > MOST_SAMPLES or images.shape[1] * images.shape[2] > MOST_PIXELS:
+        raise SampleError(
+            f"{where} holds {images.shape}, more than {MOST_SAMPLES:,} frames or {MOST_PIXELS:,} pixels in each. "
+            "Divide it, or make the frames smaller."
         )
     return ArraySource(name, images, None if labels is None else _labels(np.asarray(labels), len(images), where))
 
@@ -96,34 +95,22 @@ def _labels(labels: np.ndarray, count: int, where: str) -> np.ndarray:
     return labels.astype(np.int64)
 
 
+def _mapped(path: Path) -> np.ndarray:
+    """Return the array of a ``.npy``, which stays in the file until it is read."""
+    if zipfile.is_zipfile(path):
+        raise SampleError(f"{path} is a .npz under another name. Rename it to end in .npz.")
+    with open(path, "rb") as stream:
+        header, size = header_of(stream), os.fstat(stream.fileno()).st_size
+    if header.bytes > size:
+        raise ValueError(f"its header promises {header.shape} {header.dtype}, and it has {size:,} bytes")
+    images: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return images
+
+
 def _read_zip(path: Path) -> Tuple[np.ndarray, Optional[np.ndarray]]:
-    """Return ``images`` and ``labels`` of a ``.npz``, whose sizes are checked before any memory is taken."""
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        if "images.npy" not in members:
-            held = ", ".join(name[:-4] if name.endswith(".npy") else name for name in members) or "nothing"
-            raise SampleError(f"{path} holds {held}. Name the frames images, and their classes, if any, labels.")
-        wanted = [members[name] for name in ("images.npy", "labels.npy") if name in members]
-        declared = sum(info.file_size for info in wanted)
-        if declared > LARGEST_BYTES:
-            raise SampleError(
-                f"{path} claims to unpack to {declared:,} bytes, more than {LARGEST_BYTES:,}. Write smaller files, or "
-                "a .npy, which is not unpacked."
-            )
-        for info in wanted:
-            _check_header(archive, info, path)
-    with np.load(path, allow_pickle=False) as data:
-        return data["images"], data["labels"] if "labels" in data.files else None
-
-
-def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    """Refuse an array whose own header asks for another amount of memory than the archive holds for it."""
-    with archive.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise SampleError(f"{path}: {member.filename} is of the array format {version}. Write it with numpy.savez.")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-        start = stream.tell()
-    if not dtype.hasobject and start + math.prod(shape) * dtype.itemsize != member.file_size:
-        raise SampleError(f"{path}: {member.filename} is damaged: its header promises {shape} {dtype}. Write it again.")
+    """Return ``images`` and ``labels`` of a ``.npz``."""
+    found = read_npz(path, ("images", "labels"), LARGEST_BYTES)
+    if "images" not in found:
+        held = few(names_in(path), 8) or "nothing"
+        raise SampleError(f"{path} holds {held}. Name the frames images, and their classes, if any, labels.")
+    return found["images"], found.get("labels")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Iterator, Optional, Tuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from edgeres.errors import SampleError
 from edgeres.files import sha256_file
-from edgeres.samples.listing import Listing
+from edgeres.samples.listing import MOST_PIXELS, Listing
 
 FULL_SCALE = 65535
 LOSSLESS = 64  # pixels: a frame no larger is a few kB as it is, and JPEG would smear what little it has
+# Which format it is, is not left to Pillow alone: some of its others run a program (EPS: Ghostscript).
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+LARGEST_FILE = 1 << 30  # bytes: the most pixels take half of it with 64 bits each
+LARGEST_GIF = 1 << 26  # bytes: Pillow looks for the first picture byte by byte
 QUALITY = 80  # of a JPEG; 160 pixels of a photograph take some 5 kB
 
 
@@ -54,9 +59,7 @@ class ImageSource:
     def _decoded(self, index: int, side: Optional[int]) -> np.ndarray:
         path = self._paths[index]
         try:
-            _check_file(path)
-            with Image.open(path) as image:
-                _check_size(image)
+            with _opened(path) as image:
                 if side is not None and image.format == "JPEG":
                     image.draft(None, (side, side))  # None: the mode stays
                 return _rgb(image)
@@ -83,9 +86,7 @@ class ImageSource:
         """
         path = self._paths[index]
         try:
-            _check_file(path)
-            with Image.open(path) as image:
-                _check_size(image)
+            with _opened(path) as image:
                 _check_mode(image)
                 if image.format == "JPEG":
                     image.draft("RGB", (1, 1))
@@ -112,17 +113,29 @@ def encoded(frame: np.ndarray, side: int) -> Tuple[bytes, str, Tuple[int, int]]:
     return content.getvalue(), "image/jpeg", image.size
 
 
-def _check_file(path: Path) -> None:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open an image of which nothing is decoded yet, and whose file and size are no larger than an image's."""
     # Opening a pipe or a device may wait for ever, or never come to an end.
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise SampleError("it is not an ordinary file")
+    with open(path, "rb") as stream:
+        largest = LARGEST_GIF if stream.read(3) == b"GIF" else LARGEST_FILE
+        if status.st_size > largest:
+            raise SampleError(f"it has {status.st_size:,} bytes, more than {largest:,}")
+        stream.seek(0)
+        with Image.open(stream, formats=FORMATS) as image:
+            if image.width * image.height > _most_pixels():
+                raise SampleError(
+                    f"{image.width} x {image.height} pixels are more than the limit of {_most_pixels():,}"
+                )
+            yield image
 
 
-def _check_size(image: Image.Image) -> None:
+def _most_pixels() -> int:
     # Pillow itself only warns up to twice its limit; a warning in a thread helps nobody.
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise SampleError(f"{image.width} x {image.height} pixels are more than Pillow's limit of {limit:,}")
+    return min(MOST_PIXELS, Image.MAX_IMAGE_PIXELS or MOST_PIXELS)
 
 
 def _check_mode(image: Image.Image) -> None:
@@ -153,6 +166,6 @@ def _words(problem: Exception) -> str:
     if isinstance(problem, UnidentifiedImageError):
         return "it is not an image, or its header is damaged"
     if isinstance(problem, Image.DecompressionBombError):
-        return f"it has more pixels than Pillow's limit of {Image.MAX_IMAGE_PIXELS:,}"
+        return f"it has more pixels than the limit of {_most_pixels():,}"
     reason = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
     return str(reason).rstrip(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -11,9 +12,16 @@ import numpy as np
 
 from edgeres.errors import SampleError, numbered
 from edgeres.files import read_bounded
+from edgeres.preprocess import LARGEST_SIDE
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-LARGEST_LIST = 1 << 28  # bytes: some millions of lines
+LARGEST_LIST = 1 << 28  # bytes: 128 for each of the most samples
+LONGEST_LINE = 1 << 13  # characters: a path that Linux opens has 4,096 bytes at most, and a label stands behind it
+MOST_SAMPLES = 1 << 21  # ImageNet has 1.3 million to train on
+MOST_PIXELS = LARGEST_SIDE**2  # of a frame: 67 million, more than the cameras of robots have
+MOST_ENTRIES = 1 << 22  # files and folders, looked at one by one
+MOST_LINKS = 1 << 15  # folders reached by a link: few links into one another make paths without end
+DEEPEST = 64  # folders within folders
 LARGEST_LABEL = 2**31 - 1
 # Python refuses to read numbers of thousands of digits, with an error of its own.
 LONGEST_LABEL = 20
@@ -44,7 +52,7 @@ def list_folder(folder: Path, labelled: bool) -> Listing:
         SampleError: there is no image, a folder cannot be read, or it is not clear what the classes are.
     """
     try:
-        names = sorted(_images_below(folder, "", frozenset()))
+        names = sorted(_Walk(folder).images(folder, "", frozenset()))
         subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_visible(entry.name))
     except OSError as problem:
         raise SampleError(
@@ -64,20 +72,45 @@ def list_folder(folder: Path, labelled: bool) -> Listing:
     return Listing(paths, tuple(map(_printable, names)), labels, classes)
 
 
-def _images_below(folder: Path, prefix: str, ancestors: FrozenSet[Tuple[int, int]]) -> Iterator[str]:
-    """Yield relative paths with forward slashes. Links are followed, except back to a folder that they lie in."""
-    status = os.stat(folder)
-    identity = status.st_dev, status.st_ino
-    if identity in ancestors:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not _is_visible(entry.name):
-                continue
-            if entry.is_dir():
-                yield from _images_below(Path(entry.path), f"{prefix}{entry.name}/", ancestors | {identity})
-            elif is_image(entry.name):
-                yield prefix + entry.name
+class _Walk:
+    """One walk through a folder, which may be anybody's: it comes to an end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._entries = self._links = self._images = 0
+
+    def images(self, folder: Path, prefix: str, ancestors: FrozenSet[Tuple[int, int]]) -> Iterator[str]:
+        """Yield relative paths with forward slashes. Links are followed, except back to a folder that they lie in."""
+        status = os.stat(folder)
+        identity = status.st_dev, status.st_ino
+        if identity in ancestors:
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                self._count(entry.is_symlink() and entry.is_dir(), len(ancestors))
+                if not _is_visible(entry.name):
+                    continue
+                if entry.is_dir():
+                    yield from self.images(Path(entry.path), f"{prefix}{entry.name}/", ancestors | {identity})
+                elif is_image(entry.name):
+                    self._images += 1
+                    yield prefix + entry.name
+
+    def _count(self, linked: bool, depth: int) -> None:
+        self._entries += 1
+        self._links += linked
+        if self._entries <= MOST_SAMPLES and self._links <= MOST_LINKS and depth <= DEEPEST:  # as nearly always
+            return
+        for found, most, what in (
+            (self._images, MOST_SAMPLES, "images"),
+            (self._entries, MOST_ENTRIES, "files and folders"),
+            (self._links, MOST_LINKS, "links to folders"),
+            (depth, DEEPEST, "folders within one another"),
+        ):
+            if found > most:
+                raise SampleError(
+                    f"{self._folder} holds more than {most:,} {what}. Name a folder of images alone, or a list file."
+                )
 
 
 def _classes(folder: Path, names: List[str], subfolders: List[str]) -> Optional[Tuple[str, ...]]:
@@ -122,13 +155,19 @@ def list_file(path: Path) -> Listing:
     except UnicodeDecodeError:
         raise SampleError(f"{path} is not UTF-8 text. A list file names one image per line.") from None
     except OSError as problem:
-        raise SampleError(f"cannot read {path}: {problem.strerror or problem}. Check its permissions.") from None
+        advice = "Divide it" if problem.errno == errno.EFBIG else "Check its permissions"
+        raise SampleError(f"cannot read {path}: {problem.strerror or problem}. {advice}.") from None
+    if text.count("\n") > MOST_SAMPLES:
+        raise SampleError(f"{path} has more than {MOST_SAMPLES:,} lines. Divide it.")
     names: List[str] = []
     labels: List[int] = []
     problems: List[str] = []
     for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
         if not line or line.startswith("#"):
+            continue
+        if len(line) > LONGEST_LINE:
+            problems.append(f"line {number} is longer than any path, {len(line):,} characters")
             continue
         name, word = _split(line)
         names.append(name)

@@ -1,12 +1,14 @@
-"""The command line from outside: a process of its own, its exit code, and what stands on stdout and stderr.
+"""The command line from outside: its exit code, and what stands on stdout and stderr.
 
-Starting Python and importing torch takes seconds, a command often less. So these processes are forked from one that has
+Starting Python and importing torch takes seconds, a command often less. So its processes are forked from one that has
 imported the libraries, and nothing of edgeres; what they do then is what ``python -m edgeres`` does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import multiprocessing
 import os
 import runpy
@@ -15,6 +17,8 @@ import sys
 import tempfile
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+
+from edgeres import cli
 
 LIBRARIES = ("torch", "onnx", "onnxruntime", "scipy.stats", "pydantic", "rich.console", "click", "msgspec", "PIL.Image")
 SECONDS = 300
@@ -53,3 +57,11 @@ def _run(command: list[str], streams: list[Path], cwd: Path, environment: dict[s
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.argv = ["edgeres", *command]
     runpy.run_module("edgeres", run_name="__main__", alter_sys=True)
+
+
+def called(*arguments: object) -> tuple[int, str, str]:
+    """Run the command in this process; return its exit code, and what stands on stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli._exit_code([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()

@@ -512,7 +512,7 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     put(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     samples = open_samples(tmp_path)
-    with pytest.raises(SampleError, match=r"a\.png: .*Pillow's limit"):
+    with pytest.raises(SampleError, match=rf"a\.png: .*limit of {limit}\b"):
         samples.frame(0)
     assert "limit" in samples.check()[0]
 

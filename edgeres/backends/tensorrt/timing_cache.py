@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Dict, NamedTuple, Optional
 
 from edgeres.errors import BackendError, BundleError
-from edgeres.files import write_atomic
+from edgeres.files import read_bounded, write_atomic
 
+LARGEST = 1 << 30  # bytes
 MAGIC = b"edgeres timing cache 1\n"
 KEY = ("flavour", "tensorrt", "platform", "cuda", "compute_capability", "device")
 """The facts of ``built_for`` that a timing depends on."""
@@ -39,7 +39,7 @@ def load(path: str, key: Dict[str, str]) -> Found:
         BackendError: the file is there and cannot be read.
     """
     try:
-        raw = Path(path).read_bytes()
+        raw = read_bounded(path, LARGEST)
     except FileNotFoundError:
         return Found(b"", None, True)
     except OSError as problem:
@@ -52,7 +52,7 @@ def load(path: str, key: Dict[str, str]) -> Found:
     try:
         facts = json.loads(head.decode("utf-8"))
         stated, digest = facts["key"], facts["sha256"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return Found(b"", f"the timing cache {path} is damaged: it is ignored and written anew", True)
     if hashlib.sha256(content).hexdigest() != digest:
         return Found(b"", f"the timing cache {path} is damaged: it is ignored and written anew", True)
