@@ -24,9 +24,7 @@ FORMAT = 1
 LARGEST_MANIFEST = 16 << 20  # bytes; one has tens of kB, and read it may take 25 times as much memory
 HASHING = 4  # threads: Python lets go of its lock while it reads and hashes, and files do not wait for one another
 SMALL = 4 << 20  # bytes of a bundle that are hashed sooner than threads have begun
-INSIDE = re.compile(
-    r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z))[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?"
-)
+INSIDE = re.compile(r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z))[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 """A part of a file's path in a bundle. So no path leads out, and each is one file's alone, on any file system: no part
 is empty or begins or ends with a dot, none is a device of Windows, and there is nothing to normalize in Unicode."""
 
@@ -200,9 +198,7 @@ def check_files(folder: Folder, manifest: Manifest, wanted: Tuple[str, ...] = ()
     return contents
 
 
-def _all_examined(
-    examined: Callable[[FileRef], Tuple[bytes, str]], refs: Sequence[FileRef]
-) -> List[Tuple[bytes, str]]:
+def _all_examined(examined: Callable[[FileRef], Tuple[bytes, str]], refs: Sequence[FileRef]) -> List[Tuple[bytes, str]]:
     """Return what is found of each file, by several threads where that is sooner and they can be started."""
     if sum(ref.bytes for ref in refs) > SMALL:
         with contextlib.suppress(RuntimeError), ThreadPoolExecutor(HASHING) as pool:

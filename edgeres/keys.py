@@ -66,7 +66,9 @@ def new_pair(passphrase: Optional[bytes] = None) -> Tuple[bytes, bytes, str]:
     try:
         private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, lock)
     except ValueError:
-        raise SigningKeyError("the passphrase is longer than OpenSSL takes (1023 bytes). Choose a shorter one.") from None
+        raise SigningKeyError(
+            "the passphrase is longer than OpenSSL takes (1023 bytes). Choose a shorter one."
+        ) from None
     public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
     return private, public, PublicKey(key.public_key()).id
 
@@ -119,7 +121,9 @@ def _has_small_order(encoded: bytes) -> bool:
 
 def _refuse_several(content: bytes, where: str) -> None:
     if content.count(BLOCK_MARK) > 1:
-        raise SigningKeyError(f"{where} holds more than one PEM block, of which one alone would count. Name a file each")
+        raise SigningKeyError(
+            f"{where} holds more than one PEM block, of which one alone would count. Name a file each"
+        )
 
 
 def private_key(content: bytes, where: str, passphrase: Callable[[], Optional[bytes]]) -> PrivateKey:

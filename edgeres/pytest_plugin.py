@@ -145,7 +145,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             kind["action"] = "append"
         group.addoption(f"--edgeres-{name.replace('_', '-')}", dest=f"edgeres_{name}", help=text, **kind)
         told = f"for edgeres_gate: {text.split(';')[0].replace('%%', '%')}"
-        parser.addini(f"edgeres_{name}", told, type="linelist" if name == "key" else None)
+        lines: Dict[str, Any] = {"type": "linelist"} if name == "key" else {}
+        parser.addini(f"edgeres_{name}", told, **lines)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -93,9 +93,9 @@ def check(folder: Union[str, os.PathLike[str]], manifest: bytes, trusted: Keys) 
     if not found:
         problem = f"it is not signed: there is no {SIGNATURES}"
     elif not known:
-        problem = f"it is signed by {few([one.key for one in found])}, and you trust {few(list(keys))}"
+        problem = f"it says to be signed by {few([one.key for one in found])}, and you trust {few(list(keys))}"
     elif not of_this:
-        problem = f"its signature by {known[0].key} says to be for another manifest: what is here was changed since, or that"
+        problem = f"its signature by {known[0].key} says to be for another manifest: one of the two was changed since"
     else:
         problem = f"the signature by {of_this[0].key} is not of this manifest: it is forged or damaged"
     raise SignatureError(f"{folder}: {problem}. This manifest was not parsed. {_AGAIN}")

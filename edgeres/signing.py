@@ -36,7 +36,7 @@ def make_pair(path: Path, passphrase: Optional[bytes] = None) -> Tuple[Path, str
         from edgeres.keys import new_pair
     except ImportError:
         raise _missing() from None
-    if not path.name or "\0" in path.name:
+    if not path.name or "\0" in str(path):
         raise SigningKeyError(f"{str(path)!r} is no name of a file. Name one: edgeres keygen FILE")
     public_path = path.with_name(f"{path.name}.pub")
     folder = Path(os.path.realpath(path.parent))  # a bundle may be behind a link
