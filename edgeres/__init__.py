@@ -146,6 +146,7 @@ def validate(
             float twin, at least. Their verdicts stand in ``latency``, and count in ``outcome()``.
     """
     from edgeres.gate import gate
+    from edgeres.signatures import key_list
     from edgeres.validation import Limits
 
     limits = Limits(max_latency_ms, min_speedup)
@@ -158,7 +159,7 @@ def validate(
         max_drop=max_drop,
         policy=policy,
         baseline=baseline,
-        trusted_keys=trusted_keys,
+        trusted_keys=key_list(trusted_keys),
     )
 
 

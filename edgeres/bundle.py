@@ -6,15 +6,16 @@ keys are trusted, until its signature is. What was checked is what is used: the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from edgeres.artifacts import FileRef, Manifest, from_data, from_json
-from edgeres.errors import BundleError, IntegrityError, numbered
-from edgeres.files import MANIFEST, SIGNATURES, NotOrdinary, open_inside, read_hashed
+from edgeres.errors import BundleError, IntegrityError, SignatureError, numbered
+from edgeres.files import MANIFEST, SIGNATURES, NotOrdinary, open_inside, read_at_most, read_hashed
 from edgeres.recipe import BACKENDS, PRECISIONS, SECTIONS, TARGETS
 from edgeres.signatures import Keys, check
 
@@ -23,9 +24,9 @@ FORMAT = 1
 LARGEST_MANIFEST = 16 << 20  # bytes; one has tens of kB, and read it may take 25 times as much memory
 HASHING = 4  # threads: Python lets go of its lock while it reads and hashes, and files do not wait for one another
 SMALL = 4 << 20  # bytes of a bundle that are hashed sooner than threads have begun
-INSIDE = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
+INSIDE = re.compile(r"(?!(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z))[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 """A part of a file's path in a bundle. So no path leads out, and each is one file's alone, on any file system: no part
-is empty or begins or ends with a dot, nothing is special to Windows, and there is nothing to normalize in Unicode."""
+is empty or begins or ends with a dot, none is a device of Windows, and there is nothing to normalize in Unicode."""
 
 
 def read_manifest(folder: Folder, trusted_keys: Optional[Keys] = None) -> Manifest:
@@ -40,10 +41,36 @@ def read_manifest(folder: Folder, trusted_keys: Optional[Keys] = None) -> Manife
         SignatureError: no trusted key vouches for it; it was not parsed.
         SigningKeyError: what is to be trusted is no public key.
     """
+    return parse_manifest(folder, vouched_bytes(folder, trusted_keys)[0])
+
+
+def vouched_bytes(folder: Folder, trusted_keys: Optional[Keys]) -> Tuple[bytes, Tuple[str, ...]]:
+    """Return a manifest's bytes, not parsed yet, and the ids of those trusted keys that vouch for them; without keys
+    nobody is asked.
+
+    Raises: as :func:`read_manifest`; BundleError also where the bundle was exchanged between manifest and signatures.
+    """
     content = manifest_bytes(folder)
-    if trusted_keys is not None:
-        check(folder, content, trusted_keys)
-    return parse_manifest(folder, content)
+    if trusted_keys is None:
+        return content, ()
+    try:
+        return content, check(folder, content, trusted_keys)
+    except SignatureError:
+        if _is_another(folder, content):
+            raise changed_meanwhile(folder) from None
+        raise
+
+
+def changed_meanwhile(folder: Folder) -> BundleError:
+    """Return what to raise where a bundle was exchanged for another one, as `compile` does it, between two readings."""
+    return BundleError(f"{folder} changed while it was being read. Load it again.")
+
+
+def _is_another(folder: Folder, content: bytes) -> bool:
+    """Whether a bundle's manifest is now another one; not where it cannot be read, which must hide no first problem."""
+    with contextlib.suppress(BundleError):
+        return manifest_bytes(folder) != content
+    return False
 
 
 def manifest_bytes(folder: Folder) -> bytes:
@@ -58,7 +85,7 @@ def manifest_bytes(folder: Folder) -> bytes:
         if not Path(folder).is_dir():
             raise BundleError(f"there is no bundle at {folder}. {how}")
         with open_inside(folder, MANIFEST) as stream:
-            content = stream.read(LARGEST_MANIFEST + 1) or b""
+            content = read_at_most(stream, LARGEST_MANIFEST + 1)
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. {how}") from None
     except NotOrdinary:
@@ -161,10 +188,7 @@ def check_files(folder: Folder, manifest: Manifest, wanted: Tuple[str, ...] = ()
     def examined(ref: FileRef) -> Tuple[bytes, str]:
         return _examine(folder, ref, keep=ref.path in wanted)
 
-    with ThreadPoolExecutor(HASHING) as pool:
-        large = sum(ref.bytes for ref in manifest.files) > SMALL
-        found = list((pool.map if large else map)(examined, manifest.files))
-    for ref, (content, problem) in zip(manifest.files, found):
+    for ref, (content, problem) in zip(manifest.files, _all_examined(examined, manifest.files)):
         if problem:
             problems.append(problem)
         elif ref.path in wanted:
@@ -172,6 +196,14 @@ def check_files(folder: Folder, manifest: Manifest, wanted: Tuple[str, ...] = ()
     if problems:
         raise IntegrityError(numbered(str(folder), problems) + "\nDo not use it: build it again, or copy it again.")
     return contents
+
+
+def _all_examined(examined: Callable[[FileRef], Tuple[bytes, str]], refs: Sequence[FileRef]) -> List[Tuple[bytes, str]]:
+    """Return what is found of each file, by several threads where that is sooner and they can be started."""
+    if sum(ref.bytes for ref in refs) > SMALL:
+        with contextlib.suppress(RuntimeError), ThreadPoolExecutor(HASHING) as pool:
+            return list(pool.map(examined, refs))
+    return list(map(examined, refs))
 
 
 def _contradictions(manifest: Manifest) -> List[str]:

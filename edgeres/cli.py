@@ -297,23 +297,27 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
 )
 @click.option("--bench", type=click.Path(path_type=Path), help="What `bench --out` kept. Default: BUNDLE.bench.json.")
 @latency_options
+@key_option
 @click.option("--open", "show", is_flag=True, help="Show it in the browser.")
 def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool, **options: Any) -> int:
     """The page about a bundle, report.html: verdict, changed answers, layers, latency; one file, no network, no script.
 
     A build writes it; this makes it anew, for the samples' pictures, a benchmark or an older bundle, and binds it.
-    Limits on the latency are held against the benchmark, of the machine that it was measured on.
+    Limits on the latency are held against the benchmark, of the machine that it was measured on; so they go with --out
+    alone, and not into a bundle that other machines load.
     """
     from edgeres.files import PAGE, write_atomic
     from edgeres.reporting import page_of, report_bundle
 
-    limits = _limits(options)
+    limits, keys = _limits(options), options.pop("trusted_keys")
+    if out is None and limits.asked:
+        raise click.UsageError("a limit on the latency is of one machine, and a bundle's page of all: add --out FILE")
     if out is None:
-        report_bundle(bundle, bench, limits, lambda text: click.echo(f"warning: {text}", err=True))
+        report_bundle(bundle, bench, lambda text: click.echo(f"warning: {text}", err=True), keys)
     elif _within(out, bundle):
         raise click.UsageError(f"--out {out} lies in the bundle. Without --out the page goes there, and is bound.")
     else:
-        write_atomic(out, page_of(bundle, bench, limits))
+        write_atomic(out, page_of(bundle, bench, limits, keys))
     place = (out or bundle / PAGE).absolute()
     with _answered():
         click.echo(printable(str(place)))
@@ -325,10 +329,11 @@ def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool,
 @cli.command()
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
+@key_option
 @click.option(
     "--json", "as_json", is_flag=True, help="As one JSON object on stdout, with every tensor, layer and sample."
 )
-def diff(first: Path, second: Path, as_json: bool) -> int:
+def diff(first: Path, second: Path, trusted_keys: Optional[Tuple[str, ...]], as_json: bool) -> int:
     """How two bundles differ: recipe, ranges, layers, accuracy (paired by sample), latency, answers.
 
     It informs and is no gate: exit code 0 however different they are. The gate is `validate --baseline`.
@@ -337,7 +342,7 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
     from edgeres.terminal import show_rows
     from edgeres.validation.cases import one_line
 
-    found = difference(first, second)
+    found = difference(first, second, trusted_keys)
     with _answered():
         if as_json:
             _print_json(found)
@@ -354,17 +359,20 @@ def diff(first: Path, second: Path, as_json: bool) -> int:
 @click.argument("path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
 @click.option("--sbom", is_flag=True, help="A bundle's files and the tools that made it, as CycloneDX 1.5 (JSON).")
-def inspect(path: Path, as_json: bool, sbom: bool) -> int:
+@key_option
+def inspect(path: Path, as_json: bool, sbom: bool, trusted_keys: Optional[Tuple[str, ...]]) -> int:
     """What is inside: layers and the reason for each, ranges, engines, provenance."""
     if sbom:
-        return _bill(path)
+        return _bill(path, trusted_keys)
     from edgeres.inspection import inspect_file, read_and_inspect
 
     manifest = None
     if path.is_file() or path.suffix.lower() == ".onnx":
+        if trusted_keys:
+            raise click.UsageError(f"--key is for bundles: nobody signs a file such as {path}")
         facts = inspect_file(path)
     else:
-        manifest, facts = read_and_inspect(path)
+        manifest, facts = read_and_inspect(path, trusted_keys)
     with _answered():
         if as_json:
             _print_json(facts)
@@ -408,11 +416,11 @@ def _show_inside(path: Path, manifest: Optional[Manifest], facts: Dict[str, Any]
             click.echo(one_line(f"TensorRT rule broken: {problem}"))
 
 
-def _bill(bundle: Path) -> int:
+def _bill(bundle: Path, trusted_keys: Optional[Tuple[str, ...]]) -> int:
     from edgeres.bundle import verify
     from edgeres.sbom import bill_of_materials
 
-    bill = bill_of_materials(verify(bundle))
+    bill = bill_of_materials(verify(bundle, trusted_keys))
     with _answered():
         _print_json(bill)
     return OK
@@ -528,8 +536,10 @@ def _passphrase(new: bool = False) -> bytes:
     """Return the passphrase of a private key, asked for where the environment does not tell it."""
     told = os.environ.get(PASSPHRASE)
     if not told and not sys.stdin.isatty():
-        raise SigningKeyError(f"the private key is locked, and there is nobody to ask: set {PASSPHRASE}")
-    return (told or str(click.prompt("passphrase", hide_input=True, confirmation_prompt=new, err=True))).encode()
+        why = "a new passphrase is to be set" if new else "the private key is locked"
+        raise SigningKeyError(f"{why}, and there is nobody to ask: set {PASSPHRASE}")
+    # As bytes of the environment, which need not be UTF-8.
+    return os.fsencode(told or str(click.prompt("passphrase", hide_input=True, confirmation_prompt=new, err=True)))
 
 
 @cli.command()

@@ -34,7 +34,7 @@ from edgeres.files import content_ref, file_ref
 from edgeres.noise import scalings_from_bytes
 from edgeres.recipe import EngineSection, Recipe
 from edgeres.reporting import page_loss, with_page
-from edgeres.signatures import Keys
+from edgeres.signatures import Keys, key_list
 from edgeres.targets import cpu_instead, gpu_is_usable, require_onnxruntime, resolve
 from edgeres.workspace import Workspace
 
@@ -291,8 +291,10 @@ def compile_bundle(
         BundleError: there is no intact bundle, it was never quantized, or nobody who is trusted vouches for it.
         BackendError: the engine cannot be built.
     """
+    trusted_keys = key_list(trusted_keys)
     verify(bundle, trusted_keys)  # before anything is made beside it: the name may be a typing mistake
-    with Workspace(bundle, "Copy the bundle to a folder where you may write, and compile it there.") as workspace:
+    otherwise = "Copy the bundle to a folder where you may write, and compile it there."
+    with Workspace(bundle, otherwise, trusted_keys) as workspace:
         if workspace.unfinished:
             raise BundleError(f"an unfinished build stands beside {bundle}. Finish it first: edgeres build {bundle}")
         manifest = verify(bundle, trusted_keys)  # again, now that no other build can change it

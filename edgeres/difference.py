@@ -20,6 +20,7 @@ from edgeres.measurements import (
     Benchmark,
 )
 from edgeres.reporting import benchmark_of
+from edgeres.signatures import Keys, key_list
 from edgeres.validation import decibels
 from edgeres.validation.baseline import unpacked
 from edgeres.validation.paired import paired_change
@@ -37,7 +38,7 @@ class Table(NamedTuple):
     rows: List[List[str]]
 
 
-def difference(first: Path, second: Path) -> Facts:
+def difference(first: Path, second: Path, trusted_keys: Optional[Keys] = None) -> Facts:
     """Return how the ``second`` of two verified bundles differs from the ``first``.
 
     Pairs are ``[first, second]``, None where one has none. ``recipe`` has the settings that differ; ``ranges`` every
@@ -46,10 +47,14 @@ def difference(first: Path, second: Path) -> Facts:
     first to the second in percentage points, paired by sample, and ``answers`` the samples that they answer
     differently; both None where ``unpaired`` says why. ``latency`` is the engines' p50 in ms by batch size.
 
+    Args:
+        trusted_keys: as of :func:`edgeres.load`: one of them has to have signed each bundle.
+
     Raises:
-        BundleError: one is no bundle, or is damaged.
+        BundleError: one is no bundle, or is damaged, or nobody who is trusted vouches for it.
     """
-    manifests, facts = zip(*(read_and_inspect(folder) for folder in (first, second)))
+    keys = key_list(trusted_keys)
+    manifests, facts = zip(*(read_and_inspect(folder, keys) for folder in (first, second)))
     accuracy, answers, unpaired = _paired((first, second), manifests)
     return {
         "bundles": [str(first), str(second)],

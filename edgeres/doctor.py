@@ -15,6 +15,7 @@ ABILITIES = (
     ("run a bundle on the CPU", ("onnxruntime",), "cpu"),
     ("read image folders", ("PIL",), "images"),
     ("write report.html", ("jinja2",), "report"),
+    ("sign bundles, and check signatures", ("cryptography",), "sign"),
     ("build bundles", ("torch", "onnx", "onnxruntime", "safetensors", "numba", "PIL", "tomli_w"), "host"),
 )
 DISTRIBUTIONS = {"PIL": "pillow", "tomli_w": "tomli-w"}

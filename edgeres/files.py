@@ -11,7 +11,7 @@ import mmap
 import os
 import stat
 from pathlib import Path
-from typing import Iterator, Tuple, Union
+from typing import Iterator, List, Tuple, Union
 
 from edgeres.artifacts import FileRef
 from edgeres.errors import BundleError
@@ -101,6 +101,18 @@ def _refuse_link(name: str, place: int) -> os.stat_result:
 def _refuse_extraordinary(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise NotOrdinary(errno.EINVAL, "is not an ordinary file")
+
+
+def read_at_most(stream: io.FileIO, most: int) -> bytes:
+    """Return what is left of a file, but no more than ``most`` bytes. One read(2) may give less than there is."""
+    parts: List[bytes] = []
+    while most > 0:
+        part = stream.read(min(most, CHUNK))
+        if not part:
+            break
+        parts.append(part)
+        most -= len(part)
+    return b"".join(parts)
 
 
 def read_hashed(stream: io.FileIO, size: int, keep: bool) -> Tuple[bytes, str]:

@@ -20,24 +20,24 @@ from edgeres.artifacts import (
     summaries,
     to_data,
 )
-from edgeres.bundle import check_files, manifest_bytes, parse_manifest, read_listed, unlisted, verify_and_read
+from edgeres.bundle import check_files, parse_manifest, read_listed, unlisted, verify_and_read, vouched_bytes
 from edgeres.errors import BundleError, MissingPackageError
 from edgeres.files import sha256_bytes
-from edgeres.signatures import Keys, check, read_signatures
+from edgeres.signatures import Keys, read_signatures
 
 WORST = 3  # layers that are named in short
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
-def inspect_bundle(folder: Path) -> Dict[str, Any]:
+def inspect_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Dict[str, Any]:
     """Return a verified bundle's layers with the reason and the error of each, its ranges, engines, provenance and
     verdict."""
-    return read_and_inspect(folder)[1]
+    return read_and_inspect(folder, trusted_keys)[1]
 
 
-def read_and_inspect(folder: Path) -> Tuple[Manifest, Dict[str, Any]]:
+def read_and_inspect(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Manifest, Dict[str, Any]]:
     """Return a verified bundle's manifest, and what :func:`inspect_bundle` returns, from one reading."""
-    manifest, contents = verify_and_read(folder, (files.TABLE, files.ERRORS))
+    manifest, contents = verify_and_read(folder, (files.TABLE, files.ERRORS), trusted_keys)
     table = errors = None
     if files.TABLE in contents:
         table = from_json(contents[files.TABLE], CalibrationTable, str(folder / files.TABLE))
@@ -86,13 +86,13 @@ def verify_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Ma
         BundleError: it is damaged, or none of the trusted keys vouches for it.
         SigningKeyError: what is to be trusted is no public key.
     """
-    content = manifest_bytes(folder)
-    good = None if trusted_keys is None else check(folder, content, trusted_keys)
+    content, good = vouched_bytes(folder, trusted_keys)
+    asked = trusted_keys is not None
     manifest = parse_manifest(folder, content)
     check_files(folder, manifest)
     digest = sha256_bytes(content)
     signatures = [
-        {"key": one.key, "current": one.manifest == digest, "trusted": None if good is None else one.key in good}
+        {"key": one.key, "current": one.manifest == digest, "trusted": one.key in good if asked else None}
         for one in read_signatures(folder)
     ]
     return manifest, {
@@ -100,7 +100,7 @@ def verify_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Ma
         "files": len(manifest.files),
         "unlisted": unlisted(folder, manifest),
         "intact": True,
-        "trusted": None if good is None else True,
+        "trusted": True if asked else None,
         "signatures": signatures,
     }
 
@@ -109,10 +109,9 @@ def signature_words(signature: Dict[str, Any]) -> str:
     """Return one of ``signatures`` of :func:`verify_bundle` in words."""
     if signature["trusted"]:
         return f"signed by {signature['key']}, which you trust"
-    if not signature["current"]:
-        return f"signed by {signature['key']} for another manifest: the bundle was changed since"
+    what = "" if signature["current"] else " for another manifest"
     doubt = "whom you do not trust" if signature["trusted"] is False else "not checked against a key that you trust"
-    return f"says to be signed by {signature['key']}, {doubt}"
+    return f"says to be signed by {signature['key']}{what}, {doubt}"
 
 
 def layer_errors(folder: Path, manifest: Manifest) -> Optional[QuantizationErrors]:

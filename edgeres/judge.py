@@ -224,7 +224,8 @@ def validate_bundle(
         samples = _samples(manifest, images, labels)
         reference = stored_logits(contents.pop(files.REFERENCE, None), samples)  # many samples are many bytes
         if reference is None:
-            with contextlib.closing(open_record(contents[files.FP32_MODEL], fp32_record(manifest))) as fp32:
+            record = fp32_record(manifest)
+            with contextlib.closing(open_record(contents[record.file.path], record)) as fp32:
                 reference = run_samples(fp32, samples, manifest.preprocessing, watch)
         if samples.classes is not None and len(samples.classes) != reference.shape[1]:
             raise SampleError(

@@ -19,7 +19,7 @@ from edgeres.errors import EdgeresError, printable
 if TYPE_CHECKING:
     from edgeres.artifacts import Report
 
-PATHS = ("bundle", "data", "baseline")
+PATHS = ("bundle", "data", "baseline", "key")
 LIMITS = ("max_latency_ms", "min_speedup")
 CHOICES = {"policy": ("ci", "point"), "inconclusive": ("fail", "skip", "pass")}
 KEYWORDS = {
@@ -28,6 +28,7 @@ KEYWORDS = {
     "max_drop": "accuracy budget, percentage points of top-1 against FP32 (default: the bundle's own)",
     "policy": "ci (the whole 95 %% interval decides) or point (default: the bundle's own)",
     "baseline": "an accepted report.json to beat as well",
+    "key": "a public key that has to have signed the bundle; repeatable, in the ini file a line each (default: none)",
     "backend": "which of the bundle's engines, or its target (default: the first)",
     "max_latency_ms": "limit on one frame's p50 in ms, on the machine that runs the tests (default: none)",
     "min_speedup": "how many times as fast as its float twin the engine has to be there (default: not asked)",
@@ -73,6 +74,15 @@ class Gate:
             known[key] = _judged(**wanted)
         return known[key]
 
+    @property
+    def words(self) -> str:
+        """The report's short form."""
+        from edgeres.bundle import read_manifest
+        from edgeres.inspection import repairs
+        from edgeres.validation import short_form
+
+        return short_form(self.report, *repairs(self.bundle, read_manifest(self.bundle, self._settings.get("key"))))
+
     def check(self) -> Report:
         """Return the report where the gate passes; where it cannot be decided, ``inconclusive`` says what happens.
 
@@ -83,7 +93,7 @@ class Gate:
         report, outcome = self.report, self.report.outcome()
         if outcome == "pass":
             return report
-        text = _short_form(report, self.bundle)
+        text = self.words
         if outcome == "fail":
             raise GateFailed(text, report)
         asked = self._settings.get("inconclusive", "fail")
@@ -103,7 +113,7 @@ class GateItem(pytest.Item):
         self.user_properties.append(("edgeres_outcome", report.outcome()))
         self.user_properties.append(("edgeres_drop_pp", report.drop_pp))
         gate.check()
-        self.add_report_section("call", "edgeres", _short_form(report, gate.bundle))  # pytest -rP shows it
+        self.add_report_section("call", "edgeres", gate.words)  # pytest -rP shows it
 
     def reportinfo(self) -> Tuple[Path, Optional[int], str]:
         return Path(str(self.fspath)), None, self.name  # pytest 6.2 has no self.path
@@ -131,8 +141,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         kind: Dict[str, Any] = {"choices": CHOICES[name]} if name in CHOICES else {"metavar": name.upper()}
         if name not in CHOICES:
             kind["type"] = NUMBERS.get(name, _given)
+        if name == "key":
+            kind["action"] = "append"
         group.addoption(f"--edgeres-{name.replace('_', '-')}", dest=f"edgeres_{name}", help=text, **kind)
-        parser.addini(f"edgeres_{name}", f"for edgeres_gate: {text.split(';')[0].replace('%%', '%')}")
+        told = f"for edgeres_gate: {text.split(';')[0].replace('%%', '%')}"
+        lines: Dict[str, Any] = {"type": "linelist"} if name == "key" else {}
+        parser.addini(f"edgeres_{name}", told, **lines)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -195,15 +209,9 @@ def _judged(bundle: Path, data: Any = None, baseline: Optional[Path] = None, **o
 
     accepted = None if baseline is None else read_baseline(baseline)
     limits = Limits(*(options.pop(name, None) for name in LIMITS))
+    if "key" in options:
+        options["trusted_keys"] = options.pop("key")
     return gate(bundle, data, limits=limits, baseline=accepted, **options)
-
-
-def _short_form(report: Report, bundle: Path) -> str:
-    from edgeres.bundle import read_manifest
-    from edgeres.inspection import repairs
-    from edgeres.validation import short_form
-
-    return short_form(report, *repairs(bundle, read_manifest(bundle)))
 
 
 def _settings(config: pytest.Config, item: pytest.Item) -> Dict[str, Any]:
@@ -212,10 +220,16 @@ def _settings(config: pytest.Config, item: pytest.Item) -> Dict[str, Any]:
     for name in KEYWORDS:
         flag = config.getoption(f"edgeres_{name}")
         value = config.getini(f"edgeres_{name}") if flag is None else flag
-        if value not in (None, ""):
-            told[name] = config.invocation_params.dir / value if flag and name in PATHS else value
+        if value in (None, "", []):
+            continue
+        if flag and name in PATHS:
+            here = config.invocation_params.dir
+            value = [here / one for one in value] if name == "key" else here / value
+        told[name] = value
     for mark in reversed(list(item.iter_markers("edgeres"))):
         told.update(_keywords(mark))
+    if isinstance(told.get("key"), (str, os.PathLike)):
+        told["key"] = [told["key"]]
     problems = _problems(told)
     if problems:
         pytest.fail(f"edgeres, for {item.name}: {'; '.join(problems)}", pytrace=False)
@@ -223,8 +237,10 @@ def _settings(config: pytest.Config, item: pytest.Item) -> Dict[str, Any]:
         if name in told:
             told[name] = float(told[name])
     for name in PATHS:
-        if name in told:
+        if name in told and name != "key":
             told[name] = _place(config, os.fspath(told[name]))
+    if "key" in told:
+        told["key"] = tuple(str(_place(config, os.fspath(one))) for one in told["key"])
     return told
 
 
@@ -243,7 +259,10 @@ def _problems(told: Dict[str, Any]) -> List[str]:
     for name, value in told.items():
         if name in CHOICES and value not in CHOICES[name]:
             found.append(f"{name} is {value!r}: choose one of {', '.join(CHOICES[name])}")
-        elif name in (*PATHS, "backend") and not (value and isinstance(value, (str, os.PathLike))):
+        elif name == "key":
+            if not (isinstance(value, (list, tuple)) and value and all(map(_is_name, value))):
+                found.append(f"key is {value!r}: give the path of a public key, or a list of them")
+        elif name in (*PATHS, "backend") and not _is_name(value):
             found.append(f"{name} is {value!r}: give {'a name' if name == 'backend' else 'a path'}")
         elif name in NUMBERS:
             try:
@@ -251,6 +270,10 @@ def _problems(told: Dict[str, Any]) -> List[str]:
             except (argparse.ArgumentTypeError, TypeError) as problem:
                 found.append(f"{name}: {problem}")
     return found
+
+
+def _is_name(value: Any) -> bool:
+    return bool(value) and isinstance(value, (str, os.PathLike))
 
 
 def _given(value: str) -> str:

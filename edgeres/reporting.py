@@ -32,6 +32,7 @@ from edgeres.measurements import (
 from edgeres.page import Contents, Flip, flips, pairs
 from edgeres.recipe import locate
 from edgeres.samples import Samples, open_samples, picture
+from edgeres.signatures import Keys, key_list
 from edgeres.validation import (
     Limits,
     advice,
@@ -138,28 +139,34 @@ def page_loss(before: Manifest, after: Manifest) -> Tuple[str, ...]:
 def report_bundle(
     bundle: Path,
     bench: Optional[Path] = None,
-    limits: Optional[Limits] = None,
     warn: Callable[[str], None] = lambda text: None,
+    trusted_keys: Optional[Keys] = None,
 ) -> Bundle:
     """Return a bundle whose page is made anew, with the samples' pictures and a benchmark as far as they are at hand.
 
-    The bundle is verified first; where the page is as it was, nothing is written.
+    The bundle is verified first; where the page is as it was, nothing is written. Limits on the latency are for pages
+    elsewhere (:func:`page_of`): a bundle goes to many machines, and one machine's verdict must not go with it.
+
+    Args:
+        trusted_keys: as of :func:`edgeres.load`: one of them has to have signed the bundle.
 
     Raises:
         MissingPackageError: jinja2 is not installed.
-        BundleError: the bundle is damaged, or cannot be changed.
+        BundleError: the bundle is damaged, or cannot be changed, or nobody who is trusted vouches for it.
     """
-    manifest = verify(bundle)
-    content = page_of(bundle, bench, limits)
+    trusted_keys = key_list(trusted_keys)
+    manifest = verify(bundle, trusted_keys)
+    content = page(bundle, manifest, benchmark_of(bundle, manifest, bench))
     if any(ref == files.content_ref(PAGE, content) for ref in manifest.files):
         return Bundle(str(bundle), manifest)
-    with Workspace(bundle, f"Or write the page elsewhere: edgeres report {bundle} --out FILE") as workspace:
+    otherwise = f"Or write the page elsewhere: edgeres report {bundle} --out FILE"
+    with Workspace(bundle, otherwise, trusted_keys) as workspace:
         if workspace.unfinished:
             raise BundleError(f"an unfinished build stands beside {bundle}. Finish it first: edgeres build {bundle}")
-        manifest = verify(bundle)  # again, now that no other build can change it
+        manifest = verify(bundle, trusted_keys)  # again, now that no other build can change it
         for ref in without_page(manifest).files:
             workspace.write(ref.path, read_verified(bundle, ref))
-        page_content = page(bundle, manifest, benchmark_of(bundle, manifest, bench), limits)
+        page_content = page(bundle, manifest, benchmark_of(bundle, manifest, bench))
         changed = _bound(workspace.folder, manifest, page_content)
         unsigned = workspace.signature_loss(changed)
         workspace.commit(changed)
@@ -168,8 +175,16 @@ def report_bundle(
     return Bundle(str(bundle), changed)
 
 
-def page_of(bundle: Path, bench: Optional[Path] = None, limits: Optional[Limits] = None) -> bytes:
+def page_of(
+    bundle: Path,
+    bench: Optional[Path] = None,
+    limits: Optional[Limits] = None,
+    trusted_keys: Optional[Keys] = None,
+) -> bytes:
     """Return the page of a bundle, which is verified and not changed.
+
+    Args:
+        trusted_keys: as of :func:`edgeres.load`: one of them has to have signed the bundle.
 
     Raises:
         MissingPackageError: jinja2 is not installed.
@@ -177,7 +192,7 @@ def page_of(bundle: Path, bench: Optional[Path] = None, limits: Optional[Limits]
             limits on the latency.
         BackendError: the benchmark does not tell what a limit is on.
     """
-    manifest = verify(bundle)
+    manifest = verify(bundle, trusted_keys)
     return page(bundle, manifest, benchmark_of(bundle, manifest, bench), limits)
 
 

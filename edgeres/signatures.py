@@ -1,25 +1,26 @@
 """Who vouches for a bundle: Ed25519 signatures of its manifest, which binds all other files, in a file beside it.
 
 ``manifest.sig`` is text: a line that says what it is, and for each key a line ``ed25519 KEY MANIFEST SIGNATURE`` in
-lowercase hex, where KEY is the SHA-256 of the public key and MANIFEST that of the manifest that was signed. Both are
-hints: what counts is whether a key that is trusted made the signature of the manifest's very bytes.
+lowercase hex, where KEY is the SHA-256 of the public key and MANIFEST that of the manifest that was signed. Both prove
+nothing, and yet have to be right: a line counts where a key that is trusted made its signature of the manifest's very
+bytes, and all of the line says so. What anybody wrote there is told as what the file says, never as what is.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Collection, List, NamedTuple, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from edgeres.errors import MissingPackageError, SignatureError, SigningKeyError, few, numbered
-from edgeres.files import SIGNATURES, open_inside, read_bounded, sha256_bytes
+from edgeres.files import SIGNATURES, open_inside, read_at_most, read_bounded, sha256_bytes
 
 if TYPE_CHECKING:
     from edgeres.keys import PublicKey
 
 Key = Union[str, bytes, "os.PathLike[str]"]
-"""A public key: the path of its PEM file, the PEM itself, or the 32 bytes of the key."""
-Keys = Union[Key, Collection[Key]]
+"""A public key: the path of its PEM file, the PEM itself, or the 32 bytes of the key (``bytes``, never a file)."""
+Keys = Union[Key, Iterable[Key]]
 
 HEADER = b"edgeres signatures 1"
 LINE = re.compile(rb"ed25519 ([0-9a-f]{64}) ([0-9a-f]{64}) ([0-9a-f]{128})")
@@ -52,7 +53,7 @@ def read_signatures(folder: Union[str, os.PathLike[str]]) -> Tuple[Signature, ..
     place = f"{os.fspath(folder)}/{SIGNATURES}"
     try:
         with open_inside(folder, SIGNATURES) as stream:
-            content = stream.read(LARGEST + 1) or b""
+            content = read_at_most(stream, LARGEST + 1)
     except FileNotFoundError:
         return ()
     except (OSError, ValueError) as problem:
@@ -92,12 +93,19 @@ def check(folder: Union[str, os.PathLike[str]], manifest: bytes, trusted: Keys) 
     if not found:
         problem = f"it is not signed: there is no {SIGNATURES}"
     elif not known:
-        problem = f"it is signed by {few([one.key for one in found])}, and you trust {few(list(keys))}"
+        problem = f"it says to be signed by {few([one.key for one in found])}, and you trust {few(list(keys))}"
     elif not of_this:
-        problem = f"it was signed by {known[0].key} for another manifest: what is here was changed since"
+        problem = f"its signature by {known[0].key} says to be for another manifest: one of the two was changed since"
     else:
         problem = f"the signature by {of_this[0].key} is not of this manifest: it is forged or damaged"
-    raise SignatureError(f"{folder}: {problem}. Nothing was opened. {_AGAIN}")
+    raise SignatureError(f"{folder}: {problem}. This manifest was not parsed. {_AGAIN}")
+
+
+def key_list(trusted: Optional[Keys]) -> Optional[Tuple[Key, ...]]:
+    """Return trusted keys such that they can be asked more than once, whatever they were told as; None stays None."""
+    if trusted is None:
+        return None
+    return (trusted,) if isinstance(trusted, (str, bytes, os.PathLike)) else tuple(trusted)
 
 
 def public_keys(trusted: Keys) -> Tuple[PublicKey, ...]:
@@ -111,7 +119,7 @@ def public_keys(trusted: Keys) -> Tuple[PublicKey, ...]:
         from edgeres.keys import public_key
     except ImportError:
         raise MissingPackageError.for_extra("cryptography", "checking a signature", "sign") from None
-    sources = [trusted] if isinstance(trusted, (str, bytes, os.PathLike)) else list(trusted)
+    sources = key_list(trusted)
     if not sources:
         raise SigningKeyError("the list of trusted keys is empty. Name a public key, or leave the list out (None)")
     keys: List[PublicKey] = []
@@ -126,14 +134,14 @@ def public_keys(trusted: Keys) -> Tuple[PublicKey, ...]:
     return tuple(keys)
 
 
-def _content(source: Key, number: int) -> Tuple[bytes, str]:
-    """Return the bytes of a key, and what to call it."""
+def _content(source: Key, number: int) -> Tuple[bytes, str, bool]:
+    """Return the bytes of a key, what to call it, and whether they may be the key without any wrapping."""
     if isinstance(source, str) and source.lstrip().startswith("-----BEGIN"):
-        source = source.encode()
+        return source.encode(), f"trusted key {number}", False
     if isinstance(source, bytes):
-        return source, f"trusted key {number}"
+        return source, f"trusted key {number}", True
     try:
-        return read_bounded(os.fspath(source), LARGEST_KEY), os.fspath(source)
+        return read_bounded(os.fspath(source), LARGEST_KEY), os.fspath(source), False
     except (OSError, ValueError, TypeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise SigningKeyError(f"the key {source} cannot be read: {reason}") from None

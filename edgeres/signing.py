@@ -36,8 +36,11 @@ def make_pair(path: Path, passphrase: Optional[bytes] = None) -> Tuple[Path, str
         from edgeres.keys import new_pair
     except ImportError:
         raise _missing() from None
+    if not path.name or "\0" in str(path):
+        raise SigningKeyError(f"{str(path)!r} is no name of a file. Name one: edgeres keygen FILE")
     public_path = path.with_name(f"{path.name}.pub")
-    if any((folder / MANIFEST).is_file() for folder in path.absolute().parents):
+    folder = Path(os.path.realpath(path.parent))  # a bundle may be behind a link
+    if any((place / MANIFEST).is_file() for place in (folder, *folder.parents)):
         raise SigningKeyError(f"{path} lies in a bundle, which is copied to robots. Keep the private key elsewhere.")
     private, public, key = new_pair(passphrase)
     made = []
@@ -87,7 +90,7 @@ def sign_bundle(bundle: Folder, path: Path, passphrase: Passphrase = lambda: Non
         raise SignatureError(f"{bundle} has {MOST} signatures already. Remove {SIGNATURES}, and sign it again.")
     write_atomic(Path(bundle) / SIGNATURES, signatures_content([own, *kept]))
     warnings = [
-        f"the signature by {one.key} was of an earlier manifest, and is gone" for one in others if one not in kept
+        f"the signature by {one.key} says to be of another manifest, and is gone" for one in others if one not in kept
     ]
     if stat.S_IMODE(os.stat(path).st_mode) & 0o077:
         warnings.append(f"others may read the private key. Keep it to yourself: chmod 600 {path}")

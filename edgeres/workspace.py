@@ -23,18 +23,17 @@ import msgspec
 
 from edgeres.artifacts import Engine, Manifest, StageRecord, from_json, to_json
 from edgeres.bundle import intact, manifest_bytes, read_manifest, read_verified, unlisted
-from edgeres.errors import BundleError
+from edgeres.errors import BundleError, EdgeresError, SignatureError
 from edgeres.files import (
     INTEGER_MODEL,
     MANIFEST,
     RECIPE,
     SIGNATURES,
     file_ref,
-    read_bounded,
     sha256_bytes,
     write_atomic,
 )
-from edgeres.signatures import LARGEST as LARGEST_SIGNATURES
+from edgeres.signatures import Keys, Signature, key_list, read_signatures, signatures_content
 
 RECORDS = ".stages"
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -49,17 +48,26 @@ def stage_key(name: str, inputs: Dict[str, Any]) -> str:
 class Workspace:
     """A build's own folder beside ``out``; use it as a context manager, and call :meth:`commit` last.
 
+    Where ``trusted_keys`` are given, one of them has to have signed the earlier bundle, if there is one.
+
     Raises (on entering):
         BundleError: ``out`` is a file or a folder that is no bundle, the place cannot be written, or another build is
             at work there; ``otherwise`` is what to do then.
+        SignatureError: none of the trusted keys vouches for the earlier bundle; its manifest was not parsed.
     """
 
-    def __init__(self, out: Path, otherwise: str = "Choose another folder: --out FOLDER") -> None:
+    def __init__(
+        self,
+        out: Path,
+        otherwise: str = "Choose another folder: --out FOLDER",
+        trusted_keys: Optional[Keys] = None,
+    ) -> None:
         self.otherwise = otherwise
         self.out = Path(os.path.abspath(out))  # without any ..: its name names the work folder
         self.folder = self.out.parent / f".{self.out.name}.work"
         self.records: Dict[str, StageRecord] = {}
         self.unfinished = False
+        self._trusted_keys = key_list(trusted_keys)
         self._earlier: Optional[Manifest] = None
         self._lock: Optional[int] = None
 
@@ -69,7 +77,7 @@ class Workspace:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             restore(self.out)
-            self._refuse_strangers()  # again: until now, another build may have been at work
+            self._earlier = self._refuse_strangers()  # again: until now, another build may have been at work
             if self.folder.exists() and not (self.folder / RECORDS).is_dir():
                 shutil.rmtree(self.folder)  # an earlier bundle, exchanged and not removed yet
             (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
@@ -77,11 +85,9 @@ class Workspace:
         except OSError as problem:
             self._release()
             raise BundleError(f"cannot write beside {self.out}: {problem.strerror}. {self.otherwise}") from None
-        except BundleError:
+        except EdgeresError:
             self._release()
             raise
-        with contextlib.suppress(BundleError):
-            self._earlier = read_manifest(self.out)
         return self
 
     def __exit__(
@@ -194,19 +200,19 @@ class Workspace:
 
     def signature_loss(self, manifest: Manifest) -> Tuple[str, ...]:
         """Return what to say where the earlier bundle is signed, and a new manifest is not the one that was."""
-        if not os.path.lexists(self.out / SIGNATURES) or self._is_there(manifest):
+        if not os.path.lexists(self.out / SIGNATURES) or self._kept_signatures(manifest):
             return ()
         return (
             "the bundle was signed as it was, and the signatures are gone. Sign it again: edgeres sign BUNDLE --key "
             "PRIVATE",
         )
 
-    def _is_there(self, manifest: Manifest) -> bool:
-        """Whether the earlier bundle's manifest is this one, byte for byte."""
-        try:
-            return manifest_bytes(self.out) == to_json(manifest)
-        except BundleError:
-            return False
+    def _kept_signatures(self, manifest: Manifest) -> Tuple[Signature, ...]:
+        """Return the signatures of the earlier bundle, where its manifest is this one, byte for byte."""
+        with contextlib.suppress(BundleError):  # there is no bundle, or the signatures are none
+            if manifest_bytes(self.out) == to_json(manifest):
+                return read_signatures(self.out)
+        return ()
 
     def commit(self, manifest: Manifest) -> None:
         """Write the manifest, drop what is not in it, take over the user's own files, and exchange the folders.
@@ -218,9 +224,9 @@ class Workspace:
             for path in unlisted(self.folder, manifest):
                 os.unlink(self.folder / path)
             self.write(MANIFEST, to_json(manifest))
-            if self._is_there(manifest):
-                with contextlib.suppress(OSError):  # there are none, or they are no file
-                    self.write(SIGNATURES, read_bounded(self.out / SIGNATURES, LARGEST_SIGNATURES))
+            signatures = self._kept_signatures(manifest)
+            if signatures:
+                self.write(SIGNATURES, signatures_content(signatures))
             for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
@@ -240,16 +246,20 @@ class Workspace:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(self.out / path, target, follow_symlinks=False)
 
-    def _refuse_strangers(self) -> None:
-        """Refuse to replace anything that is not a bundle: --out may be a typing mistake."""
+    def _refuse_strangers(self) -> Optional[Manifest]:
+        """Refuse to replace anything that is not a bundle: --out may be a typing mistake. Return the earlier bundle's
+        manifest; None where there is none that can be read."""
+        earlier = None
         if self.out.is_symlink():
             raise BundleError(f"{self.out} is a link. Name the folder itself: {os.path.realpath(str(self.out))}")
         if self.out.exists() and not self.out.is_dir():
             raise BundleError(f"{self.out} exists and is not a folder. Choose another: --out FOLDER")
         if not self.out.is_dir() or not any(self.out.iterdir()):
-            return
+            return None
         try:
-            read_manifest(self.out)
+            earlier = read_manifest(self.out, self._trusted_keys)
+        except SignatureError:
+            raise
         except BundleError:
             # A damaged bundle may be built again; others have files called manifest.json too.
             if not ((self.out / MANIFEST).is_file() and (self.out / RECIPE).is_file()):
@@ -260,6 +270,7 @@ class Workspace:
             raise BundleError(
                 f"you are inside {self.out}, which is about to be replaced. Change to another folder: cd .."
             )
+        return earlier
 
     def _take_lock(self) -> None:
         """Lock the place for this process; the lock dies with it, however it ends."""

@@ -16,7 +16,7 @@ from PIL import Image
 
 from edgeres import files
 from edgeres.artifacts import Engine, FileRef, Manifest, Preprocessing, Report, from_json, to_json
-from edgeres.errors import SampleError
+from edgeres.errors import BundleError, SampleError
 from edgeres.judge import judge, reference_content, validate_bundle
 from edgeres.samples import open_samples
 from edgeres.validation import advice, against_baseline, baseline_headline, compare
@@ -166,6 +166,15 @@ def folder_of(place: Path, classes: str = "abcd", other: Optional[int] = None) -
         pixels = np.full((2, 2, 3), 3 * n, np.uint8)
         Image.fromarray(pixels).save(place / kind / f"{n % 4}-{n:02}.png")
     return place
+
+
+def test_a_bundle_without_its_float_model_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the logits of FP32 nor what computes them: nothing to compare with."""
+    engine = Double()
+    engine.manifest = msgspec.structs.replace(engine.manifest, files=())
+    monkeypatch.setattr("edgeres.judge.load_with", lambda *told: (engine, {}))
+    with pytest.raises(BundleError, match=r"no model\.fp32\.onnx to compare with"):
+        validate_bundle("net", folder_of(tmp_path / "images"))
 
 
 def test_a_builds_report_is_a_baseline_on_the_same_labels_alone(

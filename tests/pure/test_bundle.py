@@ -6,8 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import msgspec
 import pytest
@@ -208,9 +209,10 @@ def test_all_problems_are_named_at_once(folder: Path) -> None:
 ELSEWHERE = ["/etc/hostname", "../stranger", "engines/../../stranger", "..", "/", "//x"]
 EMPTY_PARTS = ["", ".", "a//b", "a/", "./a", "a/./b"]
 OF_WINDOWS = ["engines\\stranger", "C:stranger", "C:/stranger", "file:stream", "ends.", "ends ", "engines./a", "a*"]
+DEVICES = ["con", "engines/NUL", "aux.onnx", "COM1", "lpt9.engine/a", "prn.tar.gz"]
 OTHER_NAMES = ["manifest.json", "Manifest.JSON", "manifest.sig", ".hidden", "em\0pty", "new\nline", "\x1b[2J"]
 UNICODE = ["caf\u00e9", "cafe\u0301"]  # one name to some file systems, two to others
-OUTSIDE = [*ELSEWHERE, *EMPTY_PARTS, *OF_WINDOWS, *OTHER_NAMES, *UNICODE]
+OUTSIDE = [*ELSEWHERE, *EMPTY_PARTS, *OF_WINDOWS, *DEVICES, *OTHER_NAMES, *UNICODE]
 
 
 @pytest.mark.parametrize("path", OUTSIDE)
@@ -225,6 +227,37 @@ def test_a_path_out_of_the_bundle_is_refused(folder: Path, path: str) -> None:
         read_verified(folder, ref)
     with pytest.raises(IntegrityError, match="which is not a path inside the bundle"):
         verify_and_read(folder, (path,))
+
+
+@pytest.mark.parametrize("path", ["console", "nulls.onnx", "com", "engines/com10", "a.con", "lpt"])
+def test_a_name_that_begins_as_a_device_does_is_none(folder: Path, path: str) -> None:
+    (folder / path).write_bytes(b"")
+    bind(folder, (file_ref(folder, path),))
+    verify(folder)
+
+
+def test_threads_are_started_where_they_are_used_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pool(*told: Any) -> None:
+        raise AssertionError("a few kilobytes are no work for threads")
+
+    monkeypatch.setattr(bundle_module, "ThreadPoolExecutor", pool)
+    verify(folder)
+
+
+def test_where_no_thread_can_be_started_files_are_checked_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        refused.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    refused: List[threading.Thread] = []
+    monkeypatch.setattr(bundle_module, "SMALL", 0)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    verify(folder)
+    extended(folder / "recipe.toml")
+    assert "recipe.toml has 20 bytes instead of 19" in problems_of(folder)
+    assert refused
 
 
 def test_names_that_differ_in_case_alone_are_refused(folder: Path) -> None:

@@ -66,6 +66,12 @@ def test_an_ability_is_there_just_where_nothing_is_missing() -> None:
         assert (ability["install"] is None) == ability["can"]
 
 
+def test_what_signatures_need_is_among_what_it_names() -> None:
+    facts = examine()
+    assert facts["packages"]["cryptography"] == version("cryptography")
+    assert any(ability["what"] == "sign bundles, and check signatures" for ability in facts["abilities"])
+
+
 @pytest.mark.usefixtures("bare")
 def test_a_bare_machine_is_told_what_to_install() -> None:
     facts = examine()

@@ -10,6 +10,8 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, List
 
 import pytest
 from hypothesis import given
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from edgeres import files
 from edgeres.artifacts import FileRef
 from edgeres.errors import BundleError
-from edgeres.files import file_ref, model_file, sha256_bytes, sha256_file, write_atomic
+from edgeres.files import file_ref, model_file, read_at_most, sha256_bytes, sha256_file, write_atomic
 
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # FIPS 180-4's empty message
 
@@ -32,6 +34,23 @@ def test_a_file_is_hashed_whole(tmp_path: Path, size: int) -> None:
     content = os.urandom(size)
     (tmp_path / "a").write_bytes(content)
     assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_read_that_gives_less_than_there_is_goes_on() -> None:
+    """As read(2) may, on some file systems and behind a signal."""
+    asked: List[int] = []
+    parts = [b"a", b"bc", b"def", b""]
+
+    def read(most: int) -> bytes:
+        asked.append(most)
+        return parts.pop(0)[:most]
+
+    stream: Any = SimpleNamespace(read=read)
+    assert read_at_most(stream, 100) == b"abcdef"
+    parts = [b"a", b"bc", b"def", b"ghi"]
+    assert read_at_most(stream, 5) == b"abcde"
+    assert parts == [b"ghi"]
+    assert max(asked) <= 100
 
 
 def test_a_reference_is_relative_to_its_folder(tmp_path: Path) -> None:

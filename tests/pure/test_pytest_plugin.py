@@ -254,6 +254,36 @@ def test_the_nearest_mark_counts_before_the_command_line_and_that_before_the_fil
     assert [call.get("backend") for call in session.calls()] == [None, "cpu", None]
 
 
+def asked_keys(session: Session) -> List[Any]:
+    return [call.get("trusted_keys") for call in session.calls()]
+
+
+def test_keys_are_told_by_mark_option_or_ini_file(session: Session) -> None:
+    place = session.pytester.path
+    for name in ("a.pub", "b.pub"):
+        (place / name).write_text("")
+    session.pytester.makepyfile(GATED.replace("check()", "report"))
+    session.run("--edgeres-bundle", "good", "--edgeres-key", "a.pub", "--edgeres-key", "b.pub", "-m", "not edgeres")
+    session.pytester.makeini("[pytest]\nedgeres_bundle = good\nedgeres_key =\n    b.pub\n    a.pub\n")
+    session.run().assert_outcomes(passed=1)
+    for told in ("'b.pub'", "['b.pub']"):
+        session.pytester.makepyfile(marked(f"key={told}", GATED.replace("check()", "report")))
+        session.run().assert_outcomes(passed=1)
+    a, b = str(place / "a.pub"), str(place / "b.pub")
+    assert asked_keys(session) == [[a, b], [b, a], [b], [b]]
+
+
+def test_the_words_are_of_a_manifest_that_somebody_trusted_signed(session: Session) -> None:
+    """Judging is replaced here, so what refuses is the reading for the report's short form."""
+    pytest.importorskip("cryptography", reason="signatures need it: pip install 'edgeres[sign]'")
+    from edgeres.signing import make_pair
+
+    make_pair(session.pytester.path / "k")
+    result = session.run("--edgeres-bundle", "bad", "--edgeres-key", "k.pub")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*bad: it is not signed: *"])
+
+
 def test_paths_of_a_mark_count_from_the_root_folder(session: Session) -> None:
     session.pytester.makeini("[pytest]\n")
     folder = session.pytester.mkdir("inner")
@@ -280,6 +310,9 @@ def test_paths_of_a_mark_count_from_the_root_folder(session: Session) -> None:
         ("bundle='good', max_latency_ms=0", "*max_latency_ms: 0 is no number above 0"),
         ("bundle='good', min_speedup=True", "*min_speedup: True is no number above 0"),
         ("bundle='', data=''", "*bundle is '': give a path; data is '': give a path"),
+        ("bundle='good', key=[]", "*key is [[]]: give the path of a public key, or a list of them"),
+        ("bundle='good', key=7", "*key is 7: give the path of a public key, or a list of them"),
+        ("bundle='good', key=['']", "*key is [[]'']: give the path of a public key, or a list of them"),
         ("bundle=7, data=[1]", "*bundle is 7: give a path; data is [[]1]: give a path"),
         ("bundle='good', inconclusive='maybe'", "*inconclusive is 'maybe': choose one of fail, skip, pass"),
         ("max_drop=1", "edgeres_gate has no bundle to judge. Name one: --edgeres-bundle DIR, *"),

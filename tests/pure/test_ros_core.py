@@ -289,6 +289,7 @@ def test_health_tells_the_engine_and_warns_of_a_verdict_on_it(bench: Callable[..
         "bundle", "sums", "cpu", "fp32",
     )  # fmt: skip
     assert values["verdict"] == "none on this engine"
+    assert values["signature"] == "not asked"
     engine = one.classifier.engine
     report = Report(100, 0.5, 3.0, 0.5, "fail", "cpu", "fp32", target="cpu")
     engine.manifest = msgspec.structs.replace(engine.manifest, report=report)
@@ -334,6 +335,15 @@ def test_every_parameter_that_makes_no_sense_is_told_at_once(tmp_path: Path) -> 
 def test_a_missing_bundle_is_told_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nowhere"):
         open_classifier(Settings(str(tmp_path / "nowhere")), print)
+
+
+def test_health_tells_that_a_signature_was_asked_for(summing: Callable[..., Any]) -> None:
+    engine, runner = summing()
+    one = Bench(engine, runner, Settings("bundle", trusted_keys="a.pub"))
+    try:
+        assert one.classifier.health().values["signature"] == "by a trusted key"
+    finally:
+        one.classifier.close()
 
 
 @pytest.mark.parametrize(("told", "keys"), [("", None), ("a.pub", ["a.pub"]), ("a.pub:b.pub", ["a.pub", "b.pub"])])

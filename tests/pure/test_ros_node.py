@@ -82,6 +82,15 @@ def test_images_become_classifications_and_diagnostics(world: ros_double.World, 
     values = {pair.key: pair.value for pair in status.values}
     assert (values["bundle"], values["answered"], values["dropped"]) == ("build/digits-int8", "1", "0")
     assert float(values["latency p50 (ms)"]) <= float(values["latency p99 (ms)"])
+    assert values["signature"] == "not asked"
+    ((first, _), (second, told)) = world.logged
+    assert (first, second) == ("info", "warning")
+    assert "trusted_keys is empty" in told
+
+
+def test_where_a_key_is_named_nothing_is_warned_of(world: ros_double.World, node: Any) -> None:
+    world.overrides = {"bundle": "b", "trusted_keys": "lab.pub"}
+    assert node.main() == 0
     assert [level for level, _ in world.logged] == ["info"]
 
 
@@ -110,7 +119,7 @@ def test_the_camera_is_heard_as_sensors_are_and_the_rest_is_kept_for_one(world: 
 
 def test_a_damaged_image_is_a_diagnostic_and_said_once(world: ros_double.World, node: Any) -> None:
     damaged = ("/image", image(step=11))
-    world.overrides = {"bundle": "b"}
+    world.overrides = {"bundle": "b", "trusted_keys": "lab.pub"}
     world.script = [damaged, settled(node), "_diagnose", damaged, settled(node), "_diagnose"]
     world.script += [("/image", image()), settled(node), "_diagnose"]
     assert node.main() == 0

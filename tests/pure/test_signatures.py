@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import stat
@@ -9,24 +10,42 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("cryptography", reason="signatures need it: pip install 'edgeres[sign]'")
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, x25519
 
 import edgeres
 from edgeres import bundle as bundle_module
+from edgeres import compilation, reporting
+from edgeres import keys as keys_module
 from edgeres import signatures as signatures_module
 from edgeres.artifacts import Engine, Manifest, Preprocessing, to_json
 from edgeres.bundle import unlisted, verify
-from edgeres.errors import BundleError, EdgeresError, MissingPackageError, SignatureError, SigningKeyError
+from edgeres.cli import cli
+from edgeres.compilation import compile_bundle
+from edgeres.difference import difference
+from edgeres.errors import (
+    BundleError,
+    EdgeresError,
+    IntegrityError,
+    MissingPackageError,
+    SignatureError,
+    SigningKeyError,
+)
 from edgeres.files import MANIFEST, SIGNATURES, file_ref
+from edgeres.inspection import inspect_bundle, verify_bundle
 from edgeres.keys import private_key, public_key
+from edgeres.recipe import EngineSection
+from edgeres.reporting import page_of, report_bundle
 from edgeres.runtime import loading
 from edgeres.signatures import CONTEXT, read_signatures
 from edgeres.signing import make_pair, sign_bundle
@@ -238,6 +257,37 @@ UNTRUSTED = {
 }
 
 
+def compiled(folder: Path, trusted_keys: Any) -> object:
+    return compile_bundle(folder, EngineSection(backend="cpu"), lambda name, done, total: None, trusted_keys)
+
+
+def differing(folder: Path, trusted_keys: Any) -> object:
+    return difference(folder, folder, trusted_keys)
+
+
+def worked_on(folder: Path, trusted_keys: Any) -> None:
+    with Workspace(folder, trusted_keys=trusted_keys):
+        pass
+
+
+def reported(folder: Path, trusted_keys: Any) -> object:
+    return report_bundle(folder, trusted_keys=trusted_keys)
+
+
+DOORS = (
+    edgeres.load,
+    edgeres.validate,
+    verify,
+    verify_bundle,
+    inspect_bundle,
+    page_of,
+    reported,
+    differing,
+    compiled,
+    worked_on,
+)
+
+
 @pytest.mark.parametrize(("change", "words"), UNTRUSTED.values(), ids=UNTRUSTED)
 def test_nothing_untrusted_reaches_a_parser(
     bundle: Path, mine: Any, opened: Opened, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], words: str
@@ -245,12 +295,93 @@ def test_nothing_untrusted_reaches_a_parser(
     change(bundle)
     parsed: List[object] = []
     monkeypatch.setattr(bundle_module, "from_json", lambda *told: parsed.append(told))
-    for door in (edgeres.load, edgeres.validate, verify):
+    for door in DOORS:
         with pytest.raises(SignatureError, match=words) as caught:
             door(bundle, trusted_keys=[mine[1]])
         assert "edgeres sign" in str(caught.value)
     assert not parsed
     assert not opened.contents
+
+
+@pytest.mark.parametrize(
+    ("module", "door"), [(compilation, compiled), (reporting, reported)], ids=["compile", "report"]
+)
+def test_what_comes_between_two_checks_reaches_no_parser_either(
+    bundle: Path, mine: Any, monkeypatch: pytest.MonkeyPatch, module: Any, door: Callable[[Path, Any], object]
+) -> None:
+    """Behind the first check somebody writes a manifest of his own; the lock beside it is free again afterwards."""
+
+    def then_exchange(*told: Any) -> Manifest:
+        manifest = verify(*told)
+        another_manifest(bundle)
+        monkeypatch.setattr(bundle_module, "from_json", lambda *told: parsed.append(told))
+        return manifest
+
+    parsed: List[object] = []
+    monkeypatch.setattr(module, "verify", then_exchange)
+    monkeypatch.setattr(reporting, "page", lambda *told: b"another page")
+    with pytest.raises(SignatureError, match="for another manifest"):
+        door(bundle, [mine[1]])
+    assert not parsed
+    monkeypatch.undo()
+    with Workspace(bundle):
+        pass
+
+
+def test_trusted_keys_may_be_told_one_after_the_other(bundle: Path, mine: Any, opened: Opened) -> None:
+    """A generator is empty at its second reading."""
+    opened.contents = []
+    with edgeres.load(bundle, trusted_keys=(key for key in [mine[1]])):
+        pass
+    told = refused(lambda: compiled(bundle, (key for key in [mine[1]])))
+    assert "no model that edgeres exported" in told
+
+
+def exchanged(folder: Path, key: Path) -> None:
+    """Put another signed bundle in the place of this one, as a build and a signature do it."""
+    another_manifest(folder)
+    sign_bundle(folder, key)
+
+
+def destroyed(folder: Path, key: Path) -> None:
+    (folder / MANIFEST).unlink()
+    unsigned(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [(exchanged, BundleError, "changed while it was being read. Load it again"),
+     (destroyed, SignatureError, "is not signed")],
+)  # fmt: skip
+def test_an_exchange_between_manifest_and_signatures_is_no_forgery(
+    bundle: Path, mine: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None], kind: Any, words: str
+) -> None:
+    check = bundle_module.check
+
+    def changed_first(*told: Any) -> Tuple[str, ...]:
+        monkeypatch.undo()
+        change(bundle, mine[0])
+        return check(*told)
+
+    monkeypatch.setattr(bundle_module, "check", changed_first)
+    with pytest.raises(BundleError, match=words) as caught:
+        verify(bundle, [mine[1]])
+    assert type(caught.value) is kind
+
+
+def test_a_second_reading_that_fails_does_not_hide_what_the_first_one_found(
+    bundle: Path, mine: Any, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_files = loading.check_files
+
+    def damaged_first(*told: Any) -> Dict[str, bytes]:
+        (bundle / "model.int8.onnx").write_bytes(b"another")
+        (bundle / MANIFEST).unlink()
+        return check_files(*told)
+
+    monkeypatch.setattr(loading, "check_files", damaged_first)
+    with pytest.raises(IntegrityError, match=r"model\.int8\.onnx has 7 bytes"):
+        edgeres.load(bundle, trusted_keys=[mine[1]])
 
 
 def test_whoever_wants_no_signature_needs_none(bundle: Path, opened: Opened) -> None:
@@ -374,6 +505,32 @@ def test_a_rebuilt_bundle_keeps_only_signatures_that_hold(bundle: Path, mine: An
         assert "is not signed" in refused(lambda: verify(bundle, [mine[1]]))
 
 
+def outside(folder: Path) -> None:
+    """What the user alone may read, behind a link."""
+    (folder / SIGNATURES).unlink()
+    (folder.parent / "secret").write_bytes(b"secret")
+    (folder / SIGNATURES).symlink_to(folder.parent / "secret")
+
+
+def with_more(folder: Path) -> None:
+    with open(folder / SIGNATURES, "ab") as stream:
+        stream.write(b"a hidden word")
+
+
+@pytest.mark.parametrize("change", [outside, with_more, a_pipe])
+def test_only_signatures_are_taken_over_as_signatures(bundle: Path, change: Callable[[Path], None]) -> None:
+    manifest = verify(bundle)
+    change(bundle)
+    with Workspace(bundle) as workspace:
+        for ref in manifest.files:
+            workspace.write(ref.path, (bundle / ref.path).read_bytes())
+        loss = workspace.signature_loss(manifest)
+        workspace.commit(manifest)
+    assert not os.path.lexists(bundle / SIGNATURES)
+    assert "edgeres sign" in loss[0]
+    verify(bundle)
+
+
 def manifest_fields(manifest: Manifest) -> Dict[str, Any]:
     return {name: getattr(manifest, name) for name in manifest.__struct_fields__}
 
@@ -392,9 +549,110 @@ def test_keys_are_for_their_owner_alone_and_never_overwritten(tmp_path: Path, mi
 
 
 def test_no_private_key_goes_into_a_bundle(bundle: Path) -> None:
-    for place in (bundle / "key", bundle / "engines" / "key"):
+    (bundle.parent / "link").symlink_to(bundle / "engines")
+    for place in (bundle / "key", bundle / "engines" / "key", bundle.parent / "link" / "key"):
         with pytest.raises(SigningKeyError, match="lies in a bundle"):
             make_pair(place)
+
+
+@pytest.mark.parametrize("name", ["", "/", "a\0b", "a\0/b"])
+def test_what_names_no_file_is_no_place_for_a_key(name: str) -> None:
+    with pytest.raises(SigningKeyError, match="no name of a file"):
+        make_pair(Path(name))
+
+
+# The group of Edwards25519, as RFC 8032 writes it in section 6: the points that eight times are the neutral one.
+P, L = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493
+D = -121665 * pow(121666, P - 2, P) % P
+Point = Tuple[int, int]
+
+
+def added(a: Point, b: Point) -> Point:
+    product = D * a[0] * b[0] * a[1] * b[1] % P
+    x = (a[0] * b[1] + a[1] * b[0]) * pow(1 + product, P - 2, P) % P
+    return x, (a[1] * b[1] + a[0] * b[0]) * pow(1 - product, P - 2, P) % P
+
+
+def times(number: int, point: Point) -> Point:
+    found = (0, 1)
+    while number:
+        found = added(found, point) if number & 1 else found
+        point, number = added(point, point), number >> 1
+    return found
+
+
+def points() -> Iterator[Point]:
+    """Points of the curve, by trying y in turn (section 5.1.3)."""
+    for y in range(2, 200):
+        square = (y * y - 1) * pow(D * y * y + 1, P - 2, P) % P
+        x = pow(square, (P + 3) // 8, P)
+        x = x if x * x % P == square else x * pow(2, (P - 1) // 4, P) % P
+        if x * x % P == square:
+            yield x, y
+
+
+def small() -> List[bytes]:
+    """Every encoding of a point of order 1, 2, 4 or 8, also those with y beyond the field and of -0."""
+    generator = next(times(L, one) for one in points() if len({times(n, times(L, one)) for n in range(8)}) == 8)
+    ys = {times(number, generator)[1] for number in range(8)}
+    written = [y + more for y in ys for more in (0, P) if y + more < 1 << 255]
+    return [(y | sign << 255).to_bytes(32, "little") for y in written for sign in (0, 1)]
+
+
+def pem_of(raw: bytes) -> bytes:
+    """RFC 8410, section 4: what stands in front of the 32 bytes is always the same."""
+    text = base64.b64encode(bytes.fromhex("302a300506032b6570032100") + raw)
+    return b"-----BEGIN PUBLIC KEY-----\n" + text + b"\n-----END PUBLIC KEY-----\n"
+
+
+def test_points_that_anybody_signs_for_are_nobodys_keys() -> None:
+    """S = 0 and R = -hA, one of eight points, is a "signature" of every message by such a key."""
+    bad = small()
+    assert len(set(bad)) == 14
+    named = ["00" * 32, "01" + "00" * 31, "ec" + "ff" * 30 + "7f"]
+    assert set(map(bytes.fromhex, named)) < set(bad)
+    for raw in bad:
+        for form in (raw, pem_of(raw)):
+            with pytest.raises(SigningKeyError, match="small order"):
+                public_key(form, "it")
+    for _, public, _, _ in RFC_8032.values():
+        assert public_key(pem_of(bytes.fromhex(public)), "it").id == public_key(bytes.fromhex(public), "it").id
+
+
+def test_any_file_of_32_bytes_is_no_key(bundle: Path, mine: Any, tmp_path: Path) -> None:
+    verify(bundle, as_raw(mine[1]))
+    (tmp_path / "raw").write_bytes(as_raw(mine[1]))
+    assert "it holds no PEM" in refused(lambda: verify(bundle, tmp_path / "raw"))
+
+
+def test_a_file_with_two_keys_is_not_read_as_one_of_them(bundle: Path, mine: Any, yours: Any, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    both.write_bytes(yours[1].read_bytes() + mine[1].read_bytes())
+    for form in (both, both.read_bytes(), both.read_text()):
+        assert "more than one PEM block" in refused(partial(verify, bundle, form))
+    both.write_bytes(yours[0].read_bytes() + mine[0].read_bytes())
+    assert "more than one PEM block" in refused(lambda: sign_bundle(bundle, both))
+
+
+def test_an_openssl_without_ed25519_is_named(
+    bundle: Path, mine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*told: Any) -> None:
+        raise UnsupportedAlgorithm("ed25519 is not supported by this version of OpenSSL.")
+
+    raw = as_raw(mine[1])
+    monkeypatch.setattr(keys_module.Ed25519PrivateKey, "generate", lacking)
+    monkeypatch.setattr(keys_module.Ed25519PublicKey, "from_public_bytes", lacking)
+    without = SimpleNamespace(load_pem_public_key=lacking, load_pem_private_key=lacking)
+    monkeypatch.setattr(keys_module, "serialization", without)
+    for door in (
+        lambda: make_pair(tmp_path / "new"),
+        lambda: verify(bundle, [raw]),
+        lambda: verify(bundle, [mine[1]]),
+        lambda: sign_bundle(bundle, mine[0]),
+    ):
+        with pytest.raises(SigningKeyError, match="FIPS"):
+            door()
 
 
 def encoded(private: Any, public: bool) -> bytes:
@@ -460,6 +718,26 @@ def test_a_locked_key_opens_with_its_passphrase_alone(tmp_path: Path) -> None:
     verify(folder, [public])
 
 
+def test_a_passphrase_that_openssl_does_not_take_is_refused(tmp_path: Path) -> None:
+    make_pair(tmp_path / "longest", b"x" * 1023)
+    with pytest.raises(SigningKeyError, match="1023 bytes"):
+        make_pair(tmp_path / "longer", b"x" * 1024)
+    assert not (tmp_path / "longer").exists()
+
+
+def test_a_passphrase_is_bytes_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(os.environb, b"EDGERES_PASSPHRASE", b"caf\xe9")
+    runner, folder = CliRunner(), make(tmp_path / "bundle")
+    assert runner.invoke(cli, ["keygen", str(tmp_path / "key"), "--passphrase"]).exit_code == 0
+    sign_bundle(folder, tmp_path / "key", lambda: b"caf\xe9")
+    monkeypatch.delitem(os.environb, b"EDGERES_PASSPHRASE")
+    for line, words in (
+        (["keygen", str(tmp_path / "other"), "--passphrase"], "a new passphrase is to be set"),
+        (["sign", str(folder), "--key", str(tmp_path / "key")], "the private key is locked"),
+    ):
+        assert words in str(runner.invoke(cli, line).exception)
+
+
 def test_a_key_that_others_may_read_is_told_of(bundle: Path, mine: Any) -> None:
     mine[0].chmod(0o644)
     assert "chmod 600" in sign_bundle(bundle, mine[0]).warnings[0]
@@ -497,12 +775,32 @@ def test_from_a_key_to_a_verified_bundle_by_commands(tmp_path: Path) -> None:
     assert facts["trusted"] is True
     assert facts["signatures"] == [{"key": identity, "current": True, "trusted": True}]
     another_manifest(folder)
-    assert f"signed by {identity} for another manifest" in command("verify", folder)[1]
+    assert f"says to be signed by {identity} for another manifest, not checked" in command("verify", folder)[1]
 
 
-@pytest.mark.parametrize("name", ["verify", "validate", "bench", "compile"])
-def test_what_opens_engines_refuses_what_was_changed(bundle: Path, mine: Any, name: str) -> None:
+COMMANDS = (
+    ("verify",),
+    ("validate",),
+    ("bench",),
+    ("compile",),
+    ("inspect",),
+    ("inspect", "--sbom"),
+    ("report",),
+    ("report", "--out", "page.html"),
+    ("diff",),
+)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_what_reads_bundles_refuses_what_was_changed(bundle: Path, mine: Any, words: Tuple[str, ...]) -> None:
     another_manifest(bundle)
-    code, said, told = command(name, bundle, "--key", mine[1])
-    assert (code, said) == (1, "")
-    assert "for another manifest" in told
+    bundles = [str(bundle)] * (2 if words == ("diff",) else 1)
+    done = CliRunner().invoke(cli, [*words, *bundles, "--key", str(mine[1])])
+    assert isinstance(done.exception, SignatureError)
+    assert "for another manifest" in str(done.exception)
+
+
+def test_a_limit_of_one_machine_is_not_bound_into_a_bundle(bundle: Path) -> None:
+    done = CliRunner().invoke(cli, ["report", str(bundle), "--max-latency-ms", "5"])
+    assert done.exit_code == 2
+    assert "--out" in done.output

@@ -23,6 +23,7 @@ from edgeres_ros.image import frame_of
 
 OK, WARN, ERROR = range(3)  # as in diagnostic_msgs/DiagnosticStatus
 WINDOW = 512  # answers whose latencies are remembered
+NOT_ASKED = "not asked"  # of a signature: then whoever could write the bundle runs code here
 PATIENCE = 5.0  # seconds that closing waits for the image that is being answered
 
 
@@ -189,6 +190,7 @@ class Classifier:
             "precision": self.engine.record.precision,
             "backend": self.engine.record.backend,
             "target": self.engine.record.target,
+            "signature": "by a trusted key" if self._settings.trusted_keys else NOT_ASKED,
             "verdict": verdict,
         }
         return Health(*_judged(lately, seconds, verdict), values)

@@ -68,6 +68,11 @@ class ClassifierNode(Node):
         self._level = OK
         manifest, record = self._classifier.engine.manifest, self._classifier.engine.record
         self.get_logger().info(f"{manifest.name}, {record.precision} on {record.target}: waiting for images")
+        if not settings.trusted_keys:
+            self.get_logger().warning(
+                "trusted_keys is empty: whoever could write the bundle is believed, and an engine is code. Name the "
+                "public keys of those who may: -p trusted_keys:=FILE.pub"
+            )
         self.create_subscription(Image, "image", self._classifier.offer, NEWEST_IMAGE)
         self.create_timer(settings.diagnostics_period, self._diagnose)
 
