@@ -121,7 +121,7 @@ GOOD, BAD, OPEN = judged(0), judged(400), judged(0, 20)
 def timed(report: Report, *verdicts: str) -> Report:
     """Return a report with these verdicts on a limit of the latency, and on one of the speed-up."""
     limits = (
-        LatencyLimit("p50_ms", 2.0, 1.5, (1.25, 1.75), verdicts[0]),
+        LatencyLimit("round_p50_ms", 2.0, 1.5, (1.25, 1.75), verdicts[0]),
         *(LatencyLimit("speedup", 1.5, 1.6, (1.55, 1.7), verdict, "fp32") for verdict in verdicts[1:]),
     )
     told = LatencyReport(BLACK_BOX, 300, 30, 1.5, 2.5, limits, ("other programs were at work",))
