@@ -199,18 +199,19 @@ def independent_count(values: np.ndarray) -> int:
     if count < 2 or power == 0.0:  # all alike: there is nothing to be uncertain of
         return count
     seen = np.correlate(ranks, ranks, "full")[count - 1 :] / power
-    time = 1.0
+    time = _integrated(seen)
     for _ in range(ITERATIONS):
         time = min(float(count), _integrated(seen + time / count * (1.0 - seen)))
-    return max(1, int(count / time))
+    return int(count / max(1.0, time))
 
 
 def _integrated(correlations: np.ndarray) -> float:
-    """Return the autocorrelation time, in values, of correlations by lag, from lag 0 on; at least 1."""
+    """Return the autocorrelation time, in values, of correlations by lag, from lag 0 on; below 1 where values take
+    turns, as the two orders of the rounds may."""
     pairs = correlations[: len(correlations) // 2 * 2].reshape(-1, 2).sum(axis=1)
     ends = np.flatnonzero(pairs <= 0.0)
     kept = np.minimum.accumulate(pairs[: ends[0] if len(ends) else len(pairs)])
-    return max(1.0, 2.0 * float(kept.sum()) - 1.0)
+    return max(0.0, 2.0 * float(kept.sum()) - 1.0)
 
 
 def answer(found: Speedup, place: str) -> str:
