@@ -409,7 +409,9 @@ def test_a_file_that_is_something_else_is_kept(tmp_path: Path, content: bytes) -
     file.write_bytes(content)
     with pytest.raises(BundleError, match=r"no JUnit file, and would be lost: --junit replaces"):
         ci.make_way(ci.Outputs(junit=file))
-    with pytest.raises(BundleError, match=r"no code quality report of edgeres, and would be lost: --code-quality replaces"):
+    with pytest.raises(
+        BundleError, match=r"no code quality report of edgeres, and would be lost: --code-quality replaces"
+    ):
         ci.make_way(ci.Outputs(code_quality=file))
     assert file.read_bytes() == content
 
