@@ -96,7 +96,7 @@ def _check_twin(bundle: Bundle, manifest: Manifest, engine: Engine, least: float
         return
     name = shlex.quote(os.fspath(bundle))
     raise BackendError(
-        f"{bundle} has no float twin of its {engine.precision} engine for {engine.target}, so this command can judge no "
+        f"{bundle} has no float twin of its {engine.precision} engine for {engine.target}, so this command judges no "
         f"speed-up. Make one, in FP16: edgeres build {name} --precision fp16 --out OTHER; compile it: edgeres compile "
         f"OTHER; measure both: edgeres bench {name} --against OTHER --out BENCH.json; and see the verdict on the page: "
         f"edgeres report {name} --bench BENCH.json --min-speedup {least:g} --out PAGE.html"

@@ -41,7 +41,7 @@ REPORTS = "_edgeres_reports"
 
 
 class GateFailed(AssertionError):
-    """A gate that failed, or was not measured or decided; its text is the report's short form, and ``report`` itself."""
+    """A gate that failed, or was not measured or decided; its text is the report in short, and ``report`` itself."""
 
     def __init__(self, text: str, report: Report) -> None:
         super().__init__(text)

@@ -209,7 +209,8 @@ def test_an_engine_that_is_too_slow_fails_by_every_channel(place: Path) -> None:
     assert report["latency"]["device"].startswith("cpu (")
     told = [(one["name"], one["limit"], one["verdict"]) for one in report["latency"]["limits"]]
     assert told == [("round_p50_ms", 1e-4, "fail"), ("speedup", 1e-3, "pass")]
-    assert all(not one["ci95"] or one["ci95"][0] <= one["measured"] <= one["ci95"][1] for one in report["latency"]["limits"])
+    known = [one for one in report["latency"]["limits"] if one["ci95"]]  # a busy machine's load may last
+    assert all(one["ci95"][0] <= one["measured"] <= one["ci95"][1] for one in known)
     cases = [(case.attrib["name"], case[0].tag) for case in ET.parse(place / "slow.xml").getroot().iter("testcase")]
     assert cases == [
         ("accuracy against FP32", "system-out"), ("latency", "failure"), ("latency against FP32", "system-out"),

@@ -33,7 +33,9 @@ from edgeres.measurements import Benchmark
 from edgeres.validation import compare
 
 
-def validate_bundle(bundle, images=None, labels=None, *, baseline=None, max_drop=None, trusted_keys=None, watch=None, **options):
+def validate_bundle(
+    bundle, images=None, labels=None, *, baseline=None, max_drop=None, trusted_keys=None, watch=None, **options
+):
     """400 of 4,000 answers lost of "bad", none of "good"; 20 samples are all that "open" has."""
     with open(Path(__file__).parent / "calls.txt", "a") as stream:
         if options["backend"] == "auto":
