@@ -142,8 +142,9 @@ def validate(
     """Return the comparison of a bundle's engine with FP32; see :func:`edgeres.judge.validate_bundle`.
 
     Args:
-        max_latency_ms: a call's p50 with one frame, at most, on this machine; ``min_speedup``: times as fast as the
-            float twin, at least. Their verdicts stand in ``latency``, and count in ``outcome()``.
+        max_latency_ms: a call's p50 with one frame, at most, on this machine: the engine alone, its input prepared.
+        min_speedup: times as fast as the float twin, at least. The verdicts stand in ``latency`` (or ``latency_error``,
+            where it could not be measured), and count in ``outcome()``.
     """
     from edgeres.gate import gate
     from edgeres.signatures import key_list

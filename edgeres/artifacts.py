@@ -429,7 +429,8 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     :mod:`edgeres.validation.baseline` says, and ``samples_sha256`` says to which samples: a later report is compared by
     them. ``verdict`` is against FP32 alone; :meth:`outcome` counts the baseline and ``latency``, too. ``below_chance``:
     FP32 is right on significantly fewer samples than by guessing, so that nothing is judged. ``latency`` is None where
-    no limit was asked for, and never in a bundle, which is no machine's.
+    no limit was asked for, and in every bundle, which is no machine's; ``latency_error`` says why what was asked for
+    could not be measured.
     """
 
     samples: int
@@ -462,19 +463,22 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     baseline: Optional[BaselineChange] = None
     below_chance: bool = False
     latency: Optional[LatencyReport] = None
+    latency_error: str = ""
 
     def accuracy(self) -> str:
         """Return the worse of the verdicts against FP32 and, where there is one, against the baseline."""
         return self._worst([] if self.baseline is None else [self.baseline.verdict])
 
     def outcome(self) -> str:
-        """Return the gate's verdict: that on the accuracy, or a worse one on a limit of the latency."""
+        """Return the gate's verdict: that on the accuracy, or a worse one on a limit of the latency; ``error`` where
+        the latency could not be measured, whose repair is not to measure again."""
+        limits = self.latency.limits if self.latency is not None else ()
         return self._worst(
-            [self.accuracy(), *(limit.verdict for limit in (self.latency.limits if self.latency else ()))]
+            [self.accuracy(), *(limit.verdict for limit in limits), *(["error"] if self.latency_error else [])]
         )
 
     def _worst(self, others: Sequence[str]) -> str:
-        return next((bad for bad in ("fail", "inconclusive") if bad in (self.verdict, *others)), self.verdict)
+        return next((bad for bad in ("fail", "error", "inconclusive") if bad in (self.verdict, *others)), self.verdict)
 
     def judges(self, engine: Engine) -> bool:
         """Whether the verdict is on this engine; a report of an earlier edgeres tells no target, only the backend."""

@@ -30,6 +30,9 @@ work, and caches are the other's."""
 FEWEST = 6
 """Rounds, and so ratios, without which the sign test has no interval at 95 %."""
 
+ITERATIONS = 20
+"""Enough for an autocorrelation time to settle, or to reach the length of its series."""
+
 CERTAIN_P99 = 100
 """Calls below which a p99 is hardly more than the maximum."""
 
@@ -39,11 +42,14 @@ Clock = Callable[[], int]
 
 class Pace(NamedTuple):
     """How long to measure each batch size: ``seconds`` for all models together, or ``runs`` calls of each if that is
-    given. ``warmup`` is in seconds, for each model."""
+    given. ``warmup`` is in seconds, for each model. ``rounds`` is their number at most, and ``fewest`` how many there
+    are whatever the seconds."""
 
     seconds: float = 5.0
     runs: Optional[int] = None
     warmup: float = 0.5
+    rounds: int = ROUNDS
+    fewest: int = 1
 
 
 def take_turns(
@@ -54,18 +60,18 @@ def take_turns(
 ) -> Dict[str, List[np.ndarray]]:
     """Return the latencies of some calls, measured in turns: for each name one array of ns, int64 ``(n,)``, per round.
 
-    After ``pace.seconds`` no further round begins. There is always one.
+    After ``pace.seconds`` and ``pace.fewest`` rounds no further round begins. There is always one.
 
     Args:
         between: is told after each round how many are done, of how many; its time is nobody's latency.
         clock: nanoseconds, never going back.
     """
     typical = {name: _warm_up(call, pace.warmup, clock) for name, call in calls.items()}
-    rounds = ROUNDS if pace.runs is None else min(ROUNDS, pace.runs)
+    rounds = pace.rounds if pace.runs is None else min(pace.rounds, pace.runs)
     found: Dict[str, List[np.ndarray]] = {name: [] for name in calls}
     begun = clock()
     for number in range(rounds):
-        if pace.runs is None and number and clock() - begun >= pace.seconds * 1e9:
+        if pace.runs is None and number >= max(1, pace.fewest) and clock() - begun >= pace.seconds * 1e9:
             break
         for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
             _settle(calls[name], typical[name], clock)
@@ -149,14 +155,20 @@ def verdict(interval: Optional[Tuple[float, float]]) -> str:
     return "faster" if interval[0] > 1.0 else "slower"
 
 
-def median_interval(values: np.ndarray, confidence: float = 0.95) -> Optional[Tuple[float, float]]:
+def median_interval(
+    values: np.ndarray, confidence: float = 0.95, independent: Optional[int] = None
+) -> Optional[Tuple[float, float]]:
     """Return an interval for the median behind some values, which covers it with at least that confidence, whatever
     their distribution; None where no interval of so few values does (five or fewer, for 95 %).
+
+    Args:
+        independent: as how many independent values they count, where they are not (:func:`independent_count`); the
+            interval is then as wide as that of so few, and no more than about right.
 
     Source: Conover 1999, Practical Nonparametric Statistics, 3rd edition, section 3.2: the values whose ranks the sign
     test does not reject.
     """
-    count = len(values)
+    count = len(values) if independent is None else independent
     tail, outside = 0, 0
     for rank in range(count // 2):
         tail += math.comb(count, rank)
@@ -166,7 +178,40 @@ def median_interval(values: np.ndarray, confidence: float = 0.95) -> Optional[Tu
     if not outside:
         return None
     ordered = np.sort(values)
-    return float(ordered[outside - 1]), float(ordered[count - outside])
+    rank = max(1, int((outside - 0.5) * len(values) / count + 0.5))  # at the same share of all values
+    return float(ordered[rank - 1]), float(ordered[len(values) - rank])
+
+
+def independent_count(values: np.ndarray) -> int:
+    """Return as how many independent values a series counts, 1 to its length: load that lasts makes neighbours alike.
+
+    That is the length over the integrated autocorrelation time of the ranks, 1 + 2 Σ ρ(k), summed as far as pairs of
+    neighbouring lags are positive, and never rise. A mean taken from so short a series itself hides a part of every
+    ρ(k), about the time over the length, which is put back: hence the iteration.
+
+    Sources: Geyer 1992, Practical Markov Chain Monte Carlo, Statistical Science 7(4), section 3.3 (the initial monotone
+    sequence); Marriott and Pope 1954, Bias in the Estimation of Autocorrelations, Biometrika 41 (the bias).
+    """
+    count = len(values)
+    ranks = np.array([np.sum(values < value) + np.sum(values == value) / 2 for value in values])
+    ranks -= ranks.mean()
+    power = float(ranks @ ranks)
+    if count < 2 or power == 0.0:  # all alike: there is nothing to be uncertain of
+        return count
+    seen = np.correlate(ranks, ranks, "full")[count - 1 :] / power
+    time = _integrated(seen)
+    for _ in range(ITERATIONS):
+        time = min(float(count), _integrated(seen + time / count * (1.0 - seen)))
+    return int(count / max(1.0, time))
+
+
+def _integrated(correlations: np.ndarray) -> float:
+    """Return the autocorrelation time, in values, of correlations by lag, from lag 0 on; below 1 where values take
+    turns, as the two orders of the rounds may."""
+    pairs = correlations[: len(correlations) // 2 * 2].reshape(-1, 2).sum(axis=1)
+    ends = np.flatnonzero(pairs <= 0.0)
+    kept = np.minimum.accumulate(pairs[: ends[0] if len(ends) else len(pairs)])
+    return max(0.0, 2.0 * float(kept.sum()) - 1.0)
 
 
 def answer(found: Speedup, place: str) -> str:

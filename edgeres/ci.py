@@ -21,6 +21,11 @@ LARGEST_SUMMARY = 1 << 20  # bytes; GitHub refuses the whole summary of a step t
 BEGIN = 1024  # bytes, in which a file tells what it is
 LARGEST_RECIPE = 1 << 20  # bytes; a recipe has one kB
 
+PROJECT_RECIPE = "calibration/recipe.toml"  # as `edgeres init` writes it
+
+OUR_FINDING = b'[\n  {\n    "check_name": "edgeres-'  # how a report of ours begins that has findings
+NO_FINDING = b"[]\n"  # and one that has none; another tool's loses nothing
+
 Hints = Tuple[Sequence[str], str]
 
 
@@ -62,10 +67,7 @@ def _make_way(option: str, file: Path) -> None:
         if option == "--junit":
             kind, ours = "JUnit file", b"<testsuite" in begin
         else:
-            kind, ours = (
-                "code quality report",
-                begin.split() == [b"[]"] or (begin.lstrip().startswith(b"[") and b'"check_name"' in begin),
-            )
+            kind, ours = "code quality report of edgeres", begin == NO_FINDING or begin.startswith(OUR_FINDING)
         if begin and not ours:
             raise BundleError(f"{file} is no {kind}, and would be lost: {option} replaces it. Name another file.")
         file.unlink()
@@ -107,27 +109,45 @@ def stopped(problem: EdgeresError, bundle: str, outputs: Outputs) -> List[str]:
     """Tell that nothing could be judged, and return the lines that have to be printed for it.
 
     The files say so too, for a CI system takes a missing one for no tests, and an old one for this one's. Where one
-    cannot be written, the problem itself is what has to be told.
+    cannot be written, the problem itself is what has to be told. Nothing of the bundle is read, which was refused.
     """
     if outputs.junit is not None:
         with contextlib.suppress(BundleError):
             write_atomic(outputs.junit, junit_error(str(problem), bundle))
     if outputs.code_quality is not None:
         with contextlib.suppress(BundleError):
-            write_atomic(outputs.code_quality, code_quality_error(str(problem), bundle, _budget_line(bundle)))
+            write_atomic(
+                outputs.code_quality, code_quality_error(str(problem), bundle, _project_line() or _recipe(bundle))
+            )
     return [annotation("error", f"{bundle}: not judged", str(problem))] if on_github() else []
 
 
 def _budget_line(bundle: str) -> Line:
-    """Return where a bundle's recipe says how much may be lost; the path from here, as GitLab wants it."""
-    place = Path(bundle) / files.RECIPE
-    path = os.path.relpath(str(place))
+    """Return where it stands how much may be lost: in the project's recipe, which GitLab shows, or in the bundle's."""
+    line = _project_line()
+    if line is None:
+        line = _recipe(bundle)
+        with contextlib.suppress(OSError), files.open_inside(bundle, files.RECIPE) as stream:
+            line = line._replace(number=_number(stream.read(LARGEST_RECIPE) or b""))
+    return line
+
+
+def _project_line() -> Optional[Line]:
+    """Return the line of the recipe that ``edgeres init`` writes, where it lies in the working directory."""
     with contextlib.suppress(OSError):
-        content = files.read_bounded(place, LARGEST_RECIPE)
-        for number, line in enumerate(content.splitlines(), 1):
-            if line.startswith(b"max_drop"):
-                return Line(path, number)
-    return Line(path)
+        return Line(PROJECT_RECIPE, _number(files.read_bounded(PROJECT_RECIPE, LARGEST_RECIPE)))
+    return None
+
+
+def _recipe(bundle: str) -> Line:
+    """Return the first line of a bundle's recipe; the path from here, as GitLab wants it."""
+    return Line(os.path.relpath(str(Path(bundle) / files.RECIPE)))
+
+
+def _number(content: bytes) -> int:
+    """Return the line of a recipe that holds the budget, or else its first."""
+    lines = content.splitlines()
+    return next((number for number, line in enumerate(lines, 1) if line.startswith(b"max_drop")), 1)
 
 
 def _summarized(text: str) -> List[str]:

@@ -87,8 +87,10 @@ class Benchmark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LatencyLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A limit that was asked for, and whether an engine keeps it.
 
-    ``name`` is ``p50_ms``, milliseconds per call at most, or ``speedup``, times as fast as ``against`` at least.
-    ``verdict`` is ``pass`` or ``fail`` where the whole 95 % interval says so, else ``inconclusive``, as without one.
+    ``name`` is ``round_p50_ms``, milliseconds per call at most, or ``speedup``, times as fast as ``against`` at least.
+    ``verdict`` is ``pass`` or ``fail`` where the whole 95 % interval of this run says so, else ``inconclusive``.
+    ``independent`` is as how many independent rounds the run counts, for load that lasts meets several; ``ci95`` is
+    None where they are too few for one. Then only a limit twice beyond every round is decided.
     """
 
     name: str
@@ -97,20 +99,22 @@ class LatencyLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ci95: Optional[Tuple[float, float]]
     verdict: str
     against: str = ""
+    independent: int = 0
 
 
 class LatencyReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How fast an engine is on one machine, one frame a call, against what was asked of it; never without a limit.
 
-    ``device`` says where it was measured: the target and the processor. ``p50_ms`` is the median over ``rounds`` of
-    each round's own; ``notes`` say what to mind about the machine.
+    ``device`` says where it was measured: the target and the processor. ``round_p50_ms`` is the median over
+    ``rounds`` of each round's own, and so not the ``p50_ms`` of :class:`Latency`, which is of all calls; ``notes`` say
+    what to mind about the machine.
     """
 
     device: str
     calls: int
     rounds: int
-    p50_ms: float
+    round_p50_ms: float
     p99_ms: float
     limits: Tuple[LatencyLimit, ...]
     notes: Tuple[str, ...] = ()
-    interval_method: str = "sign test"
+    interval_method: str = "sign test, count deflated by Geyer 1992"

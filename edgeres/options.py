@@ -236,7 +236,7 @@ LATENCY_OPTIONS = (
         "--max-latency-ms",
         type=Finite(0, min_open=True),
         metavar="MS",
-        help="Limit on the median latency (p50) of one frame, on this machine.",
+        help="Limit on the median latency (p50) of one frame, on this machine: the engine alone, input prepared.",
     ),
     click.option(
         "--min-speedup",

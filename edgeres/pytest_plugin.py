@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, List, Optional, Sequence, Tuple
 
 import pytest
 
@@ -30,7 +31,7 @@ KEYWORDS = {
     "baseline": "an accepted report.json to beat as well",
     "key": "a public key that has to have signed the bundle; repeatable, in the ini file a line each (default: none)",
     "backend": "which of the bundle's engines, or its target (default: the first)",
-    "max_latency_ms": "limit on one frame's p50 in ms, on the machine that runs the tests (default: none)",
+    "max_latency_ms": "limit on one frame's p50 in ms, of the engine alone, where the tests run (default: none)",
     "min_speedup": "how many times as fast as its float twin the engine has to be there (default: not asked)",
     "inconclusive": "fail (default), skip or pass, where the samples cannot decide",
 }
@@ -41,7 +42,7 @@ REPORTS = "_edgeres_reports"
 
 
 class GateFailed(AssertionError):
-    """A gate that failed, or could not be decided; its text is the report's short form, and ``report`` the report."""
+    """A gate that failed, or was not measured or decided; its text is the report in short, and ``report`` itself."""
 
     def __init__(self, text: str, report: Report) -> None:
         super().__init__(text)
@@ -81,7 +82,11 @@ class Gate:
         from edgeres.inspection import repairs
         from edgeres.validation import short_form
 
-        return short_form(self.report, *repairs(self.bundle, read_manifest(self.bundle, self._settings.get("key"))))
+        report = self.report
+        hints: Tuple[Sequence[str], str] = ((), "")
+        with suppress(EdgeresError):  # of a bundle that was changed meanwhile there are none, but a verdict
+            hints = repairs(self.bundle, read_manifest(self.bundle, self._settings.get("key")))
+        return short_form(report, *hints)
 
     def check(self) -> Report:
         """Return the report where the gate passes; where it cannot be decided, ``inconclusive`` says what happens.
@@ -94,7 +99,7 @@ class Gate:
         if outcome == "pass":
             return report
         text = self.words
-        if outcome == "fail":
+        if outcome in ("fail", "error"):
             raise GateFailed(text, report)
         asked = self._settings.get("inconclusive", "fail")
         if asked == "skip":

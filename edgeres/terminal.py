@@ -29,11 +29,25 @@ from edgeres.measurements import (
     Memory,
 )
 from edgeres.progress import Progress, counted
-from edgeres.validation import advice, baseline_headline, decibels, fallen_words, headline, limit_headline
+from edgeres.validation import (
+    advice,
+    baseline_headline,
+    decibels,
+    fallen_words,
+    headline,
+    latency_failure,
+    limit_headline,
+)
 from edgeres.validation.cases import first_of, one_line
 
 WIDTH_OF_A_LOG = 140  # columns; where nobody's window can be asked
-VERDICT_STYLE = {"pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow", "unlabelled": "bold"}
+VERDICT_STYLE = {
+    "pass": "bold green",
+    "fail": "bold red",
+    "error": "bold red",
+    "inconclusive": "bold yellow",
+    "unlabelled": "bold",
+}
 
 SPEEDUP_STYLE = {"faster": "bold green", "slower": "bold red", "undecided": "bold yellow"}
 
@@ -255,6 +269,8 @@ def show_report(report: Report, worst: Sequence[str] = (), untried: str = "") ->
         _show_verdict(report.baseline.verdict, baseline_headline(report))
     for limit in report.latency.limits if report.latency is not None else ():
         _show_verdict(limit.verdict, limit_headline(report, limit))
+    if report.latency_error:
+        _show_verdict("error", latency_failure(report))
     for line in advice(report, worst, untried):
         out.print(one_line(f"  {line}"))
 

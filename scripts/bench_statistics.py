@@ -5,9 +5,11 @@ Each experiment draws the answers of two networks to N samples, at known rates o
 right, and is judged as `edgeres validate` does. Coverage is the share of 95 % intervals that hold the true loss (aim:
 94 to 97 %), beside that of the simple interval (Wald's, as McNemar's test is often turned into one). Power is how often
 each verdict falls, at true losses around the budget; `wrong` is the share that decides against the truth (at most 2.5 %
-is what a 95 % interval promises). Last, the time and memory of judging 50,000 samples of 1,000 classes.
+is what a 95 % interval promises). Then the latency gate under load that lasts: how often it is certain at the exact
+limit (aim: 10 % at most), with rounds counted as they are and as independent ones. Last, the time and memory of judging
+50,000 samples of 1,000 classes.
 
-    python scripts/bench_statistics.py [--experiments 10000] [--budget 0.5]
+    python scripts/bench_statistics.py [--experiments 10000] [--budget 0.5] [--runs 1000]
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ from functools import lru_cache
 
 import numpy as np
 
-from edgeres.validation import compare
+from edgeres.benchmark import median_interval
+from edgeres.gate import PACE
+from edgeres.measurements import Benchmark, Latency
+from edgeres.validation import Limits, against_limits, compare
 from edgeres.validation.statistics import paired_difference_interval
 
 # Samples, the true loss in percentage points, and the share of samples, in per cent, that only one of two gets right.
 COVERAGE = [
     (n, drop, changed) for n in (423, 1_000, 3_000, 10_000, 50_000) for drop, changed in ((0, 1), (0.5, 1), (1, 3))
 ]
+CORRELATIONS = (0, 0.1, 0.5, 1, 2, 5)  # seconds
 POWER = [(n, drop, 1.5) for n in (1_000, 3_000, 10_000, 50_000) for drop in (0, 0.25, 0.5, 0.75, 1)]
 
 
@@ -80,6 +86,51 @@ def power(count: int, budget: float) -> None:
     show(("samples", "true loss, pp", "pass", "fail", "inconclusive", "wrong"), rows)
 
 
+def lasting(seconds: float, rounds: int, correlation: float, white: float, count: int, seed: int) -> np.ndarray:
+    """Return the medians of some runs' rounds, float64 ``(count, rounds)``, around 1.0: a fifth of it is the load's.
+
+    Args:
+        seconds: of a run.
+        correlation: seconds, after which 1/e of a load is left (AR(1), from its stationary distribution on).
+        white: the share of the variance that is each round's own.
+    """
+    rng = np.random.default_rng(seed)
+    stays = math.exp(-seconds / rounds / correlation) if correlation else 0.0
+    load = rng.standard_normal((count, rounds))
+    for one in range(1, rounds):
+        load[:, one] = stays * load[:, one - 1] + math.sqrt(1 - stays**2) * load[:, one]
+    own = rng.standard_normal((count, rounds))
+    found: np.ndarray = np.exp(0.2 * (math.sqrt(1 - white) * load + math.sqrt(white) * own))
+    return found
+
+
+def gate_under_load(count: int) -> None:
+    """Print how often the latency gate decides, at the exact limit and at limits that are kept."""
+    rows = []
+    for white in (0.0, 0.5):
+        for correlation in CORRELATIONS:
+            runs = lasting(PACE.seconds, PACE.rounds, correlation, white, count, 1)
+            plain = sum(low > 1.0 or high < 1.0 for low, high in map(median_interval, runs)) / count
+            at_limit = [latency_verdict(run, 1.0) for run in runs]
+            certain, without = (sum(x[y] for x in at_limit) / count for y in (0, 1))
+            kept = [sum(latency_verdict(run, limit)[0] for run in runs) / count for limit in (1.2, 1.5, 2.5)]
+            shares = (plain, certain, without, *kept)
+            rows.append((f"{correlation:g}", f"{white:g}", *(f"{100 * share:.1f} %" for share in shares)))
+    told = (
+        "correlation, s", "own variance", "certain, all rounds", "certain, independent", "no interval",
+        "pass at 1.2 ×", "at 1.5 ×", "at 2.5 ×",
+    )  # fmt: skip
+    show(told, rows)
+
+
+def latency_verdict(rounds: np.ndarray, limit: float) -> tuple[bool, bool]:
+    """Return whether the gate is certain of a limit, and whether there was no interval."""
+    latency = Latency("int8", 1, len(rounds), 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, tuple(rounds.tolist()))
+    run = Benchmark("", "cpu", "cpu", "int8", (3, 4, 4), None, {}, (latency,), (), {}, None, (), ())
+    (found,) = against_limits(run, Limits(limit)).limits
+    return found.verdict != "inconclusive", found.ci95 is None
+
+
 def cost(samples: int = 50_000, classes: int = 1_000) -> None:
     """Print what judging many samples costs."""
     rng = np.random.default_rng(0)
@@ -104,11 +155,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiments", type=int, default=10_000)
     parser.add_argument("--budget", type=float, default=0.5, help="percentage points")
+    parser.add_argument("--runs", type=int, default=1_000, help="of the latency gate, for each row")
     options = parser.parse_args()
     print(f"{platform.machine()}, Python {sys.version.split()[0]}; {options.experiments:,} experiments a row\n")
     coverage(options.experiments)
     print(f"budget {options.budget:g} pp, 1.5 % of samples changed:\n")
     power(options.experiments, options.budget)
+    print(f"the latency gate, {PACE.rounds} rounds in {PACE.seconds:g} s, {options.runs:,} runs a row:\n")
+    gate_under_load(options.runs)
     cost()
 
 

@@ -147,6 +147,7 @@ class LoadedEngine:
                 pixels, does not round to them itself, and normalized input was made of something else.
             SampleError: frames of that size do not cover the crop.
         """
+        taken = frames
         ready = type(frames) is np.ndarray and (out is None or self._gpu is None) and self._as_it_is(frames)
         if not ready:
             array = self._read(frames)
@@ -157,8 +158,8 @@ class LoadedEngine:
             count, step = len(array), self._step
             if count > step:
                 return self._joined((self._taken(array[i : i + step]) for i in range(0, count, step)), count, out)
-            frames = self._taken(array)
-        logits = self._runner(frames)
+            taken = self._taken(array)
+        logits = self._runner(taken)
         if out is None:
             return logits
         room_for(out, logits.shape)[:] = logits

@@ -35,7 +35,7 @@ def read_engine(
     """
     trusted_keys = key_list(trusted_keys)
     manifest = read_manifest(bundle, trusted_keys)
-    record = _choose(bundle, manifest, backend)
+    record = choose_engine(bundle, manifest, backend)
     try:
         contents = check_files(bundle, manifest, (record.file.path, *also))
     except IntegrityError:
@@ -132,7 +132,12 @@ def load(
     return LoadedEngine(runner, manifest, record, frames)
 
 
-def _choose(bundle: Folder, manifest: Manifest, backend: str) -> Engine:
+def choose_engine(bundle: Folder, manifest: Manifest, backend: str) -> Engine:
+    """Return the record of a bundle's engine by its backend or its target; ``auto`` is the first one.
+
+    Raises:
+        BundleError: there is none.
+    """
     for engine in manifest.engines:
         if backend in ("auto", engine.backend, engine.target):
             return engine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from edgeres.validation.baseline import against_baseline
 from edgeres.validation.cases import short_form
 from edgeres.validation.compare import attribute_drop, compare
-from edgeres.validation.latency import Limits, against_limits, limit_headline
+from edgeres.validation.latency import Limits, against_limits, latency_failure, limit_headline
 from edgeres.validation.words import advice, baseline_headline, decibels, fallen_words, headline
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "decibels",
     "fallen_words",
     "headline",
+    "latency_failure",
     "limit_headline",
     "short_form",
 ]

@@ -6,7 +6,7 @@ from typing import List, NamedTuple, Sequence, Tuple
 
 from edgeres.artifacts import Report
 from edgeres.errors import printable
-from edgeres.validation.latency import limit_headline, limit_name
+from edgeres.validation.latency import latency_failure, limit_headline, limit_name
 from edgeres.validation.words import advice, baseline_headline, decibels, fallen_words, headline
 
 SHOWN = 10  # classes, where there is little room
@@ -15,8 +15,9 @@ SHOWN = 10  # classes, where there is little room
 class Case(NamedTuple):
     """One thing that was judged or found, in one line each. ``kind`` is ``gate``, ``class`` or ``layers``.
 
-    ``verdict`` is a gate's: ``pass``, ``fail``, ``inconclusive`` or ``unlabelled``; or ``warning``, of a finding that
-    does not decide. So a case fails, or is inconclusive, only where the report's outcome is no better.
+    ``verdict`` is a gate's: ``pass``, ``fail``, ``inconclusive`` or ``unlabelled``, or ``error`` where it could not
+    judge; or ``warning``, of a finding that does not decide. So a case is red only where the report's outcome is no
+    better.
     """
 
     kind: str
@@ -36,6 +37,8 @@ def cases(report: Report) -> Tuple[Case, ...]:
         found.append(Case("gate", "accuracy against the baseline", report.baseline.verdict, baseline_headline(report)))
     for limit in report.latency.limits if report.latency is not None else ():
         found.append(Case("gate", limit_name(limit), limit.verdict, one_line(limit_headline(report, limit))))
+    if report.latency_error:
+        found.append(Case("gate", "latency", "error", one_line(latency_failure(report))))
     fallen = [change for change in report.classes if change.fell]
     told = "fail" if report.accuracy() == "fail" else "warning"
     for change, words in zip(fallen, fallen_words(report)):

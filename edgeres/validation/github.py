@@ -64,7 +64,7 @@ def summary(report: Report, bundle: str, hints: Tuple[Sequence[str], str] = ((),
         rows.append(("loss, pp (95 % interval)", "", f"{report.drop_pp:.2f} ({low:.2f} to {high:.2f})"))
         rows.append(("budget, pp", "", f"{report.max_drop_pp:g}"))
     if report.latency is not None:
-        rows.append(("latency (p50), ms", "", f"{report.latency.p50_ms:.3f}"))
+        rows.append(("latency of the engine alone (p50), ms", "", f"{report.latency.round_p50_ms:.3f}"))
     rows.append(("same answer", "", f"{100 * report.agreement:.2f} %"))
     rows.append(("SQNR", "", decibels(report.sqnr_db)))
     gates = [case for case in cases(report) if case.kind != "class"]

@@ -39,13 +39,13 @@ def junit(report: Report, bundle: str, seconds: float, hints: Tuple[Sequence[str
         "policy": report.policy,
     }
     if report.latency is not None:
-        facts.update(latency_p50_ms=report.latency.p50_ms, latency_device=report.latency.device)
+        facts.update(latency_round_p50_ms=report.latency.round_p50_ms, latency_device=report.latency.device)
     known = {name: str(value) for name, value in facts.items() if value is not None}
     return _document(bundle, cases(report), known, seconds, short_form(report, *hints))
 
 
 def junit_error(message: str, bundle: str) -> bytes:
-    """Return the JUnit file of a gate that could not judge at all, and why."""
+    """Return the JUnit file of a gate that could not judge the accuracy, and so nothing, and why."""
     return _document(bundle, (Case("gate", "accuracy against FP32", "error", message),), {}, 0.0, message)
 
 

@@ -7,6 +7,7 @@ from typing import List, Optional, Sequence, Union
 
 from edgeres.artifacts import BaselineChange, Report
 from edgeres.progress import counted
+from edgeres.validation.latency import faster
 
 # Right on fewer than this, the reference is hardly the model that its user means.
 DOUBTFUL_TOP1 = 0.1
@@ -82,7 +83,7 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
         )
     elif report.baseline is not None and report.baseline.verdict == "inconclusive" != report.verdict:
         steps.append(_more_samples(report.baseline))
-    steps += _faster(report)
+    steps += faster(report)
     if report.activation_range == "shifted" and report.backend == "tensorrt":
         steps.append(
             "What the full int8 range of activations costs in time on TensorRT is not measured yet: compare with a "
@@ -162,20 +163,6 @@ def _repairs(report: Report, worst: Sequence[str], untried: str) -> List[str]:
     which = f"the layers in float that cause most of it: {flags}" if flags else "the most sensitive layers in float"
     steps.append(f"Keep {which}; or build with --precision fp16.")
     return steps
-
-
-def _faster(report: Report) -> List[str]:
-    """Return what to do where a limit on the latency is not kept, or not known to be."""
-    verdicts = [limit.verdict for limit in report.latency.limits] if report.latency is not None else []
-    if "fail" in verdicts:
-        return [
-            "It is slower than was asked for on the machine that measured it: compile it there (`edgeres compile "
-            "BUNDLE` takes the fastest form), see `edgeres bench BUNDLE`, or choose another limit."
-        ]
-    if "inconclusive" in verdicts:
-        busy = "".join(f" Mind: {note}" for note in report.latency.notes) if report.latency is not None else ""
-        return [f"Measure the latency again, where nothing else runs, or choose a limit that is not so near.{busy}"]
-    return []
 
 
 def _about(count: int) -> int:

@@ -349,7 +349,7 @@ def test_a_benchmark_of_another_engine_is_not_shown(tmp_path: Path, pictures: Ca
 
 
 def test_limits_on_the_latency_count_in_the_pages_verdict(tmp_path: Path, pictures: Callable[..., np.ndarray]) -> None:
-    """The benchmark's int8 takes 0.9 to 1.2 ms, fp32 twice as long; the bundle keeps its accuracy."""
+    """The benchmark's int8 takes 0.9 to 1.2 ms, fp32 twice as long; eight rounds decide only what is far off."""
     bundle = made(tmp_path / "bundle", photos(tmp_path / "images", pictures, side=24), noise=0.0)
     with pytest.raises(BundleError, match="no benchmark of it beside the bundle"):
         page_of(bundle, limits=Limits(2.0))
@@ -359,8 +359,8 @@ def test_limits_on_the_latency_count_in_the_pages_verdict(tmp_path: Path, pictur
     accuracy = report.verdict
     assert accuracy != "fail"
     for limits, verdicts, outcome in (
-        (Limits(2.0, 1.2), ["pass", "pass"], accuracy),
-        (Limits(0.5, 1.2), ["fail", "pass"], "fail"),
+        (Limits(4.0, 0.5), ["pass", "pass"], accuracy),
+        (Limits(0.25, 0.5), ["fail", "pass"], "fail"),
     ):
         content = page_of(bundle, limits=limits)
         assert problems(content) == []
@@ -370,7 +370,7 @@ def test_limits_on_the_latency_count_in_the_pages_verdict(tmp_path: Path, pictur
         told = {row[0]: (row[1], row[-1]) for row in rows if row[0].endswith("at least") or row[0].endswith("at most")}
         assert told == {
             "p50 (of a round), ms, at most": (f"{limits.max_latency_ms:g}", verdicts[0]),
-            f"times as fast as fp32 {SHOWN}, at least": ("1.2", verdicts[1]),
+            f"times as fast as fp32 {SHOWN}, at least": ("0.5", verdicts[1]),
         }
         assert words.index("INT8 takes 1.") < words.index("What to do next")
 

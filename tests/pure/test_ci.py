@@ -121,7 +121,7 @@ GOOD, BAD, OPEN = judged(0), judged(400), judged(0, 20)
 def timed(report: Report, *verdicts: str) -> Report:
     """Return a report with these verdicts on a limit of the latency, and on one of the speed-up."""
     limits = (
-        LatencyLimit("p50_ms", 2.0, 1.5, (1.25, 1.75), verdicts[0]),
+        LatencyLimit("round_p50_ms", 2.0, 1.5, (1.25, 1.75), verdicts[0]),
         *(LatencyLimit("speedup", 1.5, 1.6, (1.55, 1.7), verdict, "fp32") for verdict in verdicts[1:]),
     )
     told = LatencyReport(BLACK_BOX, 300, 30, 1.5, 2.5, limits, ("other programs were at work",))
@@ -409,9 +409,57 @@ def test_a_file_that_is_something_else_is_kept(tmp_path: Path, content: bytes) -
     file.write_bytes(content)
     with pytest.raises(BundleError, match=r"no JUnit file, and would be lost: --junit replaces"):
         ci.make_way(ci.Outputs(junit=file))
-    with pytest.raises(BundleError, match=r"no code quality report, and would be lost: --code-quality replaces"):
+    with pytest.raises(
+        BundleError, match=r"no code quality report of edgeres, and would be lost: --code-quality replaces"
+    ):
         ci.make_way(ci.Outputs(code_quality=file))
     assert file.read_bytes() == content
+
+
+def test_another_tools_findings_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "quality.json"
+    for other in (b'[{"check_name": "rubocop"}]', b'[\n  {\n    "check_name": "eslint"\n  }\n]\n', b"[]", b"[ ]\n"):
+        file.write_bytes(other)
+        with pytest.raises(BundleError, match=r"no code quality report of edgeres, and would be lost"):
+            ci.make_way(ci.Outputs(code_quality=file))
+        assert file.read_bytes() == other
+
+
+def place_of(told: Path) -> Tuple[str, int]:
+    (one,) = json.loads(told.read_bytes())
+    return one["location"]["path"], one["location"]["lines"]["begin"]
+
+
+def test_a_finding_lies_where_the_project_keeps_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = ci.Outputs(code_quality=tmp_path / "quality.json")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/recipe.toml").write_text("\n\nmax_drop = 1\n")
+    few = msgspec.structs.replace(BAD, classes=())
+    ci.write(told, few, "b", 1.0, ((), ""))
+    assert place_of(tmp_path / "quality.json") == ("b/recipe.toml", 3)
+    ci.stopped(BundleError("refused"), "b", told)  # whose recipe says what it likes
+    assert place_of(tmp_path / "quality.json") == ("b/recipe.toml", 1)
+    (tmp_path / "b/recipe.toml").rename(tmp_path / "elsewhere")
+    (tmp_path / "b/recipe.toml").symlink_to("../elsewhere")
+    ci.write(told, few, "b", 1.0, ((), ""))
+    assert place_of(tmp_path / "quality.json") == ("b/recipe.toml", 1)
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration/recipe.toml").write_text("\nmax_drop = 0.5\n")
+    for tell in (lambda: ci.write(told, few, "b", 1.0, ((), "")), lambda: ci.stopped(BundleError("x"), "b", told)):
+        tell()
+        assert place_of(tmp_path / "quality.json") == ("calibration/recipe.toml", 2)
+
+
+def test_what_to_mind_is_told_of_an_engine_that_is_too_slow_by_every_channel() -> None:
+    for verdict in ("fail", "inconclusive"):
+        slow = timed(GOOD, verdict)
+        for text in (
+            junit(slow, "b", 0).decode(), code_quality(slow, "b", HERE).decode(), summary(slow, "b"),
+            short_form(slow), "".join(commands(slow, "b")),
+        ):  # fmt: skip
+            assert "Mind: other programs were at work." in text
+    assert "Mind" not in short_form(timed(GOOD, "pass"))
 
 
 def test_each_case_is_told_once() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Dict, List
 import pytest
 
 import edgeres.pytest_plugin
-from edgeres.artifacts import Manifest, Preprocessing, to_json
+from edgeres.artifacts import Engine, FileRef, Manifest, Preprocessing, to_json
 from edgeres.judge import validate_bundle
 from edgeres.twins import bench_bundle
 
@@ -28,14 +28,18 @@ import numpy as np
 import edgeres.judge
 import edgeres.twins
 from edgeres.benchmark import speedup, summarize
-from edgeres.errors import SampleError
+from edgeres.errors import BackendError, SampleError
 from edgeres.measurements import Benchmark
 from edgeres.validation import compare
 
 
-def validate_bundle(bundle, images=None, labels=None, *, baseline=None, max_drop=None, **options):
+def validate_bundle(
+    bundle, images=None, labels=None, *, baseline=None, max_drop=None, trusted_keys=None, watch=None, **options
+):
     """400 of 4,000 answers lost of "bad", none of "good"; 20 samples are all that "open" has."""
     with open(Path(__file__).parent / "calls.txt", "a") as stream:
+        if options["backend"] == "auto":
+            del options["backend"]
         told = {"bundle": str(bundle), "data": images and str(images), "max_drop": max_drop, **options}
         stream.write(json.dumps(told) + "\\n")
     name = Path(bundle).name
@@ -52,17 +56,34 @@ def validate_bundle(bundle, images=None, labels=None, *, baseline=None, max_drop
 
 
 def bench_bundle(bundle, settings, watch):
-    """Each round of int8 takes 1 ms, and one of fp32 2 ms."""
+    """Each round of int8 takes 1 ms, and one of fp32 2 ms; "unmeasured" cannot be."""
+    if Path(bundle).name == "unmeasured":
+        raise BackendError("the device is gone")
     int8, fp32 = (summarize(name, 1, [np.full(9, ms * 10**6)] * 30) for name, ms in (("int8", 1), ("fp32", 2)))
     return Benchmark(
         "", "cpu", "cpu", "int8", (3, 4, 4), None, {"processor": "Some CPU"}, (int8, fp32), (speedup(int8, fp32),), {},
-        None, (), (),
+        None, (), (), engine_sha256="engine",
     )
 
 
 edgeres.judge.validate_bundle = validate_bundle
 edgeres.twins.bench_bundle = bench_bundle
 '''
+
+
+GONE = """
+
+judge = edgeres.judge.validate_bundle
+
+
+def judged_and_gone(bundle, *given, **options):
+    report = judge(bundle, *given, **options)
+    (Path(bundle) / "manifest.json").unlink()
+    return report
+
+
+edgeres.judge.validate_bundle = judged_and_gone
+"""
 
 
 def installed() -> bool:
@@ -79,9 +100,12 @@ class Session:
         self.calls_file = pytester.path / "calls.txt"
         pytester.makeconftest(CONFTEST)
         raw = Preprocessing((4, 4), None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        for name in ("good", "bad", "open", "empty", "unlabelled"):
+        engine = Engine("cpu", "cpu", "int8", FileRef("engine.onnx", "engine", 1), {}, {})
+        for name in ("good", "bad", "open", "empty", "unlabelled", "unmeasured"):
             folder = pytester.mkdir(name)
-            (folder / "manifest.json").write_bytes(to_json(Manifest(name, "int8", {}, raw, (), {}, {})))
+            (folder / "manifest.json").write_bytes(
+                to_json(Manifest(name, "int8", {}, raw, (), {}, {}, engines=(engine,)))
+            )
 
     def run(self, *arguments: str) -> pytest.RunResult:
         plugin = () if installed() else ("-p", "edgeres.pytest_plugin")
@@ -337,7 +361,9 @@ def test_a_limit_on_the_latency_is_asked_for_like_all_else(session: Session) -> 
     session.run("--edgeres-bundle", "good", "--edgeres-max-latency-ms", "1.5").assert_outcomes(passed=1)
     slow = session.run("--edgeres-bundle", "good", "--edgeres-max-latency-ms", "0.5")
     slow.assert_outcomes(failed=1)
-    slow.stdout.fnmatch_lines(["FAIL: INT8 takes 1.000 ms a frame (p50) on cpu (Some CPU) *: fails."])
+    slow.stdout.fnmatch_lines(
+        ["FAIL: INT8 takes 1.000 ms a frame (p50; the engine alone, input prepared) on cpu (Some CPU) *: fails."]
+    )
     session.pytester.makepyfile(marked("bundle='good', max_latency_ms=2, min_speedup=1.5"))
     session.run().assert_outcomes(passed=1)
     session.pytester.makeini("[pytest]\nedgeres_min_speedup = 2.5\n")
@@ -345,6 +371,24 @@ def test_a_limit_on_the_latency_is_asked_for_like_all_else(session: Session) -> 
     session.run().stdout.fnmatch_lines(["FAIL: INT8 is 2.00 times as fast as FP32 on cpu (Some CPU) *: fails."])
     for wrong in ("0", "inf", "nan", "much"):
         assert session.run("--edgeres-min-speedup", wrong).ret == pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.mark.parametrize("inconclusive", ["fail", "skip", "pass"])
+def test_what_could_not_be_measured_fails_whatever_passes(session: Session, inconclusive: str) -> None:
+    flags = ("--edgeres-bundle", "unmeasured", "--edgeres-inconclusive", inconclusive)
+    session.run(*flags).assert_outcomes(passed=1)
+    result = session.run(*flags, "--edgeres-max-latency-ms", "1.5")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["ERROR: latency: could not be measured: the device is gone", "PASS: INT8 keeps top-1*"]
+    )
+
+
+def test_a_gate_that_passes_needs_no_hints(session: Session) -> None:
+    """The bundle is gone once it was judged."""
+    session.pytester.makeconftest(CONFTEST + GONE)
+    session.run("--edgeres-bundle", "good").assert_outcomes(passed=1)
+    assert not (session.pytester.path / "good/manifest.json").exists()
 
 
 def test_a_marked_test_without_the_fixture_is_no_gate(session: Session) -> None:

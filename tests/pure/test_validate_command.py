@@ -69,6 +69,18 @@ def test_the_verdict_is_told_where_its_file_cannot_be_written(
     assert "out.xml" in told.err
 
 
+def test_a_bundle_that_is_gone_by_then_has_its_verdict(
+    validate: Validate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judge(*told: Any, **options: Any) -> Report:
+        (tmp_path / "net/manifest.json").unlink()
+        return REPORTS["fail"]
+
+    assert validate("fail", "--junit", "out.xml", judge=judge) == 1
+    assert "FAIL: INT8 loses 10.00 pp" in capsys.readouterr().out
+    assert b'<failure type="fail"' in (tmp_path / "out.xml").read_bytes()
+
+
 @pytest.mark.parametrize(("found", "code"), [("pass", 0), ("fail", 1), ("inconclusive", 1), ("unlabelled", 1)])
 def test_only_what_passes_is_accepted(
     validate: Validate, tmp_path: Path, capsys: pytest.CaptureFixture[str], found: str, code: int
