@@ -1,10 +1,10 @@
 """Where a build works: beside the bundle, stage by stage, and exchanged for it whole at the end.
 
-``build/net-int8`` is made in ``build/.net-int8.work/bundle``. Each finished stage leaves a record beside that folder, so
-that a build that was interrupted goes on where it stopped, and a stage whose key (a hash of everything it depends on)
-has not changed is taken over, from the work folder or from the bundle that is there already. Nothing in the old bundle
-is touched until the new one is complete; then the two folders change places in one step, and only then the records go:
-whatever ends a build, also in its very last steps, no finished stage has to be run again.
+``build/net-int8`` is made in ``build/.net-int8.work/bundle``. Each finished stage leaves a record beside that folder,
+so that a build that was interrupted goes on where it stopped, and a stage whose key (a hash of everything it depends
+on) has not changed is taken over, from the work folder or from the bundle that is there already. Nothing in the old
+bundle is touched until the new one is complete; then the two folders change places in one step, and only then the
+records go: whatever ends a build, also in its very last steps, no finished stage has to be run again.
 """
 
 from __future__ import annotations
