@@ -75,6 +75,7 @@ OPTIONS = {
     "hardware_compatible": "engine.hardware_compatible",
     "strict": "engine.strict",
     "engine_input": "engine.input",
+    "timeout_minutes": "engine.timeout_minutes",
 }
 """The flags of ``edgeres build`` and the recipe's keys that they override."""
 

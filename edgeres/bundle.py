@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Callable, Dict, List, Optional, Tuple, TypeVar, Union
 
 from edgeres.artifacts import FileRef, Manifest, from_data, from_json
 from edgeres.errors import BundleError, IntegrityError, numbered
@@ -17,7 +17,9 @@ from edgeres.files import MANIFEST, sha256_bytes, sha256_file
 from edgeres.recipe import BACKENDS, PRECISIONS, SECTIONS, TARGETS
 
 Folder = Union[str, "os.PathLike[str]"]
+T = TypeVar("T")
 FORMAT = 1
+ATTEMPTS = 5
 LARGEST_MANIFEST = 16 << 20  # bytes; one has tens of kB, and read it may take 25 times as much memory
 
 
@@ -118,6 +120,10 @@ def intact(folder: Folder, ref: FileRef) -> bool:
 
 def verify_and_read(folder: Folder, wanted: Tuple[str, ...]) -> Tuple[Manifest, Dict[str, bytes]]:
     """Return the manifest and the bytes of the ``wanted`` files, after checking every file of the bundle once."""
+    return undisturbed(folder, lambda: _verified(folder, wanted))
+
+
+def _verified(folder: Folder, wanted: Tuple[str, ...]) -> Tuple[Manifest, Dict[str, bytes]]:
     manifest = read_manifest(folder)
     problems = _contradictions(manifest)
     contents: Dict[str, bytes] = {}
@@ -132,6 +138,31 @@ def verify_and_read(folder: Folder, wanted: Tuple[str, ...]) -> Tuple[Manifest, 
     if problems:
         raise IntegrityError(numbered(str(folder), problems) + "\nDo not use it: build it again, or copy it again.")
     return manifest, contents
+
+
+def undisturbed(folder: Folder, read: Callable[[], T]) -> T:
+    """Return what ``read`` reads of a bundle; where a build put another one in its place meanwhile, it reads again.
+
+    Raises:
+        BundleError: as ``read`` does, or because the bundle changed each time.
+    """
+    for _ in range(ATTEMPTS):
+        before = _identity(folder)
+        try:
+            return read()
+        except BundleError:
+            if _identity(folder) == before:
+                raise
+    raise BundleError(f"{folder} changed while it was being read, {ATTEMPTS} times. Read it when the builds are done.")
+
+
+def _identity(folder: Folder) -> Optional[Tuple[int, int, int]]:
+    """Return what tells a folder from another of the same name, and from itself with another content."""
+    try:
+        status = os.stat(folder)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 def _contradictions(manifest: Manifest) -> List[str]:

@@ -28,7 +28,10 @@ from edgeres.streams import guard, on_github, order
 
 OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 70, 130, 143
 UNTOUCHED = "an earlier bundle is untouched, and a build goes on where it stopped"
-ENDS = {signal.SIGINT: (INTERRUPTED, "interrupted"), signal.SIGTERM: (TERMINATED, "terminated")}
+ENDS: Dict[int, Tuple[int, str]] = {
+    signal.SIGINT: (INTERRUPTED, "interrupted"),
+    signal.SIGTERM: (TERMINATED, "terminated"),
+}
 SPARE = 1 << 28  # bytes: a process that cannot even reserve so much is short of memory
 WORST = 10  # layers that `inspect` shows to people; --json has all
 VERDICT_CODES = {"pass": OK, "fail": FAILED, "inconclusive": UNDECIDED, "unlabelled": UNDECIDED}
@@ -53,12 +56,18 @@ def cli() -> None:
 @cli.command()
 @click.argument("recipe", required=False)
 @build_options
-def build(recipe: Optional[str], out: Optional[Path], as_json: bool, **options: Any) -> int:
+@click.option("--check", is_flag=True, help="Build the bundle at --out anew, beside it, and compare: is it the same?")
+def build(recipe: Optional[str], out: Optional[Path], as_json: bool, check: bool, **options: Any) -> int:
     """The whole pipeline: export, calibrate, quantize, compile, validate; a bundle.
 
     RECIPE is a TOML file or an earlier bundle; without one and without --model, the embedded default is built. Exit
     code 1 where accuracy falls by more than the budget for certain; a verdict that is open is a warning.
+
+    With --check, RECIPE is the bundle's own unless another is given, the bundle is only read, and the exit code is 0
+    where the models, the ranges and all else that is computed come out the same, byte for byte, and 1 where not.
     """
+    if check:
+        return _check(recipe, out, as_json, options)
     bundle, code = _run(recipe, out, as_json, "validate", options)
     report = bundle.report
     return FAILED if report is not None and report.verdict == "fail" else code
@@ -525,9 +534,7 @@ def _run(
     from edgeres.recipe import load_recipe
     from edgeres.terminal import TerminalProgress, show_build
 
-    options["keep_float"] = list(options["keep_float"]) or None
-    overrides = {edgeres.OPTIONS[name]: value for name, value in options.items()}
-    recipe = load_recipe(source, overrides)
+    recipe = load_recipe(source, _overrides(options))
     if out is None and source is not None and Path(source).is_dir():
         out = Path(source)  # a bundle is continued where it is
     progress = TerminalProgress()
@@ -543,6 +550,39 @@ def _run(
         else:
             show_build(bundle, progress.lines)
     return bundle, OK
+
+
+def _check(source: Optional[str], out: Optional[Path], as_json: bool, options: Dict[str, Any]) -> int:
+    """Build a bundle's recipe again, with the flags on top, and tell what came out otherwise."""
+    from edgeres.recipe import load_recipe
+    from edgeres.reproduction import reproduce, rows
+    from edgeres.terminal import TerminalProgress, show_rows
+
+    bundle = out or (Path(source) if source is not None and Path(source).is_dir() else None)
+    if bundle is None:
+        raise click.UsageError("name the bundle to check: --out BUNDLE")
+    if source is None and options["model"] is None:
+        source = str(bundle)
+    recipe = load_recipe(source, _overrides(options))
+    progress = TerminalProgress()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = reproduce(bundle, recipe, progress)
+    finally:
+        progress.stop()
+    with _answered():
+        if as_json:
+            _print_json({"bundle": str(bundle), "same": found.same, **found._asdict()})
+        else:
+            show_rows(["", "then", "now"], rows(found), f"{bundle}, built again")
+            click.echo("the same, byte for byte" if found.same else "NOT the same")
+    return OK if found.same else FAILED
+
+
+def _overrides(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the flags of a build as keys of the recipe."""
+    given = {**options, "keep_float": list(options["keep_float"]) or None}
+    return {edgeres.OPTIONS[name]: value for name, value in given.items()}
 
 
 def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:

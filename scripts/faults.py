@@ -1,9 +1,9 @@
 """What becomes of a bundle when builds are killed, disks fill up, files vanish and memory ends: a Markdown table.
 
 One process has imported everything and forks a child for each run, so that hundreds of real builds (the smallest net,
-20 images) are killed in minutes. Before each run lies an earlier bundle. After it that bundle has to be whole (every byte,
-or the new one's), to verify, to load and to answer what it answered; the next build has to come out as one that nobody
-disturbed, byte for byte, without running a finished stage again; and nothing else may lie there.
+20 images) are killed in minutes. Before each run lies an earlier bundle. After it that bundle has to be whole (every
+byte, or the new one's), to verify, to load and to answer what it answered; the next build has to come out as one that
+nobody disturbed, byte for byte, without running a finished stage again; and nothing else may lie there.
 
     OMP_NUM_THREADS=1 python scripts/faults.py [--kills 200] [--full-disk 50] [--others 20] [--seed 0] [--only WORD]
 """

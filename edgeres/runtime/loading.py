@@ -7,7 +7,7 @@ import os
 from typing import Dict, Optional, Tuple
 
 from edgeres.artifacts import Engine, Manifest
-from edgeres.bundle import Folder, read_manifest, verify_and_read
+from edgeres.bundle import Folder, read_manifest, undisturbed, verify_and_read
 from edgeres.errors import BackendError, BundleError, MissingPackageError, numbered
 from edgeres.preprocess import COLORS, problems
 from edgeres.runtime.engine import LoadedEngine, OpenEngine
@@ -25,10 +25,15 @@ def load_with(
     from one reading: a bundle that is exchanged meanwhile cannot mix with its successor."""
     if frames not in COLORS:
         raise BackendError(f"frames is {frames!r}: choose one of {', '.join(COLORS)}")
-    record = _choose(bundle, read_manifest(bundle), backend)
-    manifest, contents = verify_and_read(bundle, (record.file.path, *also))
-    if record != _choose(bundle, manifest, backend) or record.file.path not in contents:
-        raise BundleError(f"{bundle} changed while it was being read. Load it again.")
+
+    def read() -> Tuple[Engine, Manifest, Dict[str, bytes]]:
+        record = _choose(bundle, read_manifest(bundle), backend)
+        manifest, contents = verify_and_read(bundle, (record.file.path, *also))
+        if record != _choose(bundle, manifest, backend) or record.file.path not in contents:
+            raise BundleError(f"{bundle} changed while it was being read. Load it again.")
+        return record, manifest, contents
+
+    record, manifest, contents = undisturbed(bundle, read)
     check_preprocessing(bundle, manifest)
     runner = open_record(contents[record.file.path], record, threads, os.fspath(bundle), cuda_graphs)
     return LoadedEngine(runner, manifest, record, frames), contents

@@ -17,10 +17,11 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
+from edgeres import bundle as bundle_module
 from edgeres import workspace as workspace_module
 from edgeres.artifacts import Manifest, Preprocessing
-from edgeres.bundle import read_manifest, unlisted, verify
-from edgeres.errors import BundleError
+from edgeres.bundle import read_manifest, undisturbed, unlisted, verify, verify_and_read
+from edgeres.errors import BundleError, IntegrityError
 from edgeres.files import MANIFEST, RECIPE, file_ref
 from edgeres.workspace import Workspace, aside_of, exchange, stage_key
 
@@ -729,6 +730,77 @@ def kill_at_any_moment(out: Path) -> None:
 @pytest.mark.parametrize("torment", [die_at_every_step, kill_at_any_moment])
 def test_at_every_moment_there_is_a_whole_bundle(out: Path, torment: Callable[[Path], None]) -> None:
     assert run(out, f"{torment.__name__}(out)") == 0
+
+
+# Readers meanwhile
+
+
+def test_who_reads_while_it_is_built_sees_the_one_or_the_other(out: Path) -> None:
+    """Never a mixture, and no complaint about damage; at most that it changes too often to be read."""
+    make(out, "odd")
+    paths = tuple(path for stage in STAGES.values() for path in stage)
+    builder = child(out, "while True: [make(out, word) for word in ('even', 'odd')]")
+    seen: List[str] = []
+    refused: List[str] = []
+    try:
+        end = time.monotonic() + 60
+        while len(set(seen)) < 2 or len(seen) < 300:
+            assert time.monotonic() < end, f"{len(seen)} readings, {set(seen)}"
+            try:
+                manifest, contents = verify_and_read(out, paths)
+            except BundleError as problem:
+                refused.append(str(problem))
+                continue
+            assert {content.split()[0].decode() for content in contents.values()} == {manifest.name}
+            seen.append(manifest.name)
+    finally:
+        builder.kill()
+        builder.communicate()
+    assert all("changed while it was being read" in text for text in refused)
+
+
+def test_an_exchange_between_the_manifest_and_the_files_is_no_damage(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["new"]
+
+    def read_and_be_overtaken(*arguments: Any) -> Manifest:
+        manifest = read_manifest(*arguments)
+        if words:
+            make(out, words.pop())
+        return manifest
+
+    make(out, "old")
+    monkeypatch.setattr(bundle_module, "read_manifest", read_and_be_overtaken)
+    manifest, contents = verify_and_read(out, ("model.onnx",))
+    assert manifest.name == "new"
+    assert contents["model.onnx"].startswith(b"new ")
+
+
+def test_damage_is_not_read_again_and_again(out: Path) -> None:
+    make(out, "old")
+    damage_content(out / "model.onnx")
+    tries = []
+
+    def read() -> Manifest:
+        tries.append(1)
+        return verify(out)
+
+    with pytest.raises(IntegrityError, match="has changed since it was built"):
+        undisturbed(out, read)
+    assert len(tries) == 1
+
+
+def test_a_bundle_that_never_stays_is_said_to_change(out: Path) -> None:
+    words = itertools.cycle(("odd", "even"))
+
+    def read() -> None:
+        make(out, next(words))
+        raise IntegrityError("a file of the other one")
+
+    make(out, "even")
+    with pytest.raises(BundleError, match="changed while it was being read"):
+        undisturbed(out, read)
 
 
 # The exchange itself
