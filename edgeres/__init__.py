@@ -14,13 +14,14 @@ Rooms are entered when they are needed: importing edgeres loads nothing heavy.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Optional
 
 from edgeres.errors import EdgeresError
 
+# As typing has it, which takes longer to load than all else here: while it loads, a Ctrl-C would end in a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
-    from typing import Union
+    from typing import Any, Optional, Union
 
     import numpy as np
 
@@ -75,6 +76,7 @@ OPTIONS = {
     "hardware_compatible": "engine.hardware_compatible",
     "strict": "engine.strict",
     "engine_input": "engine.input",
+    "timeout_minutes": "engine.timeout_minutes",
 }
 """The flags of ``edgeres build`` and the recipe's keys that they override."""
 

@@ -55,7 +55,10 @@ class Preprocessing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SampleSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which samples were used, in order: ``names`` and ``sha256`` run in parallel; ``digest`` covers both."""
+    """Which samples were used, in order: ``names`` and ``sha256`` run in parallel; ``digest`` covers both.
+
+    ``source`` is the name of the folder or file that they come from.
+    """
 
     source: str
     digest: str

@@ -11,7 +11,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 
 from edgeres.artifacts import FileRef, Manifest, from_data, from_json
 from edgeres.errors import BundleError, IntegrityError, SignatureError, numbered
@@ -20,7 +20,9 @@ from edgeres.recipe import BACKENDS, PRECISIONS, SECTIONS, TARGETS
 from edgeres.signatures import Keys, check
 
 Folder = Union[str, "os.PathLike[str]"]
+T = TypeVar("T")
 FORMAT = 1
+ATTEMPTS = 5
 LARGEST_MANIFEST = 16 << 20  # bytes; one has tens of kB, and read it may take 25 times as much memory
 HASHING = 4  # threads: Python lets go of its lock while it reads and hashes, and files do not wait for one another
 SMALL = 4 << 20  # bytes of a bundle that are hashed sooner than threads have begun
@@ -172,6 +174,12 @@ def verify_and_read(
     folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys] = None
 ) -> Tuple[Manifest, Dict[str, bytes]]:
     """Return the manifest and the bytes of the ``wanted`` files, after checking every file of the bundle once."""
+    return undisturbed(folder, lambda: _verified(folder, wanted, trusted_keys))
+
+
+def _verified(
+    folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys]
+) -> Tuple[Manifest, Dict[str, bytes]]:
     manifest = read_manifest(folder, trusted_keys)
     return manifest, check_files(folder, manifest, wanted)
 
@@ -204,6 +212,31 @@ def _all_examined(examined: Callable[[FileRef], Tuple[bytes, str]], refs: Sequen
         with contextlib.suppress(RuntimeError), ThreadPoolExecutor(HASHING) as pool:
             return list(pool.map(examined, refs))
     return list(map(examined, refs))
+
+
+def undisturbed(folder: Folder, read: Callable[[], T]) -> T:
+    """Return what ``read`` reads of a bundle; where a build put another one in its place meanwhile, it reads again.
+
+    Raises:
+        BundleError: as ``read`` does, or because the bundle changed each time.
+    """
+    for _ in range(ATTEMPTS):
+        before = _identity(folder)
+        try:
+            return read()
+        except BundleError:
+            if _identity(folder) == before:
+                raise
+    raise BundleError(f"{folder} changed while it was being read, {ATTEMPTS} times. Read it when the builds are done.")
+
+
+def _identity(folder: Folder) -> Optional[Tuple[int, int, int]]:
+    """Return what tells a folder from another of the same name, and from itself with another content."""
+    try:
+        status = os.stat(folder)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 def _contradictions(manifest: Manifest) -> List[str]:

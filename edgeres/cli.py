@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import signal
 import sys
 import time
 import traceback
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
 
 import click
 import msgspec
 
 import edgeres
-from edgeres.errors import BundleError, EdgeresError, SigningKeyError, printable
+from edgeres.errors import BundleError, EdgeresError, SigningKeyError, first_line, printable
 from edgeres.options import Seconds, Size, Sizes, build_options, engine_options, key_option, latency_options
 from edgeres.streams import guard, on_github, order
 
 OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 70, 130, 143
 UNTOUCHED = "an earlier bundle is untouched, and a build goes on where it stopped"
+ENDS: Dict[int, Tuple[int, str]] = {
+    signal.SIGINT: (INTERRUPTED, "interrupted"),
+    signal.SIGTERM: (TERMINATED, "terminated"),
+}
+SPARE = 1 << 28  # bytes: a process that cannot even reserve so much is short of memory
 WORST = 10  # layers that `inspect` shows to people; --json has all
 PASSPHRASE = "EDGERES_PASSPHRASE"
 VERDICT_CODES = {"pass": OK, "fail": FAILED, "inconclusive": UNDECIDED, "unlabelled": UNDECIDED, "error": FAILED}
@@ -52,12 +59,18 @@ def cli() -> None:
 @cli.command()
 @click.argument("recipe", required=False)
 @build_options
-def build(recipe: Optional[str], out: Optional[Path], as_json: bool, **options: Any) -> int:
+@click.option("--check", is_flag=True, help="Build the bundle at --out anew, beside it, and compare: is it the same?")
+def build(recipe: Optional[str], out: Optional[Path], as_json: bool, check: bool, **options: Any) -> int:
     """The whole pipeline: export, calibrate, quantize, compile, validate; a bundle.
 
     RECIPE is a TOML file or an earlier bundle; without one and without --model, the embedded default is built. Exit
     code 1 where accuracy falls by more than the budget for certain; a verdict that is open is a warning.
+
+    With --check, RECIPE is the bundle's own unless another is given, the bundle is only read, and the exit code is 0
+    where the models, the ranges and all else that is computed come out the same, byte for byte, and 1 where not.
     """
+    if check:
+        return _check(recipe, out, as_json, options)
     bundle, code = _run(recipe, out, as_json, "validate", options)
     report = bundle.report
     return FAILED if report is not None and report.verdict == "fail" else code
@@ -639,9 +652,7 @@ def _run(
     from edgeres.recipe import load_recipe
     from edgeres.terminal import TerminalProgress, show_build
 
-    options["keep_float"] = list(options["keep_float"]) or None
-    overrides = {edgeres.OPTIONS[name]: value for name, value in options.items()}
-    recipe = load_recipe(source, overrides)
+    recipe = load_recipe(source, _overrides(options))
     if out is None and source is not None and Path(source).is_dir():
         out = Path(source)  # a bundle is continued where it is
     progress = TerminalProgress()
@@ -657,6 +668,39 @@ def _run(
         else:
             show_build(bundle, progress.lines)
     return bundle, OK
+
+
+def _check(source: Optional[str], out: Optional[Path], as_json: bool, options: Dict[str, Any]) -> int:
+    """Build a bundle's recipe again, with the flags on top, and tell what came out otherwise."""
+    from edgeres.recipe import load_recipe
+    from edgeres.reproduction import reproduce, rows
+    from edgeres.terminal import TerminalProgress, show_rows
+
+    bundle = out or (Path(source) if source is not None and Path(source).is_dir() else None)
+    if bundle is None:
+        raise click.UsageError("name the bundle to check: --out BUNDLE")
+    if source is None and options["model"] is None:
+        source = str(bundle)
+    recipe = load_recipe(source, _overrides(options))
+    progress = TerminalProgress()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = reproduce(bundle, recipe, progress)
+    finally:
+        progress.stop()
+    with _answered():
+        if as_json:
+            _print_json({"bundle": str(bundle), "same": found.same, **found._asdict()})
+        else:
+            show_rows(["", "then", "now"], rows(found), f"{bundle}, built again")
+            click.echo("the same, byte for byte" if found.same else "NOT the same")
+    return OK if found.same else FAILED
+
+
+def _overrides(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the flags of a build as keys of the recipe."""
+    given = {**options, "keep_float": list(options["keep_float"]) or None}
+    return {edgeres.OPTIONS[name]: value for name, value in given.items()}
 
 
 def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
@@ -744,7 +788,6 @@ def _answered() -> Iterator[None]:
 def main(arguments: Optional[List[str]] = None) -> None:
     """Run the command line and exit with its code: the one door from exception to exit code."""
     guard()
-    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_exit_code(arguments))
 
 
@@ -752,32 +795,78 @@ class _Terminated(BaseException):
     """SIGTERM came: what is open is closed on the way out, as for an interrupt."""
 
 
-def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end what is done here by an exception; a second one, or one that comes later, by death."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
+                signal.signal(number, _stop)
+        yield
+    finally:
+        _end_by_signals()
+
+
+def _stop(number: int, frame: Optional[FrameType]) -> None:
+    _end_by_signals()
+    if _imports(frame):  # native libraries that are half loaded take an exception for damage, or crash on the way out
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+        os.write(2, f"{show_cursor}{ENDS[number][1]}; {UNTOUCHED}\n".encode())
+        os._exit(ENDS[number][0])
+    raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
+
+
+def _imports(frame: Optional[FrameType]) -> bool:
+    """Whether a module is being imported where a frame stands."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _end_by_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _out_of_memory(problem: Exception) -> bool:
+    """Whether an error is most likely none of ours: libraries that get no memory fail with whatever comes next."""
+    if "can't start new thread" in str(problem):
+        return True
+    try:
+        mmap.mmap(-1, SPARE).close()
+    except (OSError, ValueError):
+        return True
+    return False
+
+
+def _ended(number: int) -> int:
+    code, word = ENDS[number]
+    click.echo(f"{word}; {UNTOUCHED}", err=True)
+    return code
 
 
 def _exit_code(arguments: Optional[List[str]]) -> int:
     try:
-        return int(cli.main(args=arguments, prog_name="edgeres", standalone_mode=False) or OK)
+        with _interruptible():
+            return int(cli.main(args=arguments, prog_name="edgeres", standalone_mode=False) or OK)
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as problem:
         problem.show()
         return USAGE
     except (KeyboardInterrupt, click.Abort):
-        click.echo(f"interrupted; {UNTOUCHED}", err=True)
-        return INTERRUPTED
+        return _ended(signal.SIGINT)
     except EdgeresError as problem:
         click.echo(f"error: {printable(str(problem))}", err=True)
         return FAILED
     except _Terminated:
-        click.echo(f"terminated; {UNTOUCHED}", err=True)
-        return TERMINATED
-    except MemoryError as problem:
-        asked = f" ({problem})" if str(problem) else ""
-        click.echo(f"error: not enough memory{asked}. Take smaller batches, frames or an input size.", err=True)
-        return FAILED
-    except Exception:
+        return _ended(signal.SIGTERM)
+    except Exception as problem:
+        if isinstance(problem, MemoryError) or _out_of_memory(problem):
+            asked = f" ({first_line(problem)})" if str(problem) else ""
+            click.echo(f"error: not enough memory{asked}. Take smaller batches, frames or an input size.", err=True)
+            return FAILED
         traceback.print_exc()
         click.echo("this is a bug in edgeres; please report it with the lines above", err=True)
         return BUG

@@ -180,7 +180,7 @@ def _tensorrt_engine(source: Source, section: EngineSection, watch: Watch) -> Tu
     backend, target = resolve(section)
     folder, model = source.folder, source.model
     request = _request(source, section)
-    result = build_in_child(request, watch)
+    result = build_in_child(request, watch, 60 * section.timeout_minutes)
     sources = _sources(source.exported, model).values()
     read = next(ref for ref in sources if str(folder / ref.path) == result.source)
     layers, complaints = attribute(result.layers, model.layers, target)

@@ -23,7 +23,9 @@ A message says what is wrong, where, and what to do next. Anything else that esc
 
 from __future__ import annotations
 
-from typing import Any, Iterable, List, Sequence, Tuple, Type
+TYPE_CHECKING = False  # see edgeres/__init__.py
+if TYPE_CHECKING:
+    from typing import Any, Iterable, List, Sequence, Tuple, Type
 
 
 class EdgeresError(Exception):

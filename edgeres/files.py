@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import io
 import mmap
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Iterator, List, Tuple, Union
@@ -36,6 +38,8 @@ LARGEST_WEIGHTS = 1 << 33  # bytes: an ONNX file holds 2 GB at most, a checkpoin
 CHUNK = 1 << 20
 HUGE_PAGE = 2 << 20  # bytes, on x86 and on ARM with pages of 4 kB
 MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
+TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}")
+"""The name of a file that :func:`write_atomic` has not finished; the group is what it is to become."""
 
 
 def model_file(precision: str) -> str:
@@ -181,7 +185,7 @@ def content_ref(path: str, content: bytes) -> FileRef:
 def write_atomic(path: Union[str, Path], content: bytes) -> None:
     """Write a file so that a reader sees the old content or all of the new one, whatever happens in between.
 
-    A link is replaced, and not followed.
+    A link is replaced, and not followed. What a killed writer of the same file has left is removed.
 
     Raises:
         BundleError: the folder cannot be written, or the disk is full; the old file is whole. Or what is there is no
@@ -193,15 +197,13 @@ def write_atomic(path: Union[str, Path], content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "it is no ordinary file")
-        attempt = str(path.parent / f".{path.name}.{os.urandom(8).hex()}")
-        # Unlike tempfile's private files, a bundle's are as open as the user's umask says.
-        descriptor = os.open(attempt, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        temporary = attempt
+        _remove_orphans(path)
+        temporary, descriptor = _begun(path)
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, str(path))
+            os.replace(temporary, str(path))  # before it is closed, which ends its lock
         temporary = None
     except OSError as problem:
         reason = problem.strerror or problem
@@ -210,3 +212,46 @@ def write_atomic(path: Union[str, Path], content: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _begun(path: Path) -> Tuple[str, int]:
+    """Return a new file beside ``path``, and its descriptor, by whose lock others know that somebody writes it."""
+    while True:
+        attempt = str(path.parent / f".{path.name}.{os.urandom(8).hex()}")
+        # Unlike tempfile's private files, a bundle's are as open as the user's umask says.
+        descriptor = os.open(attempt, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):  # no locks here: then nobody removes it either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink:
+            return attempt, descriptor
+        os.close(descriptor)  # somebody took it for an orphan before it was locked
+
+
+def _remove_orphans(path: Path) -> None:
+    """Remove what killed writers of a file have left beside it: their locks died with them."""
+    for name in os.listdir(path.parent):
+        found = TEMPORARY.fullmatch(name)
+        if found is None or found.group(1) != path.name:
+            continue
+        with contextlib.suppress(OSError):  # it is being written, or it is not ours
+            descriptor = os.open(path.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path.parent / name)
+            finally:
+                os.close(descriptor)
+
+
+def sync_file(path: Union[str, Path]) -> None:
+    """Wait until a file's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Union[str, Path]) -> None:
+    """Wait until the names in a folder are on the disk, where its file system can be asked to."""
+    with contextlib.suppress(OSError):
+        sync_file(path)

@@ -228,6 +228,9 @@ ENGINE_OPTIONS = (
         help="What TensorRT's engine takes: pixels, a quarter of the bytes, or normalized numbers. Default: auto, "
         "uint8 where any normalized input is then still answered alike.",
     ),
+    click.option(
+        "--timeout-minutes", type=float, metavar="MINUTES", help="How long TensorRT may build an engine. Default: 240."
+    ),
 )
 
 

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
 
 from edgeres import __version__, files, imported
 from edgeres.artifacts import (
@@ -34,7 +34,7 @@ from edgeres.artifacts import (
     to_data,
     to_json,
 )
-from edgeres.errors import BundleError, CalibrationError, ExportError, QuantizationError, RecipeError
+from edgeres.errors import BundleError, CalibrationError, EdgeresError, ExportError, QuantizationError, RecipeError
 from edgeres.progress import Progress, counted
 from edgeres.provenance import provenance, versions
 from edgeres.recipe import Recipe, locate, recipe_data
@@ -630,7 +630,7 @@ def build(
     if until not in STAGES:
         raise BundleError(f"there is no stage {until!r}. The stages are {', '.join(STAGES)}")
     place = out or default_out(recipe)
-    with Workspace(place) as workspace:
+    with Workspace(place) as workspace, _vanished_files():
         job = Build(recipe, workspace, until, progress or Progress())
         job.open_samples()
         with contextlib.suppress(_Reached):
@@ -649,6 +649,19 @@ def build(
         for text in unsigned:
             job.progress.warn(text)  # the manifest, which may be signed next, does not tell of it
     return Bundle(str(place), manifest)
+
+
+@contextlib.contextmanager
+def _vanished_files() -> Iterator[None]:
+    """Tell of a file that vanished, or cannot be read any more, after it was found to be there."""
+    try:
+        yield
+    except OSError as problem:
+        what = f"{problem.filename}: " if problem.filename else ""
+        raise EdgeresError(
+            f"{what}{problem.strerror or problem}. The build stopped there; put that right and build again, and it "
+            "goes on where it stopped."
+        ) from problem
 
 
 def _exported(recipe: Recipe) -> Exported:

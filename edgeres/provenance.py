@@ -36,7 +36,12 @@ def provenance(recipe_folder: Path) -> Dict[str, Any]:
     return {
         "tools": versions(),
         "python": platform.python_version(),
-        "host": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
+        "host": {
+            "system": platform.system(),
+            "release": platform.release(),
+            "machine": platform.machine(),
+            "cores": cores(),
+        },
         "git": git_state(recipe_folder),
     }
 

@@ -119,6 +119,7 @@ class EngineSection(msgspec.Struct, frozen=True):
     layers that a DLA does not have run on the GPU; ``strict`` refuses an engine with a layer that does not run as
     planned. ``input`` is what the engine takes: ``uint8`` pixels, a quarter of the bytes, normalized ``float32``, or
     ``auto``: pixels where any normalized input is then still answered alike (int8 nets that read exact pixels).
+    ``timeout_minutes`` is how long the builder may take.
     """
 
     backend: str = "auto"
@@ -132,6 +133,7 @@ class EngineSection(msgspec.Struct, frozen=True):
     hardware_compatible: bool = False
     strict: bool = False
     input: str = "auto"
+    timeout_minutes: float = 240.0
 
 
 SECTIONS: Dict[str, type] = {
@@ -425,6 +427,8 @@ def _engine_mistakes(engine: EngineSection) -> List[str]:
         )
     if engine.optimization_level is not None and not 0 <= engine.optimization_level <= 5:
         problems.append(f"engine.optimization_level: {engine.optimization_level} is not between 0 and 5")
+    if not 0 < engine.timeout_minutes <= MOST_MINUTES:
+        problems.append(f"engine.timeout_minutes: {engine.timeout_minutes} is not above 0 and at most {MOST_MINUTES}")
     if engine.input not in ENGINE_INPUTS:
         problems.append(f"engine.input: {engine.input!r} is not one of {', '.join(ENGINE_INPUTS)}")
     elif engine.input == "uint8" and (engine.target or "").startswith("dla"):

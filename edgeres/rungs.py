@@ -19,9 +19,8 @@ from edgeres.bundle import intact
 from edgeres.errors import BundleError
 from edgeres.files import write_atomic
 from edgeres.validation import decibels
-from edgeres.workspace import Workspace
+from edgeres.workspace import RUNGS, Workspace
 
-FOLDER = ".rungs"
 LADDER = "ladder.json"
 STAGES = ("observe", "equalize", "calibrate", "quantize", "compile", "validate")
 """What differs from rung to rung."""
@@ -77,7 +76,7 @@ class Rungs:
 
     def __init__(self, workspace: Workspace, key: str) -> None:
         self._workspace = workspace
-        self._folder = workspace.folder / FOLDER
+        self._folder = workspace.work / RUNGS
         self._ladder = _Ladder(key, Climb((), 0), {})
         with contextlib.suppress(BundleError, OSError):
             found = from_json((self._folder / LADDER).read_bytes(), _Ladder, LADDER)

@@ -1,9 +1,10 @@
 """Where a build works: beside the bundle, stage by stage, and exchanged for it whole at the end.
 
-``build/net-int8`` is made in ``build/.net-int8.work``. Each finished stage leaves a record there, so that a build that
-was interrupted goes on where it stopped, and a stage whose key (a hash of everything it depends on) has not changed is
-taken over, from the work folder or from the bundle that is there already. Nothing in the old bundle is touched until
-the new one is complete; then the two folders change places in one step.
+``build/net-int8`` is made in ``build/.net-int8.work/bundle``. Each finished stage leaves a record beside that folder,
+so that a build that was interrupted goes on where it stopped, and a stage whose key (a hash of everything it depends
+on) has not changed is taken over, from the work folder or from the bundle that is there already. Nothing in the old
+bundle is touched until the new one is complete; then the two folders change places in one step, and only then the
+records go: whatever ends a build, also in its very last steps, no finished stage has to be run again.
 """
 
 from __future__ import annotations
@@ -23,19 +24,24 @@ import msgspec
 
 from edgeres.artifacts import Engine, Manifest, StageRecord, from_json, to_json
 from edgeres.bundle import intact, manifest_bytes, read_manifest, read_verified, unlisted
-from edgeres.errors import BundleError, EdgeresError, SignatureError
+from edgeres.errors import BundleError, SignatureError
 from edgeres.files import (
     INTEGER_MODEL,
     MANIFEST,
     RECIPE,
     SIGNATURES,
+    TEMPORARY,
     file_ref,
     sha256_bytes,
+    sync_file,
+    sync_folder,
     write_atomic,
 )
 from edgeres.signatures import Keys, Signature, key_list, read_signatures, signatures_content
 
 RECORDS = ".stages"
+BUNDLE = "bundle"
+RUNGS = ".rungs"
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
 
@@ -64,7 +70,8 @@ class Workspace:
     ) -> None:
         self.otherwise = otherwise
         self.out = Path(os.path.abspath(out))  # without any ..: its name names the work folder
-        self.folder = self.out.parent / f".{self.out.name}.work"
+        self.work = self.out.parent / f".{self.out.name}.work"
+        self.folder = self.work / BUNDLE
         self.records: Dict[str, StageRecord] = {}
         self.unfinished = False
         self._trusted_keys = key_list(trusted_keys)
@@ -78,24 +85,36 @@ class Workspace:
             self._take_lock()
             restore(self.out)
             self._earlier = self._refuse_strangers()  # again: until now, another build may have been at work
-            if self.folder.exists() and not (self.folder / RECORDS).is_dir():
-                shutil.rmtree(self.folder)  # an earlier bundle, exchanged and not removed yet
-            (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
-            self.unfinished = any((self.folder / RECORDS).iterdir())
+            if self.work.is_symlink():  # what is written there would be written elsewhere
+                raise BundleError(f"{self.work} is a link, where this build would work. Remove it.")
+            for folder in (self.work / RECORDS, self.folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            self.unfinished = self._is_unfinished()
+            for path in self.folder.rglob("*"):  # it may be an earlier bundle, exchanged and not removed yet
+                if path.is_symlink():
+                    path.unlink()  # nothing is to be written through it
         except OSError as problem:
             self._release()
             raise BundleError(f"cannot write beside {self.out}: {problem.strerror}. {self.otherwise}") from None
-        except EdgeresError:
+        except BaseException:
             self._release()
             raise
         return self
+
+    def _is_unfinished(self) -> bool:
+        """Whether an interrupted build left more than the bundle holds already; after an exchange that was not tidied
+        up after it did not."""
+        stages = self._earlier.stages if self._earlier is not None else {}
+        known = {f"{name}.json": to_json(record) for name, record in stages.items()}
+        left = (path for path in (self.work / RECORDS).iterdir() if not TEMPORARY.fullmatch(path.name))
+        return any(path.read_bytes() != known.get(path.name) for path in left)
 
     def __exit__(
         self, kind: Optional[Type[BaseException]], value: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
         made = any(record.files for record in self.records.values())  # what has no files was hardly any work
-        if self.folder.is_dir() and not made and not self.unfinished:
-            shutil.rmtree(self.folder, ignore_errors=True)  # nothing in it that the next build should go on from
+        if self.work.is_dir() and not made and not self.unfinished:
+            shutil.rmtree(self.work, ignore_errors=True)  # nothing in it that the next build should go on from
         self._release()
 
     def reuse(self, name: str, key: str) -> Optional[StageRecord]:
@@ -104,7 +123,7 @@ class Workspace:
         A file that is missing or changed makes it none: the stage is run again.
         """
         with contextlib.suppress(BundleError, OSError):
-            path = self.folder / RECORDS / f"{name}.json"
+            path = self.work / RECORDS / f"{name}.json"
             record = from_json(path.read_bytes(), StageRecord, str(path))
             if record.key == key and all(intact(self.folder, ref) for ref in record.files):
                 self.records[name] = record
@@ -160,13 +179,13 @@ class Workspace:
 
     def keep(self, name: str, key: str, content: bytes) -> None:
         """Keep what a stage has reached, for :meth:`kept` to give back where it is interrupted."""
-        write_atomic(self.folder / RECORDS / f"{name}.partial", _head(key, content) + content)
+        write_atomic(self.work / RECORDS / f"{name}.partial", _head(key, content) + content)
         self.unfinished = True
 
     def kept(self, name: str, key: str) -> Optional[bytes]:
         """Return what an interrupted run of this stage with the same key kept, whole; None: there is nothing."""
         try:
-            content = (self.folder / RECORDS / f"{name}.partial").read_bytes()
+            content = (self.work / RECORDS / f"{name}.partial").read_bytes()
         except OSError:
             return None
         head, rest = content[: len(_head(key, b""))], content[len(_head(key, b"")) :]
@@ -186,11 +205,11 @@ class Workspace:
         record = StageRecord(key=key, files=refs, seconds=round(seconds, 3), facts=facts, warnings=warnings)
         self._record(name, record)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.folder / RECORDS / f"{name}.partial")
+            os.unlink(self.work / RECORDS / f"{name}.partial")
         return record
 
     def _record(self, name: str, record: StageRecord) -> None:
-        write_atomic(self.folder / RECORDS / f"{name}.json", to_json(record))
+        write_atomic(self.work / RECORDS / f"{name}.json", to_json(record))
         self.records[name] = record
 
     def left_out(self, manifest: Manifest) -> List[str]:
@@ -231,11 +250,16 @@ class Workspace:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             self._take_over(manifest)
+            for folder in (self.folder, *(p for p in self.folder.rglob("*") if p.is_dir() and not p.is_symlink())):
+                sync_folder(folder)  # a power cut after the exchange must not find less than was exchanged
             exchange(self.folder, self.out)
+            sync_folder(self.out.parent)
         except OSError as problem:
             raise BundleError(
                 f"cannot put the bundle at {self.out}: {problem}. What is there is untouched; mend it and build again."
             ) from None
+        shutil.rmtree(self.work / RECORDS, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def _take_over(self, manifest: Manifest) -> None:
         """Copy the user's own files; where the earlier manifest cannot be read, whatever the new one does not list."""
@@ -245,6 +269,8 @@ class Workspace:
                 target = self.folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(self.out / path, target, follow_symlinks=False)
+                if not target.is_symlink():
+                    sync_file(target)
 
     def _refuse_strangers(self) -> Optional[Manifest]:
         """Refuse to replace anything that is not a bundle: --out may be a typing mistake. Return the earlier bundle's
@@ -278,10 +304,12 @@ class Workspace:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
-            if problem.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
+            if problem.errno in (errno.EAGAIN, errno.EACCES):
+                busy = f"another edgeres is building {self.out}. Wait until it is done. Or: {self.otherwise}"
+                raise BundleError(busy) from None
             raise BundleError(
-                f"another edgeres is building {self.out}. Wait until it is done. Or: {self.otherwise}"
+                f"{self.out.parent} has no locks ({problem.strerror}), and two builds at once would spoil each other "
+                f"there. Build on another file system. {self.otherwise}"
             ) from None
 
     def _release(self) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 from typing import Dict, Optional, Tuple
 
 from edgeres.artifacts import Engine, Manifest
-from edgeres.bundle import Folder, changed_meanwhile, check_files, read_manifest
-from edgeres.errors import BackendError, BundleError, IntegrityError, MissingPackageError, numbered
+from edgeres.bundle import Folder, check_files, read_manifest, undisturbed
+from edgeres.errors import BackendError, BundleError, MissingPackageError, numbered
 from edgeres.preprocess import COLORS, problems
 from edgeres.runtime.engine import LoadedEngine, OpenEngine
 from edgeres.signatures import Keys, key_list
@@ -33,24 +32,16 @@ def read_engine(
 
     Raises: as :func:`load`.
     """
-    trusted_keys = key_list(trusted_keys)
-    manifest = read_manifest(bundle, trusted_keys)
-    record = choose_engine(bundle, manifest, backend)
-    try:
-        contents = check_files(bundle, manifest, (record.file.path, *also))
-    except IntegrityError:
-        if _is_another(bundle, manifest, trusted_keys):
-            raise changed_meanwhile(bundle) from None
-        raise
+    keys = key_list(trusted_keys)
+
+    def read() -> Tuple[Manifest, Engine, Dict[str, bytes]]:
+        manifest = read_manifest(bundle, keys)
+        record = choose_engine(bundle, manifest, backend)
+        return manifest, record, check_files(bundle, manifest, (record.file.path, *also))
+
+    manifest, record, contents = undisturbed(bundle, read)
     check_preprocessing(bundle, manifest)
     return manifest, record, contents
-
-
-def _is_another(bundle: Folder, manifest: Manifest, trusted_keys: Optional[Keys]) -> bool:
-    """Whether there is now another manifest; not where that cannot be read, which must hide no first problem."""
-    with contextlib.suppress(BundleError):
-        return read_manifest(bundle, trusted_keys) != manifest
-    return False
 
 
 def open_record(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Deque, Dict, Generator, List, Optional, Protocol, Sequence, Tuple, TypeVar
@@ -146,7 +147,10 @@ class Samples:
             columns.append(self.labels.tolist())
         # JSON quotes every name, so that no two different sets are written alike.
         text = json.dumps(list(zip(*columns)), separators=(",", ":"))
-        return SampleSet(self.source, hashlib.sha256(text.encode("ascii")).hexdigest(), self.names, hashes)
+        # Where they lie is in the recipe; the same samples elsewhere make the same table, byte for byte.
+        return SampleSet(
+            os.path.basename(self.source), hashlib.sha256(text.encode("ascii")).hexdigest(), self.names, hashes
+        )
 
     def check(self, threads: Optional[int] = None) -> List[str]:
         """Return one sentence for every sample whose header cannot be read; an empty list where all can."""

@@ -63,6 +63,8 @@ class ImageSource:
                 if side is not None and image.format == "JPEG":
                     image.draft(None, (side, side))  # None: the mode stays
                 return _rgb(image)
+        except MemoryError:
+            raise  # which is not the file's fault
         except Exception as problem:
             # Decoders fail on damaged files with nearly every kind of exception; each of them means this file.
             raise SampleError(f"cannot read {path}: {_words(problem)}. Repair or remove it.") from None
@@ -93,6 +95,8 @@ class ImageSource:
                     image.load()
                 else:
                     image.verify()
+        except MemoryError:
+            raise
         except Exception as problem:  # as in frame()
             return f"cannot read {path}: {_words(problem)}. Repair or remove it."
         return None

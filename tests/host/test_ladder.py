@@ -381,7 +381,7 @@ def test_an_interrupted_climb_goes_on_from_the_last_validated_rung(at: int, tmp_
     with Workspace(tmp_path / "bundle") as workspace:
         job = job_of(workspace)
         again = climbed(job)
-        assert (workspace.folder / "net").read_bytes() == (tmp_path / ".whole.work/net").read_bytes()
+        assert (workspace.folder / "net").read_bytes() == (tmp_path / ".whole.work/bundle/net").read_bytes()
     assert made + job.made == whole.made  # none was made twice
     assert again is not None
     assert [to_data(rung) for rung in again.rungs] == [to_data(rung) for rung in expected.rungs]

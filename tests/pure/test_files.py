@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import resource
@@ -164,6 +166,63 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path, m
             write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+KILLED = """
+import os, sys
+from edgeres.files import write_atomic
+os.fsync = lambda descriptor: (print("writing", flush=True), sys.stdin.read())
+write_atomic(sys.argv[1], b"half")
+"""
+
+
+def test_what_a_killed_writer_leaves_is_gone_with_the_next_one(tmp_path: Path) -> None:
+    """But not what somebody is still writing, and nothing of another name."""
+    path = tmp_path / "file"
+    strangers = [".file.txt", ".file.0123", ".other.0123456789abcdef", "file.0123456789abcdef"]
+    for name in strangers:
+        (tmp_path / name).write_text("mine")
+    command = [sys.executable, "-B", "-c", KILLED, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "writing\n"
+        (begun,) = set(os.listdir(tmp_path)) - set(strangers)
+        write_atomic(path, b"mine")
+        assert set(os.listdir(tmp_path)) == {*strangers, begun, "file"}
+        writer.kill()
+    write_atomic(path, b"mine")
+    assert set(os.listdir(tmp_path)) == {*strangers, "file"}
+
+
+def test_a_file_that_is_taken_for_an_orphan_before_it_is_locked_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = []
+
+    def removed_first(descriptor: int, operation: int) -> None:
+        if not lost:
+            lost.extend(os.listdir(tmp_path))
+            os.unlink(tmp_path / lost[0])
+        flock(descriptor, operation)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    write_atomic(tmp_path / "file", b"content")
+    assert len(lost) == 1
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_where_there_are_no_locks_files_are_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".file.0123456789abcdef").write_text("perhaps somebody's")
+    write_atomic(tmp_path / "file", b"content")
+    assert sorted(os.listdir(tmp_path)) == [".file.0123456789abcdef", "file"]
 
 
 FULL = """

@@ -545,7 +545,7 @@ def test_hashes_are_of_the_files(classes: Path) -> None:
     assert samples.sha256() == wanted
     assert samples.sha256() == wanted
     chosen = samples.sample_set()
-    assert (chosen.names, chosen.sha256, chosen.source, chosen.count) == (samples.names, wanted, str(classes), 9)
+    assert (chosen.names, chosen.sha256, chosen.source, chosen.count) == (samples.names, wanted, classes.name, 9)
     assert len(chosen.digest) == 64
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import signal
 import stat
@@ -16,10 +17,11 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
+from edgeres import bundle as bundle_module
 from edgeres import workspace as workspace_module
 from edgeres.artifacts import Manifest, Preprocessing
-from edgeres.bundle import read_manifest, unlisted, verify
-from edgeres.errors import BundleError
+from edgeres.bundle import read_manifest, undisturbed, unlisted, verify, verify_and_read
+from edgeres.errors import BundleError, IntegrityError
 from edgeres.files import MANIFEST, RECIPE, file_ref
 from edgeres.workspace import Workspace, aside_of, exchange, stage_key
 
@@ -108,7 +110,7 @@ def test_what_is_taken_over_was_made_with_what_vouches_for_it(out: Path) -> None
 def test_a_damaged_rest_is_none(tmp_path: Path) -> None:
     with Workspace(tmp_path / "net-int8") as workspace:
         workspace.keep("export", "a key", b"content")
-        (path,) = (workspace.folder / ".stages").iterdir()
+        (path,) = (workspace.work / ".stages").iterdir()
         whole = path.read_bytes()
         for position in range(len(whole)):
             path.write_bytes(whole[:position])
@@ -315,7 +317,7 @@ def test_a_file_damaged_after_an_interruption_makes_its_stage_run_again(
 def test_a_damaged_record_makes_its_stage_run_again(out: Path, content: bytes) -> None:
     with Workspace(out) as workspace:
         write_stages(workspace, "new")
-    (workspace.folder / ".stages" / "export.json").write_bytes(content)
+    (workspace.work / ".stages" / "export.json").write_bytes(content)
     assert make(out, "new") == ["export"]
     assert_is(out, "new")
 
@@ -392,8 +394,26 @@ def test_what_cannot_be_carried_over_stops_the_commit(out: Path) -> None:
         make(out, "new")
     assert verify(out).name == "old"
     (out / "pipe").unlink()
-    make(out, "new")
+    assert make(out, "new") == []  # all of it had been made
     assert_is(out, "new")
+
+
+def test_a_disk_that_is_full_at_the_very_end_costs_no_stage(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(self: Workspace, path: str, content: bytes) -> None:
+        if path == MANIFEST:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, path, content)
+
+    write = Workspace.write
+    make(out, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "write", fill)
+        with pytest.raises(BundleError, match=r"No space left on device.*untouched"):
+            make(out, "new")
+    assert_is(out, "old")
+    assert make(out, "new") == []
+    assert_is(out, "new")
+    assert beside(out) == []
 
 
 def test_the_users_own_files_outlive_a_damaged_manifest(out: Path) -> None:
@@ -504,6 +524,43 @@ def test_the_lock_is_let_go_however_a_build_ends(out: Path) -> None:
     make(out, "new")
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_said_to_be_one(out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    make(out, "old")
+    before = descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace_module.fcntl, "flock", refuse)
+        with pytest.raises(BundleError, match=rf"{out.parent} has no locks \({os.strerror(code)}\).*--out"):
+            make(out, "new")
+    assert descriptors() == before
+    assert_is(out, "old")
+    assert beside(out) == []
+
+
+def test_a_work_folder_that_is_a_link_is_refused(out: Path, tmp_path: Path) -> None:
+    make(out, "old")
+    (tmp_path / "elsewhere").mkdir()
+    (out.parent / f".{out.name}.work").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match=r"is a link.*Remove it"):
+        make(out, "new")
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+def test_what_is_left_of_an_exchange_is_no_unfinished_build(out: Path) -> None:
+    """Its stages are in the bundle; who compiles need not finish it first."""
+    make(out, "old")
+    assert run(out, "workspace_module.shutil.rmtree = lambda *_, **__: os._exit(9); make(out, 'new')") == 9
+    with Workspace(out) as workspace:
+        assert not workspace.unfinished
+        assert workspace.reuse("export", stage_key("export", {"word": "new"})) is not None
+    interrupted(out, "newer", KeyboardInterrupt())
+    with Workspace(out) as workspace:
+        assert workspace.unfinished
+
+
 HOLD = "workspace = Workspace(out); workspace.__enter__(); print('ready', flush=True); time.sleep(600)"
 
 
@@ -566,8 +623,8 @@ def test_a_build_that_dies_leaves_the_earlier_bundle(out: Path, code: str) -> No
 
 
 def test_what_is_left_of_an_earlier_bundle_is_cleared_away_first(out: Path, tmp_path: Path) -> None:
-    """A work folder without records is a bundle that was exchanged and not removed; nothing is written into that."""
-    left = out.parent / f".{out.name}.work"
+    """What lies there may be a bundle that was exchanged and not removed; nothing is written through its links."""
+    left = out.parent / f".{out.name}.work/bundle"
     (tmp_path / "elsewhere").mkdir()
     left.mkdir(parents=True)
     (left / "engines").symlink_to(tmp_path / "elsewhere")
@@ -618,8 +675,8 @@ def die_after(count: int) -> None:
 
 
 def die_at_every_step(out: Path) -> None:
-    """Die at the first step of a build, then at the second, until a build comes through."""
-    names = []
+    """Die at the first step of a build, then at the second, until a build comes through; and build again after each."""
+    names, again = [], []
     for count in range(1000):
         make(out, "old")
         assert_is(out, "old")
@@ -632,11 +689,18 @@ def die_at_every_step(out: Path) -> None:
         assert status in (0, 9 << 8), status
         names.append(verify(out).name)
         assert_is(out, names[-1])
+        again.append(make(out, "new"))
+        assert_is(out, "new")
+        assert beside(out) == []
         if status == 0:
             break
     assert names == sorted(names, reverse=True)  # old until the exchange, and new ever after
     assert names.count("old") > 10
     assert names.count("new") > 3
+    # A stage that was finished is never run again, however late the build died.
+    assert again == sorted(again, key=len, reverse=True)
+    assert [ran for ran, _ in itertools.groupby(again)] == [list(STAGES), ["compile"], []]
+    assert again.index([]) < names.index("new")
 
 
 def kill_at_any_moment(out: Path) -> None:
@@ -666,6 +730,77 @@ def kill_at_any_moment(out: Path) -> None:
 @pytest.mark.parametrize("torment", [die_at_every_step, kill_at_any_moment])
 def test_at_every_moment_there_is_a_whole_bundle(out: Path, torment: Callable[[Path], None]) -> None:
     assert run(out, f"{torment.__name__}(out)") == 0
+
+
+# Readers meanwhile
+
+
+def test_who_reads_while_it_is_built_sees_the_one_or_the_other(out: Path) -> None:
+    """Never a mixture, and no complaint about damage; at most that it changes too often to be read."""
+    make(out, "odd")
+    paths = tuple(path for stage in STAGES.values() for path in stage)
+    builder = child(out, "while True: [make(out, word) for word in ('even', 'odd')]")
+    seen: List[str] = []
+    refused: List[str] = []
+    try:
+        end = time.monotonic() + 60
+        while len(set(seen)) < 2 or len(seen) < 300:
+            assert time.monotonic() < end, f"{len(seen)} readings, {set(seen)}"
+            try:
+                manifest, contents = verify_and_read(out, paths)
+            except BundleError as problem:
+                refused.append(str(problem))
+                continue
+            assert {content.split()[0].decode() for content in contents.values()} == {manifest.name}
+            seen.append(manifest.name)
+    finally:
+        builder.kill()
+        builder.communicate()
+    assert all("changed while it was being read" in text for text in refused)
+
+
+def test_an_exchange_between_the_manifest_and_the_files_is_no_damage(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["new"]
+
+    def read_and_be_overtaken(*arguments: Any) -> Manifest:
+        manifest = read_manifest(*arguments)
+        if words:
+            make(out, words.pop())
+        return manifest
+
+    make(out, "old")
+    monkeypatch.setattr(bundle_module, "read_manifest", read_and_be_overtaken)
+    manifest, contents = verify_and_read(out, ("model.onnx",))
+    assert manifest.name == "new"
+    assert contents["model.onnx"].startswith(b"new ")
+
+
+def test_damage_is_not_read_again_and_again(out: Path) -> None:
+    make(out, "old")
+    damage_content(out / "model.onnx")
+    tries = []
+
+    def read() -> Manifest:
+        tries.append(1)
+        return verify(out)
+
+    with pytest.raises(IntegrityError, match="has changed since it was built"):
+        undisturbed(out, read)
+    assert len(tries) == 1
+
+
+def test_a_bundle_that_never_stays_is_said_to_change(out: Path) -> None:
+    words = itertools.cycle(("odd", "even"))
+
+    def read() -> None:
+        make(out, next(words))
+        raise IntegrityError("a file of the other one")
+
+    make(out, "even")
+    with pytest.raises(BundleError, match="changed while it was being read"):
+        undisturbed(out, read)
 
 
 # The exchange itself

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,12 +143,35 @@ def test_a_result_counts_though_the_process_never_ends(fake: Fake, monkeypatch: 
     assert fake.gone()
 
 
-def test_a_timeout_ends_the_child(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+HANGS = {
+    "sleeps": "time.sleep(60)",
+    "ignores SIGTERM": "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(60)",
+    "floods its output": "while True:\n    os.write(1, b'more and more\\n' * 4096)",
+    "tells of progress for ever": f"while True:\n    {PROGRESS}",
+    "leaves a process that holds its output": (
+        "import subprocess\nsubprocess.Popen(['sleep', '20'])\nprint('left', flush=True)\ntime.sleep(60)"
+    ),
+}
+
+
+@pytest.mark.parametrize("code", HANGS.values(), ids=HANGS)
+def test_a_child_that_does_not_end_is_ended(code: str, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgeres.backends.tensorrt.child.GRACE", 0.2)
-    fake.write("signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)")
-    with pytest.raises(BackendError, match="longer than 2 seconds"):
-        build_in_child(REQUEST, silent, timeout=2)
+    fake.write(code)
+    with pytest.raises(BackendError, match=r"longer than 3 seconds.*--timeout-minutes") as caught:
+        build_in_child(REQUEST, silent, timeout=3)
+    assert len(str(caught.value)) < 1000
     assert fake.gone()
+    assert ("Its last output" in str(caught.value)) == any(word in code for word in ("deaf", "more", "left"))
+
+
+def test_a_child_that_never_reads_what_it_shall_do_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long request fills the pipe to it."""
+    monkeypatch.setattr("edgeres.backends.tensorrt.child.GRACE", 0.2)
+    monkeypatch.setattr("edgeres.backends.tensorrt.child.START", "import time; time.sleep(60)")
+    request = msgspec.structs.replace(REQUEST, ranges={f"tensor {number}": 1.0 for number in range(20_000)})
+    with pytest.raises(BackendError, match="longer than 1 seconds"):
+        build_in_child(request, silent, timeout=1)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, ZeroDivisionError])
@@ -232,15 +254,6 @@ def test_a_folder_that_is_no_text_is_named() -> None:
     request = msgspec.structs.replace(REQUEST, plan=os.fsdecode(b"/tmp/caf\xe9/model.engine"))
     with pytest.raises(BackendError, match=r"not UTF-8.*Rename"):
         build_in_child(request, silent)
-
-
-def test_without_a_place_for_temporary_files_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nowhere() -> Any:
-        raise FileNotFoundError(2, "No usable temporary directory found")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", nowhere)
-    with pytest.raises(BackendError, match="TMPDIR"):
-        build_in_child(REQUEST, silent)
 
 
 def test_a_python_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

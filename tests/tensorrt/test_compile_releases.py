@@ -36,7 +36,7 @@ from edgeres.backends.tensorrt.compat import this_machine
 from edgeres.backends.tensorrt.dla import read_cache
 from edgeres.bundle import verify
 from edgeres.compilation import _ranges, compile_bundle, with_engine
-from edgeres.errors import BackendError, BundleError, IntegrityError, MissingPackageError
+from edgeres.errors import BackendError, BundleError, IntegrityError, MissingPackageError, RecipeError
 from edgeres.files import content_ref
 from edgeres.judge import run_samples
 from edgeres.preprocess import prepare_batch
@@ -110,6 +110,7 @@ class Bench:
         self.bundle = bundle
         self._patch = monkeypatch
         self.requests: list[Any] = []
+        self.timeouts: list[float] = []
         self.facts = {**FACTS, "device": "Orin"}  # there is a GPU, so the engine itself tells its layers
         monkeypatch.setattr(logger, "_LOGGERS", {})
 
@@ -131,8 +132,9 @@ class Bench:
         double = DOUBLE.Double(version, script)
         self._patch.setitem(sys.modules, "tensorrt", double.module)
 
-        def build(request: Any, watch: Any) -> Any:
+        def build(request: Any, watch: Any, timeout: float) -> Any:
             self.requests.append(request)
+            self.timeouts.append(timeout)
             return build_plan(request, watch, lambda: False, lambda trt: {**self.facts, "tensorrt": trt.__version__})
 
         self._patch.setattr(room, "build_in_child", build)
@@ -416,12 +418,22 @@ def test_a_warning_goes_with_the_engine_that_it_is_about(bench: Bench) -> None:
     assert {*verify(bench.bundle).warnings} == others
 
 
+def test_the_builder_has_the_time_that_it_is_given(bench: Bench) -> None:
+    bench.install("10.3")
+    bench.compile(target="gpu")
+    bench.compile(target="gpu", timeout_minutes=1.5)
+    assert bench.timeouts == [4 * 3600, 90]
+    for minutes in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(RecipeError, match="--timeout-minutes"):
+            engine_section({}, {"timeout_minutes": minutes})
+
+
 def test_a_plan_that_is_not_the_one_that_was_built_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.install("10.3")
     honest = room.build_in_child
 
-    def meddled(request: Any, watch: Any) -> Any:
-        result = honest(request, watch)
+    def meddled(request: Any, watch: Any, timeout: float) -> Any:
+        result = honest(request, watch, timeout)
         with open(request.plan, "ab") as stream:
             stream.write(b"!")
         return result

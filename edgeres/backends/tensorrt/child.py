@@ -1,8 +1,8 @@
 """A build in a process of its own: without torch and its memory, and what kills it does not kill the caller.
 
 The request goes to the child's stdin as one line of JSON; stdin then stays open, so that a child whose parent has died
-notices and ends. Progress, result or error come back as lines of JSON on a pipe of their own. What TensorRT's libraries
-print goes to a file, whose last lines are shown when the child dies.
+notices and ends. Progress, result or error come back as lines of JSON on a pipe of their own. Of what TensorRT's
+libraries print the end is kept, and shown when the child dies, however much there is.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import selectors
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import IO, Dict, Iterator, List, Optional, Type
+from typing import Dict, Iterator, List, Optional, Type
 
 import msgspec
 
@@ -70,31 +70,57 @@ def build_in_child(request: BuildRequest, progress: Report, timeout: Optional[fl
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     line = _encoded(request)
-    with _scratch() as output:
-        source, sink = os.pipe()
+    output = _Output()
+    source, sink = os.pipe()
+    try:
         try:
-            try:
-                child = _started(sink, output)
-            finally:
-                os.close(sink)
-            try:
-                outcome = _conversation(child, source, line, progress, deadline)
-                status = _ended(child)
-            except _TooLong:
-                raise BackendError(
-                    f"the build of {Path(request.plan).name} took longer than {timeout:g} seconds and was stopped. "
-                    "Allow more time, or lower the optimization level."
-                ) from None
-            except _Garbage as problem:
-                raise BackendError(
-                    f"the build process answered what is no answer ({problem}); it was stopped.{_tail(output)} "
-                    "Its Python may find another edgeres: see edgeres doctor"
-                ) from None
-            finally:
-                _stop(child)
+            child = _started(sink, output.sink)
         finally:
-            os.close(source)
-        return _result(outcome, status, output)
+            os.close(sink)
+            output.start()
+        try:
+            outcome = _conversation(child, source, line, progress, deadline)
+            status = _ended(child)
+        except _TooLong:
+            raise BackendError(
+                f"the build of {Path(request.plan).name} took longer than {timeout:g} seconds and was stopped. Allow "
+                f"more: --timeout-minutes, or lower the optimization level.{output.tail()}"
+            ) from None
+        except _Garbage as problem:
+            raise BackendError(
+                f"the build process answered what is no answer ({problem}); it was stopped.{output.tail()} "
+                "Its Python may find another edgeres: see edgeres doctor"
+            ) from None
+        finally:
+            _stop(child)
+    finally:
+        os.close(source)
+        output.join(GRACE)
+    return _result(outcome, status, output)
+
+
+class _Output(threading.Thread):
+    """Reads what the child prints into ``sink``, all the time, and keeps the end of it."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)  # what the child started may hold the pipe for ever
+        self._source, self.sink = os.pipe()
+        self._end = b""
+
+    def start(self) -> None:
+        """Begin; from now on the pipe's other end is the child's alone."""
+        os.close(self.sink)
+        super().start()
+
+    def run(self) -> None:
+        with open(self._source, "rb", buffering=0) as stream:
+            for chunk in iter(lambda: stream.read(CHUNK), b""):
+                self._end = (self._end + chunk)[-TAIL:]
+
+    def tail(self) -> str:
+        """Return the last lines, indented, to stand behind a message."""
+        lines = self._end.decode("utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        return "".join(["\nIts last output:", *(f"\n  {line}" for line in lines)]) if lines else ""
 
 
 def _encoded(request: BuildRequest) -> bytes:
@@ -103,15 +129,6 @@ def _encoded(request: BuildRequest) -> bytes:
     except UnicodeEncodeError:
         raise BackendError(
             f"the path {os.path.dirname(request.plan)!r} is not UTF-8, and TensorRT takes no other. Rename the folder."
-        ) from None
-
-
-def _scratch() -> IO[bytes]:
-    try:
-        return tempfile.TemporaryFile()
-    except OSError as problem:
-        raise BackendError(
-            f"there is no place for a temporary file: {problem.strerror or problem}. Name one: TMPDIR=FOLDER"
         ) from None
 
 
@@ -126,7 +143,7 @@ def environment() -> Dict[str, str]:
     return {**os.environ, "EDGERES_SYS_PATH": json.dumps(path), "PYTHONSAFEPATH": "1"}
 
 
-def _started(sink: int, output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _started(sink: int, output: int) -> subprocess.Popen[bytes]:
     """Start the child; it imports what this process would, and not what happens to lie in the working folder."""
     try:
         return subprocess.Popen(
@@ -149,12 +166,8 @@ def _conversation(
     child: subprocess.Popen[bytes], source: int, request: bytes, progress: Report, deadline: Optional[float]
 ) -> Optional[Message]:
     """Send the request and pass progress on; return the last word, or None where the child went without one."""
-    assert child.stdin is not None
-    try:
-        child.stdin.write(request)
-        child.stdin.flush()
-    except BrokenPipeError:
-        return None  # it died before it could read; its status says how
+    # A long request fills the pipe, and a child that hangs before it reads must not hang this one, too.
+    threading.Thread(target=_send, args=(child, request), daemon=True).start()
     for line in _lines(source, deadline):
         try:
             message = msgspec.json.decode(line, type=Message)
@@ -167,14 +180,21 @@ def _conversation(
     return None
 
 
+def _send(child: subprocess.Popen[bytes], request: bytes) -> None:
+    assert child.stdin is not None
+    with contextlib.suppress(OSError, ValueError):  # it died, or was stopped, before it could read
+        child.stdin.write(request)
+        child.stdin.flush()
+
+
 def _lines(source: int, deadline: Optional[float]) -> Iterator[bytes]:
     """Yield what comes through the pipe, line by line, until its other end is closed."""
     rest: List[bytes] = []
     with selectors.DefaultSelector() as selector:
         selector.register(source, selectors.EVENT_READ)
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not selector.select(left):
+            left = None if deadline is None else deadline - time.monotonic()
+            if (left is not None and left <= 0) or not selector.select(left):  # also where there is always more
                 raise _TooLong
             chunk = os.read(source, CHUNK)
             if not chunk:
@@ -210,13 +230,13 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
                 child.stdin.close()
 
 
-def _result(outcome: Optional[Message], status: Optional[int], output: IO[bytes]) -> BuildResult:
+def _result(outcome: Optional[Message], status: Optional[int], output: _Output) -> BuildResult:
     """Return what the child made, or raise what it raised or what its death means."""
     if outcome is not None and outcome.error is not None:
         kind, text = outcome.error
         raise RAISED.get(kind, BackendError)(text)
     if outcome is None or outcome.result is None:
-        raise BackendError(f"{_death(status)}{_tail(output)}")
+        raise BackendError(f"{_death(status)}{output.tail()}")
     if status == 0:
         return outcome.result
     late = f"the build process was done, but did not end well: {_how(status)}"
@@ -248,11 +268,3 @@ def _death(status: Optional[int]) -> str:
             "level; if it stays, the installed TensorRT is damaged or has a bug: edgeres doctor"
         )
     return f"the build process ended without an answer: {_how(status)}. See what is installed: edgeres doctor"
-
-
-def _tail(output: IO[bytes]) -> str:
-    """Return the last lines that the child printed, indented, to stand behind a message."""
-    size = output.seek(0, os.SEEK_END)
-    output.seek(max(0, size - TAIL))
-    lines = output.read().decode("utf-8", errors="replace").splitlines()[-TAIL_LINES:]
-    return "".join(["\nIts last output:", *(f"\n  {line}" for line in lines)]) if lines else ""
