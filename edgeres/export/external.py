@@ -57,7 +57,7 @@ def _opened(source: Path) -> tuple[onnx.ModelProto, list[Path]]:
     except Exception as problem:  # protobuf's and the file system's errors share no base but Exception
         raise _unreadable(source, first_line(problem)) from None
     places = {
-        entry.value
+        _text(entry.value)
         for tensor in _tensors(model)
         if uses_external_data(tensor)
         for entry in tensor.external_data
@@ -97,6 +97,11 @@ def _check_places(source: Path, places: list[Path]) -> None:
         raise ExportError(
             f"{source} keeps weights in {few(missing)}, which is no file. Export it again, or copy it beside the model."
         )
+
+
+def _text(value: str | bytes) -> str:
+    """Return a field's text; where it is no UTF-8, protobuf gives its bytes."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 
 def _count(model: onnx.ModelProto) -> int:

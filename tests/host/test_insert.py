@@ -223,6 +223,16 @@ def test_a_written_file_tells_its_precisions(net: Callable[[str], Any], tmp_path
             describe_file(path)
 
 
+def test_a_tensor_without_its_values_is_refused(net: Callable[[str], Any], tmp_path: Path) -> None:
+    damaged = onnx.ModelProto.FromString(net("cifar").int8.SerializeToString())
+    for tensor in damaged.graph.initializer:
+        tensor.ClearField("raw_data")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(damaged.SerializeToString())
+    with pytest.raises(ExportError, match=r"model\.onnx is not valid ONNX"):
+        describe_file(path)
+
+
 def test_a_file_whose_error_has_no_words_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise RuntimeError

@@ -56,6 +56,12 @@ def weights_in(place: str, **more: object) -> Write:
     return edited(edit)
 
 
+def no_utf8(path: Path) -> None:
+    """Write a model that keeps weights in a file whose name is no text."""
+    weights_in("place-of-weights")(path)
+    path.write_bytes(path.read_bytes().replace(b"place-of-weights", b"\xff" * 16))
+
+
 def beside(name: str, make: Callable[[Path], object], place: str) -> Write:
     """Return a writer that makes something beside the model, which keeps weights at ``place``."""
 
@@ -139,6 +145,7 @@ GRAPHS: tuple[tuple[str, Write], ...] = (
     (NO_FILE, weights_in("")),
     (NO_FILE, weights_in("a" * 9999)),
     (NO_FILE, weights_in("no\0name")),
+    (NO_FILE, no_utf8),
     (CODE, edited(library)),
     (CODE, weights_in("$(touch owned)")),
 )
