@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, TypeVar
 
 from edgeres import files
 from edgeres.artifacts import (
     CalibrationTable,
     ExportedModel,
+    Hygiene,
     LayerCost,
     LayerError,
     Manifest,
@@ -25,6 +26,7 @@ from edgeres.errors import BundleError, MissingPackageError
 from edgeres.files import sha256_bytes
 from edgeres.signatures import Keys, read_signatures
 
+T = TypeVar("T")
 WORST = 3  # layers that are named in short
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
@@ -43,12 +45,9 @@ def read_and_inspect(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple
         table = from_json(contents[files.TABLE], CalibrationTable, str(folder / files.TABLE))
     if files.ERRORS in contents:
         errors = from_json(contents[files.ERRORS], QuantizationErrors, str(folder / files.ERRORS))
-    exported = quantized = None
     climb = manifest.climb
-    if "export" in manifest.stages:
-        exported = from_data(manifest.stages["export"].facts, ExportedModel, "stage export")
-    if "quantize" in manifest.stages:
-        quantized = from_data(manifest.stages["quantize"].facts, QuantizedModel, "stage quantize")
+    exported = _stage(manifest, "export", ExportedModel)
+    quantized = _stage(manifest, "quantize", QuantizedModel)
     return manifest, {
         "bundle": str(folder),
         "name": manifest.name,
@@ -61,11 +60,11 @@ def read_and_inspect(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple
         "ranges": {name: to_data(value) for name, value in table.tensors.items()} if table else {},
         "errors": to_data(errors) if errors else None,
         "calibration": _calibration(table),
-        "hygiene": manifest.stages["hygiene"].facts if "hygiene" in manifest.stages else None,
+        "hygiene": to_data(_stage(manifest, "hygiene", Hygiene)),
         "ladder": [to_data(rung) for rung in climb.rungs] if climb else [],
         "given_back": [to_data(cost) for cost in climb.taken_layers] if climb else [],
         "budget_ended": climb.ended if climb else "",
-        "sensitivity": manifest.stages["sensitivity"].facts if "sensitivity" in manifest.stages else None,
+        "sensitivity": _sensitivity(manifest),
         "engines": [to_data(engine) for engine in manifest.engines],
         "summaries": [to_data(summary) for summary in summaries(manifest.engines)],
         "validation": to_data(manifest.report) if manifest.report else None,
@@ -151,11 +150,27 @@ def repairs(folder: Path, manifest: Manifest) -> Tuple[Tuple[str, ...], str]:
     return (*wanted.get("keep_float", ()), *dict.fromkeys(worst[:WORST])) if worst else (), untried
 
 
+def _stage(manifest: Manifest, name: str, kind: Type[T]) -> Optional[T]:
+    """Return what a stage found, checked as all that is read is: whoever can write a manifest can write facts."""
+    return from_data(manifest.stages[name].facts, kind, f"stage {name}") if name in manifest.stages else None
+
+
+def _sensitivity(manifest: Manifest) -> Optional[Dict[str, Any]]:
+    if "sensitivity" not in manifest.stages:
+        return None
+    return {**manifest.stages["sensitivity"].facts, "layers": [to_data(cost) for cost in _costs(manifest)]}
+
+
+def _costs(manifest: Manifest) -> List[LayerCost]:
+    layers = manifest.stages["sensitivity"].facts.get("layers", ())
+    return from_data(layers, List[LayerCost], "stage sensitivity")
+
+
 def _costliest(manifest: Manifest) -> List[str]:
     """Return the layers with weights that cost most where each alone is quantized, as far as the build measured it."""
     if "sensitivity" not in manifest.stages:
         return []
-    costs = from_data(manifest.stages["sensitivity"].facts.get("layers", ()), List[LayerCost], "stage sensitivity")
+    costs = _costs(manifest)
     given = {node for cost in (manifest.climb.taken_layers if manifest.climb else ()) for node in cost.nodes}
     return [
         cost.layer

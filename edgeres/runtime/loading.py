@@ -64,7 +64,7 @@ def open_record(
     if record.backend != "cpu":
         raise BackendError(f"there is no backend {record.backend!r}. Compile the bundle again: edgeres compile BUNDLE")
     if cuda_graphs:
-        raise BackendError("an engine on the CPU has no CUDA graphs. Leave cuda_graphs out, or load one of a GPU")
+        raise BackendError("an engine on the CPU has no CUDA graphs. Leave them out, or load an engine of a GPU")
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingPackageError.for_extra("onnxruntime", "running an engine on the CPU", "cpu")
     from edgeres.backends import cpu

@@ -405,3 +405,13 @@ def test_a_read_only_place_is_a_sentence(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     read_only = Path("/sys") if os.geteuid() == 0 else tmp_path  # where even root may not make a folder
     assert "cannot write" in edgeres("build", "--out", read_only / "bundle", cwd=Path.cwd(), code=1).stderr
+
+
+@pytest.mark.parametrize("facts", [True, [True], [{"statistic": "brightness", "distance": ""}]])
+def test_facts_in_a_manifest_are_checked_like_all_else(place: Path, facts: object) -> None:
+    """Whoever can write a manifest can write into its stages; their hashes are of files."""
+    shutil.copytree(place / BUNDLE, place / "told", dirs_exist_ok=True)
+    manifest = json.loads((place / "told/manifest.json").read_text())
+    manifest["stages"]["hygiene"]["facts"]["comparisons"] = facts
+    (place / "told/manifest.json").write_text(json.dumps(manifest))
+    assert "stage hygiene" in edgeres("inspect", "told", cwd=place, code=1).stderr
