@@ -231,12 +231,12 @@ def undisturbed(folder: Folder, read: Callable[[], T]) -> T:
 
 
 def _identity(folder: Folder) -> Optional[Tuple[int, int, int]]:
-    """Return what tells a folder from another of the same name, and from itself with another content."""
+    """Return what tells one manifest in this place from another; each bundle has its own."""
     try:
-        status = os.stat(folder)
+        status = os.stat(Path(folder) / MANIFEST)
     except (OSError, ValueError):
         return None
-    return status.st_dev, status.st_ino, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _contradictions(manifest: Manifest) -> List[str]:

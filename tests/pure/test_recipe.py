@@ -485,6 +485,7 @@ VALUES = {
     "engine.hardware_compatible": ([True, False], [1, "yes"]),
     "engine.strict": ([True, False], [1, "yes"]),
     "engine.input": (["auto", "uint8", "float32"], ["UINT8", "", "int8", 8]),
+    "engine.timeout_minutes": ([0.5, 240.0, 10080.0], [0, -1, 10081, float("nan"), float("inf"), "long"]),
     "precision": (PRECISIONS, ["int4", "INT8", "", 8, ["int8"], 1 << 20_000]),
 }
 
