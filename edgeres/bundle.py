@@ -218,25 +218,25 @@ def undisturbed(folder: Folder, read: Callable[[], T]) -> T:
     """Return what ``read`` reads of a bundle; where a build put another one in its place meanwhile, it reads again.
 
     Raises:
-        BundleError: as ``read`` does, or because the bundle changed each time.
+        BundleError: as ``read`` does, at last also where the bundle was another each time.
     """
-    for _ in range(ATTEMPTS):
+    for _ in range(ATTEMPTS - 1):
         before = _identity(folder)
         try:
             return read()
         except BundleError:
             if _identity(folder) == before:
                 raise
-    raise BundleError(f"{folder} changed while it was being read, {ATTEMPTS} times. Read it when the builds are done.")
+    return read()
 
 
 def _identity(folder: Folder) -> Optional[Tuple[int, int, int]]:
-    """Return what tells a folder from another of the same name, and from itself with another content."""
+    """Return what tells a bundle from another of the same name: device and inode of the folder, and its manifest's."""
     try:
         status = os.stat(folder)
+        return status.st_dev, status.st_ino, os.stat(os.path.join(folder, MANIFEST)).st_ino
     except (OSError, ValueError):
         return None
-    return status.st_dev, status.st_ino, status.st_ctime_ns
 
 
 def _contradictions(manifest: Manifest) -> List[str]:
