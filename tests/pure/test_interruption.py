@@ -155,7 +155,7 @@ def test_whatever_fails_where_memory_has_ended_is_told_as_that(what: str) -> Non
 
 def test_where_no_thread_can_be_started_that_is_said() -> None:
     code = PREAMBLE.format(module="") + "import edgeres.catalog\ndef catalog():\n    "
-    code += "raise RuntimeError(\"can't start new thread\")\nedgeres.catalog.catalog = catalog\n"
+    code += 'raise RuntimeError("can\'t start new thread")\nedgeres.catalog.catalog = catalog\n'
     done = run(code + ENTRY, 0, ["models"])
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: no thread can be started. Close")

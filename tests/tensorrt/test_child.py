@@ -166,9 +166,7 @@ def test_a_child_that_does_not_end_is_ended(code: str, fake: Fake, monkeypatch: 
     assert ("Its last output" in str(caught.value)) == any(word in code for word in ("deaf", "more", "left"))
 
 
-def test_what_the_child_has_started_ends_with_it(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_the_child_has_started_ends_with_it(fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also where that has taken no notice of SIGTERM, and the child has ended long ago."""
     monkeypatch.setattr("edgeres.backends.tensorrt.child.GRACE", 0.2)
     left = Fake(tmp_path)
