@@ -12,6 +12,7 @@ import mmap
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -67,7 +68,8 @@ def build(recipe: Optional[str], out: Optional[Path], as_json: bool, check: bool
     code 1 where accuracy falls by more than the budget for certain; a verdict that is open is a warning.
 
     With --check, RECIPE is the bundle's own unless another is given, the bundle is only read, and the exit code is 0
-    where the models, the ranges and all else that is computed come out the same, byte for byte, and 1 where not.
+    where all that is compared comes out the same, and 1 where not; what is not compared is listed. A callable that the
+    recipe names is run, as in every build: check a stranger's bundle with a recipe of your own.
     """
     if check:
         return _check(recipe, out, as_json, options)
@@ -693,7 +695,7 @@ def _check(source: Optional[str], out: Optional[Path], as_json: bool, options: D
             _print_json({"bundle": str(bundle), "same": found.same, **found._asdict()})
         else:
             show_rows(["", "then", "now"], rows(found), f"{bundle}, built again")
-            click.echo("the same, byte for byte" if found.same else "NOT the same")
+            click.echo("all that was compared is the same" if found.same else "NOT the same")
     return OK if found.same else FAILED
 
 
@@ -797,18 +799,27 @@ class _Terminated(BaseException):
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end what is done here by an exception; a second one, or one that comes later, by death."""
+    """Let Ctrl-C and SIGTERM end what is done here by an exception, a second one by death; then all is as it was.
+
+    In another thread than the main one, which alone hears signals, they keep their meaning.
+    """
+    earlier: Dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as it is under nohup
+        for number in ENDS if threading.current_thread() is threading.main_thread() else ():
+            handler = signal.getsignal(number)
+            if handler not in (signal.SIG_IGN, None):  # ignored, as under nohup, or not Python's own
+                earlier[number] = handler
                 signal.signal(number, _stop)
         yield
     finally:
-        _end_by_signals()
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def _stop(number: int, frame: Optional[FrameType]) -> None:
-    _end_by_signals()
+    for end in ENDS:
+        if signal.getsignal(end) is _stop:
+            signal.signal(end, signal.SIG_DFL)
     if _imports(frame):  # native libraries that are half loaded take an exception for damage, or crash on the way out
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         os.write(2, f"{show_cursor}{ENDS[number][1]}; {UNTOUCHED}\n".encode())
@@ -823,21 +834,22 @@ def _imports(frame: Optional[FrameType]) -> bool:
     return frame is not None
 
 
-def _end_by_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is _stop:
-            signal.signal(number, signal.SIG_DFL)
+def _shortage(problem: Exception) -> str:
+    """Return what the machine lacked where an error is most likely none of ours, with what to do; else nothing.
 
-
-def _out_of_memory(problem: Exception) -> bool:
-    """Whether an error is most likely none of ours: libraries that get no memory fail with whatever comes next."""
+    Libraries that get no memory fail with whatever comes next.
+    """
     if "can't start new thread" in str(problem):
-        return True
+        return "no thread can be started. Close other programs, raise the limit (ulimit -u), or set OMP_NUM_THREADS=1."
+    asked = f" ({first_line(problem)})" if str(problem) else ""
+    memory = f"not enough memory{asked}. Take smaller batches, frames or an input size."
+    if isinstance(problem, MemoryError):
+        return memory
     try:
         mmap.mmap(-1, SPARE).close()
     except (OSError, ValueError):
-        return True
-    return False
+        return memory
+    return ""
 
 
 def _ended(number: int) -> int:
@@ -863,10 +875,12 @@ def _exit_code(arguments: Optional[List[str]]) -> int:
     except _Terminated:
         return _ended(signal.SIGTERM)
     except Exception as problem:
-        if isinstance(problem, MemoryError) or _out_of_memory(problem):
-            asked = f" ({first_line(problem)})" if str(problem) else ""
-            click.echo(f"error: not enough memory{asked}. Take smaller batches, frames or an input size.", err=True)
+        lacking = _shortage(problem)
+        if not isinstance(problem, MemoryError):  # what is lacking is a guess; the traceback tells whether it is right
+            with contextlib.suppress(MemoryError):
+                traceback.print_exc()
+        if lacking:
+            click.echo(f"error: {lacking}", err=True)
             return FAILED
-        traceback.print_exc()
         click.echo("this is a bug in edgeres; please report it with the lines above", err=True)
         return BUG

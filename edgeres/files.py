@@ -221,20 +221,24 @@ def _begun(path: Path) -> Tuple[str, int]:
         # Unlike tempfile's private files, a bundle's are as open as the user's umask says.
         descriptor = os.open(attempt, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with contextlib.suppress(OSError):  # no locks here: then nobody removes it either
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # who took it for an orphan meanwhile, holds it until it is removed
         if os.fstat(descriptor).st_nlink:
             return attempt, descriptor
-        os.close(descriptor)  # somebody took it for an orphan before it was locked
+        os.close(descriptor)
 
 
 def _remove_orphans(path: Path) -> None:
     """Remove what killed writers of a file have left beside it: their locks died with them."""
-    for name in os.listdir(path.parent):
+    names: List[str] = []
+    with contextlib.suppress(PermissionError):  # a folder may be writable and not be listed
+        names = os.listdir(path.parent)
+    for name in names:
         found = TEMPORARY.fullmatch(name)
         if found is None or found.group(1) != path.name:
             continue
         with contextlib.suppress(OSError):  # it is being written, or it is not ours
-            descriptor = os.open(path.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            # NFS locks exclusively only what is open for writing.
+            descriptor = os.open(path.parent / name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(path.parent / name)

@@ -203,13 +203,13 @@ class Build:
         if model.onnx is not None:
             from edgeres.export import files_of
 
-            inputs["files"] = [files.sha256_file(path) for path in files_of(model.onnx)]
+            inputs["files"] = [_input_hash(path) for path in files_of(model.onnx)]
         else:
             inputs["source"] = model.source
         if model.onnx is None and self.recipe.architecture is None:
             inputs["once"] = os.urandom(16).hex()  # a callable's code may change in ways that no hash of ours sees
         if model.weights is not None:
-            inputs["weights"] = files.sha256_file(locate(model.weights))
+            inputs["weights"] = _input_hash(locate(model.weights))
         elif self.recipe.architecture is not None:
             inputs["seed"] = model.seed
             self.warn(
@@ -630,7 +630,7 @@ def build(
     if until not in STAGES:
         raise BundleError(f"there is no stage {until!r}. The stages are {', '.join(STAGES)}")
     place = out or default_out(recipe)
-    with Workspace(place) as workspace, _vanished_files():
+    with Workspace(place) as workspace:
         job = Build(recipe, workspace, until, progress or Progress())
         job.open_samples()
         with contextlib.suppress(_Reached):
@@ -652,16 +652,22 @@ def build(
 
 
 @contextlib.contextmanager
-def _vanished_files() -> Iterator[None]:
-    """Tell of a file that vanished, or cannot be read any more, after it was found to be there."""
+def _reading(path: Path) -> Iterator[None]:
+    """Tell of an input that vanished, or cannot be read any more, after it was found to be there."""
     try:
         yield
     except OSError as problem:
-        what = f"{problem.filename}: " if problem.filename else ""
+        if problem.filename not in (None, str(path)):  # a failing read tells no name
+            raise
         raise EdgeresError(
-            f"{what}{problem.strerror or problem}. The build stopped there; put that right and build again, and it "
+            f"{path}: {problem.strerror or problem}. The build stopped there; put that right and build again, and it "
             "goes on where it stopped."
         ) from problem
+
+
+def _input_hash(path: Path) -> str:
+    with _reading(path):
+        return files.sha256_file(path)
 
 
 def _exported(recipe: Recipe) -> Exported:
@@ -678,7 +684,8 @@ def _exported(recipe: Recipe) -> Exported:
     else:
         module = models.from_callable(model.source, model.num_classes, model.seed)
     if model.weights is not None:
-        models.load_weights(module, locate(model.weights))
+        with _reading(locate(model.weights)):
+            models.load_weights(module, locate(model.weights))
     return export_module(module, recipe.preprocessing.size)
 
 

@@ -1,29 +1,34 @@
-"""Whether a bundle can be built again: the same recipe, data and tools are to make the same files, byte for byte."""
+"""Whether a bundle can be built again: the same recipe, data and tools are to make the same files."""
 
 from __future__ import annotations
 
-import shutil
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from edgeres.artifacts import Manifest
 from edgeres.bundle import verify
 from edgeres.errors import BundleError
-from edgeres.files import ENGINES, ERRORS, PAGE, RECIPE
-from edgeres.pipeline import build
+from edgeres.files import ENGINES, ERRORS, MEANING, PAGE, RECIPE, REPORT
+from edgeres.pipeline import STAGES, build
 from edgeres.progress import Progress
 from edgeres.recipe import Recipe
 
 NOT_COMPARED = (RECIPE, PAGE, ERRORS, ENGINES)
 """What tells of places and of the machine; what is added up in torch's threads, in an order that their number changes;
 and what a builder made that chooses by time."""
+ENGINE_MADE = (MEANING, REPORT)
+"""What an engine answered, and what is told of the engines: it is compared where these are the CPU's alone."""
 
 
 class Reproduction(NamedTuple):
     """``files`` says of each compared file whether it is the ``same``, ``different``, ``missing`` in the new build or
-    ``new`` there; ``recipe`` and ``tools`` have what was said and what was used, where these differ."""
+    ``new`` there, and ``not_compared`` names the others; ``recipe`` and ``tools`` have what was said and what was used,
+    where these differ."""
 
     files: Dict[str, str]
+    not_compared: List[str]
     recipe: Dict[str, Tuple[Any, Any]]
     tools: Dict[str, Tuple[Any, Any]]
 
@@ -36,40 +41,42 @@ class Reproduction(NamedTuple):
 def reproduce(bundle: Path, recipe: Recipe, progress: Optional[Progress] = None) -> Reproduction:
     """Build a recipe anew beside a bundle, compare, and remove what was built; the bundle itself is only read.
 
-    It is built in ``.NAME.check``, where an interrupted check goes on.
+    It is built as far as the bundle was, in a new folder that nobody else can write to: nothing that lies beside the
+    bundle is taken over. Of what the recipe names, a callable is run, as in every build.
 
     Raises:
-        EdgeresError: the bundle is damaged, or the recipe cannot be built.
+        EdgeresError: the bundle is damaged, the recipe cannot be built, or there is no place beside the bundle.
     """
     before = verify(bundle)
-    place = Path(bundle).absolute()
-    aside = place.parent / f".{place.name}.check"
-    if aside.is_symlink():
-        raise BundleError(f"{aside} is a link, where this check would work. Remove it.")
+    place = Path(os.path.abspath(bundle))  # without any ..: beside it is not inside it
+    until = max(before.stages.keys() & set(STAGES), key=STAGES.index, default=STAGES[-1])
     try:
-        build(recipe, aside / place.name, progress=progress)
-        after = verify(aside / place.name)
-    except BaseException:
-        _tidy(aside)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        aside = tempfile.TemporaryDirectory(prefix=f".{place.name}.check-", dir=place.parent)
+    except OSError as problem:
+        raise BundleError(
+            f"cannot work beside {place}: {problem.strerror}. Copy the bundle to a folder that can be written."
+        ) from None
+    with aside:
+        again = Path(aside.name) / place.name
+        build(recipe, again, until, progress)
+        after = verify(again)
+    files, others = _files(before, after)
     return Reproduction(
-        files=_files(before, after),
+        files=files,
+        not_compared=others,
         recipe=_differing(_flat(before.recipe), _flat(after.recipe)),
         tools=_differing(_flat(before.provenance), _flat(after.provenance), ("tools.", "python", "host.")),
     )
 
 
-def _tidy(aside: Path) -> None:
-    """Remove the folder of a check unless another one works there, or something is to be gone on from."""
-    if not any(path.name.endswith(".work") for path in aside.glob(".*")):
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _files(before: Manifest, after: Manifest) -> Dict[str, str]:
+def _files(before: Manifest, after: Manifest) -> Tuple[Dict[str, str], List[str]]:
+    """Return a word on each file that is compared, and the names of the others."""
     one, other = ({ref.path: ref.sha256 for ref in manifest.files} for manifest in (before, after))
-    paths = sorted(path for path in one.keys() | other.keys() if not path.startswith(NOT_COMPARED))
-    return {path: _word(one.get(path), other.get(path)) for path in paths}
+    on_cpu = all(engine.backend == "cpu" for engine in (*before.engines, *after.engines))
+    left_out = NOT_COMPARED if on_cpu else (*NOT_COMPARED, *ENGINE_MADE)
+    paths = sorted(one.keys() | other.keys())
+    words = {path: _word(one.get(path), other.get(path)) for path in paths if not path.startswith(left_out)}
+    return words, [path for path in paths if path not in words]
 
 
 def _word(before: Optional[str], after: Optional[str]) -> str:
@@ -99,6 +106,7 @@ def rows(found: Reproduction) -> List[List[str]]:
     """Return what differs as rows of a table: what, then, and now."""
     files = [[path, "", word] for path, word in found.files.items()]
     differences = [*found.recipe.items(), *found.tools.items()]
+    files += [[path, "", "not compared"] for path in found.not_compared]
     return [*files, *([name, _shown(was), _shown(now)] for name, (was, now) in differences)]
 
 

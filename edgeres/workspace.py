@@ -85,10 +85,9 @@ class Workspace:
             self._take_lock()
             restore(self.out)
             self._earlier = self._refuse_strangers()  # again: until now, another build may have been at work
-            if self.work.is_symlink():  # what is written there would be written elsewhere
-                raise BundleError(f"{self.work} is a link, where this build would work. Remove it.")
-            for folder in (self.work / RECORDS, self.folder):
-                folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self.work, self.work / RECORDS, self.folder):
+                _refuse_link(folder)
+                folder.mkdir(exist_ok=True)
             self.unfinished = self._is_unfinished()
             for path in self.folder.rglob("*"):  # it may be an earlier bundle, exchanged and not removed yet
                 if path.is_symlink():
@@ -300,7 +299,9 @@ class Workspace:
 
     def _take_lock(self) -> None:
         """Lock the place for this process; the lock dies with it, however it ends."""
-        self._lock = os.open(str(self.out.parent / f".{self.out.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        place = self.out.parent / f".{self.out.name}.lock"
+        _refuse_link(place)
+        self._lock = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
@@ -314,8 +315,15 @@ class Workspace:
 
     def _release(self) -> None:
         if self._lock is not None:
+            with contextlib.suppress(OSError):  # a process that was forked meanwhile has the descriptor, too
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
+
+
+def _refuse_link(place: Path) -> None:
+    if place.is_symlink():  # what is written there would be written elsewhere
+        raise BundleError(f"{place} is a link, where this build would work. Remove it.")
 
 
 def _result(record: Optional[StageRecord]) -> bytes:

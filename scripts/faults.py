@@ -18,6 +18,7 @@ import json
 import os
 import pkgutil
 import random
+import re
 import resource
 import shutil
 import signal
@@ -43,6 +44,8 @@ NAME = "net"
 SAME = ("model.fp32.onnx", "model.int8.onnx", "model.int8-cpu.onnx", "calibration.json", "statistics.npz")
 OLD, NEW = ("--method", "minmax"), ("--method", "mse")
 STEPS = ("open", "replace", "rename", "unlink", "rmdir", "mkdir", "fsync")
+KILLED = (-signal.SIGKILL,)
+ABORTED = (-signal.SIGABRT, -signal.SIGSEGV)  # what native libraries do that get no memory
 PATIENCE = 300.0  # seconds
 Inject = Callable[[], None]
 
@@ -50,13 +53,14 @@ Inject = Callable[[], None]
 class Run(NamedTuple):
     """One fault: what is run, and what is done to it in the child (``inject``) or from outside (``strike``), on a disk
     of so many bytes (0: the one that there is). ``changes``: it may leave the earlier bundle with another engine or
-    page, or with ranges alone, whole."""
+    page, or with ranges alone, whole. ``ends``: the exit codes that tell that the fault has struck."""
 
     arguments: tuple[str, ...]
     inject: Inject = lambda: None
     strike: Callable[[int], None] = lambda process: None
     disk: int = 0
     changes: bool = False
+    ends: tuple[int, ...] = (cli.FAILED,)
 
 
 class Watcher(Progress):
@@ -118,6 +122,7 @@ class Arena:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.log = folder / "log"
+        self.done = folder / "done"  # the stages that the last command finished, whatever became of their records
         self.samples()
         self.seconds = 0.0  # of processor time that a build takes
         self.wanted = {word: self.undisturbed(word, options) for word, options in (("old", OLD), ("new", NEW))}
@@ -174,8 +179,12 @@ class Arena:
 
     def suffer(self, run: Run) -> tuple[int, str]:
         """Run a command that something happens to; return its exit code and what it printed."""
+        self.done.write_text("")
+        self.done.chmod(0o666)
 
         def work() -> int:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as edgeres.__main__ does
+            noting(self.done)
             run.inject()
             cli.main(list(run.arguments))
             return 0
@@ -203,16 +212,18 @@ class Arena:
         except EdgeresError as problem:
             return {"lost": str(problem)}
         now = hashes(out)
+        compared = [name for name in SAME if said or name in now]
         for word in ("old", "new"):
             files, logits = self.wanted[word]["files"], self.wanted[word]["logits"]
             near = not said or np.allclose(said, logits, atol=0.05 * np.ptp(logits)) if changes else said == logits
-            if near and all(now.get(name) == files[name] for name in SAME if said or name in now):
+            if near and compared and all(now.get(name) == files[name] for name in compared):
                 whole = changes or word == "new" or now == files  # a new one tells the time
                 return {"lost": "" if whole else "other files", "is": word}
         return {"lost": "it is neither the old nor the new bundle"}
 
     def next_build(self, out: Path) -> dict[str, Any]:
-        records = [path.stem for path in (out.parent / f".{NAME}.work/.stages").glob("*.json")]
+        done = set(self.done.read_text().split())
+        done |= {path.stem for path in (out.parent / f".{NAME}.work/.stages").glob("*.json")}
         watcher = Watcher()
         options: dict[str, Any] = dict(zip(("weights", "calibration", "validation"), self.sources(), strict=True))
         edgeres.build(
@@ -225,8 +236,8 @@ class Arena:
         return {
             "next": good and answers(out) == self.wanted["new"]["logits"],
             "left": left + unlisted(out, manifest),
-            "again": sorted(set(records) & set(watcher.ran)),
-            "resumed": len(records),
+            "again": sorted(done & set(watcher.ran)),
+            "resumed": len(done),
         }
 
     def sources(self) -> tuple[Path, Path, Path]:
@@ -266,6 +277,20 @@ def at_step(number: int, fault: Callable[[], None]) -> Callable[[], dict[str, in
         return count
 
     return inject
+
+
+def noting(place: Path) -> None:
+    """Let this process write down each stage that it finishes; one without files leaves nothing to go on from."""
+    finish = workspace.Workspace.finish
+
+    def noted(self: workspace.Workspace, name: str, *arguments: Any) -> Any:
+        record = finish(self, name, *arguments)
+        if record.files:
+            with open(place, "a") as stream:
+                stream.write(f"{name}\n")
+        return record
+
+    workspace.Workspace.finish = noted  # type: ignore[method-assign]
 
 
 def kill() -> None:
@@ -339,27 +364,32 @@ def file_limit(size: int) -> Inject:
     return inject
 
 
+LACKING = re.compile("^error: (not enough memory|no thread can be started)", re.MULTILINE)
+"""What is said, behind a traceback, where an error is taken for a lack of memory."""
+
+
 class Table:
     """Counts by kind of fault."""
 
     COLUMNS = (
-        "fault", "runs", "struck", "lost bundles", "next build good", "stages kept", "run again", "left over",
-        "tracebacks",
+        "fault", "runs", "struck", "failed by itself", "lost bundles", "next build good", "stages kept", "run again",
+        "left over", "tracebacks",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.rows: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
-    def add(self, kind: str, code: int, told: str, found: dict[str, Any]) -> None:
+    def add(self, kind: str, ends: tuple[int, ...], code: int, told: str, found: dict[str, Any]) -> None:
         row = self.rows[kind]
         row["runs"] += 1
-        row["struck"] += code not in (cli.OK, cli.UNDECIDED)  # of a validation that came through
+        row["struck"] += code in ends
+        row["failed by itself"] += code not in (0, *ends)
         row["lost bundles"] += bool(found["lost"])
         row["next build good"] += found["next"]
         row["stages kept"] += found["resumed"] - len(found["again"])
         row["run again"] += len(found["again"])
         row["left over"] += len(found["left"])
-        row["tracebacks"] += "Traceback" in told
+        row["tracebacks"] += "Traceback" in told and not LACKING.search(told)
         print(f"{kind} {row['runs']}: exit code {code}, {found}\n{told[-300:] if code else ''}", file=sys.stderr)
 
     def text(self) -> str:
@@ -371,8 +401,12 @@ class Table:
 
     @property
     def bad(self) -> bool:
-        wrong = ("lost bundles", "run again", "left over", "tracebacks")
-        return any(row["next build good"] < row["runs"] or any(row[x] for x in wrong) for row in self.rows.values())
+        """Whether anything went wrong, or a fault never struck, which proves nothing."""
+        wrong = ("failed by itself", "lost bundles", "run again", "left over", "tracebacks")
+        tried = [row for row in self.rows.values() if row["runs"]]
+        return any(
+            not row["struck"] or row["next build good"] < row["runs"] or any(row[x] for x in wrong) for row in tried
+        )
 
 
 COMMANDS = (
@@ -397,9 +431,10 @@ class Torment:
         self.build = arena.build(self.place / NAME, NEW)
 
     def kills(self, runs: int) -> Iterator[tuple[str, Run]]:
-        """Yield kills until so many have struck: some builds are done before."""
+        """Yield kills until so many have struck: some builds are done before, but most are not."""
         kind = "kill -9 at a random moment of a build"
-        while self.table.rows[kind]["struck"] < runs:
+        row = self.table.rows[kind]
+        while row["struck"] < runs and row["runs"] < 10 * runs:
             yield kind, self.struck(signal.SIGKILL)
 
     def signals(self, runs: int) -> Iterator[tuple[str, Run]]:
@@ -408,14 +443,16 @@ class Torment:
                 yield f"{word} at a random moment of a build", self.struck(number)
 
     def struck(self, number: int) -> Run:
-        return Run(self.build, strike=after(self.chance.uniform(0, self.arena.seconds), number))
+        strike = after(self.chance.uniform(0, self.arena.seconds), number)
+        told, _ = cli.ENDS.get(number, (-number, ""))
+        return Run(self.build, strike=strike, ends=(-number, told))  # the first before there is anything to end
 
     def steps(self, runs: int) -> Iterator[tuple[str, Run]]:
         """Yield a kill before the first step of a build, the second, and so on, until one has not so many."""
         kind = "kill -9 before each step on files of a build"
         row = self.table.rows[kind]
         while runs and row["struck"] == row["runs"]:
-            yield kind, Run(self.build, at_step(row["runs"] + 1, kill))
+            yield kind, Run(self.build, at_step(row["runs"] + 1, kill), ends=KILLED)
 
     def commands(self, runs: int) -> Iterator[tuple[str, Run]]:
         places = {"BUNDLE": str(self.place / NAME), "FILE": str(self.place / "aside.json")}
@@ -427,7 +464,7 @@ class Torment:
             for _ in range(runs):
                 strike = after(self.chance.uniform(0, seconds), signal.SIGKILL)
                 changes = given[0] in ("calibrate", "compile", "report")
-                yield f"kill -9 of `edgeres {name}`", Run(given, strike=strike, changes=changes)
+                yield f"kill -9 of `edgeres {name}`", Run(given, strike=strike, changes=changes, ends=KILLED)
 
     def full_disks(self, runs: int) -> Iterator[tuple[str, Run]]:
         have = sum(path.stat().st_size for path in (self.arena.folder / "old").rglob("*") if path.is_file())
@@ -446,7 +483,7 @@ class Torment:
 
     def memory(self, runs: int) -> Iterator[tuple[str, Run]]:
         for turn in range(runs):
-            yield "memory ends (RLIMIT_AS)", Run(self.build, limited(2**20 * turn * turn))
+            yield "memory ends (RLIMIT_AS)", Run(self.build, limited(2**20 * turn * turn), ends=(cli.FAILED, *ABORTED))
 
     def read_only(self, runs: int) -> Iterator[tuple[str, Run]]:
         for _ in range(min(3, runs) if os.geteuid() == 0 else 0):
@@ -464,7 +501,7 @@ class Torment:
                 if run.disk:
                     subprocess.run(["mount", "-o", "remount,size=64m", str(self.place)], check=True)
 
-            self.table.add(kind, code, told, self.arena.examined(out, run.changes, mend))
+            self.table.add(kind, run.ends, code, told, self.arena.examined(out, run.changes, mend))
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, List
@@ -211,6 +212,54 @@ def test_a_file_that_is_taken_for_an_orphan_before_it_is_locked_is_begun_anew(
     assert len(lost) == 1
     assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_a_file_that_another_writer_is_about_to_remove_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one has taken it for an orphan and locked it, between this one's open and lock."""
+    removers: List[threading.Timer] = []
+
+    def taken_for_an_orphan(path: Any, flags: int, mode: int = 0o777) -> int:
+        descriptor = opened(path, flags, mode)
+        if flags & os.O_CREAT and not removers:
+            other = opened(path, os.O_RDWR)
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            removers.append(threading.Timer(0.2, lambda: (os.unlink(path), os.close(other))))
+            removers[0].start()
+        return descriptor
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", taken_for_an_orphan)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: [remover.join() for remover in removers])
+    write_atomic(tmp_path / "file", b"content")
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_a_folder_that_may_not_be_listed_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", refuse)
+        write_atomic(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_what_a_killed_writer_left_on_nfs_is_gone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a file has to be open for writing to be locked against all others. Source: flock(2), NFS details."""
+
+    def as_nfs(descriptor: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    (tmp_path / ".file.0123456789abcdef").write_text("half")
+    write_atomic(tmp_path / "file", b"content")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_where_there_are_no_locks_files_are_written_all_the_same(

@@ -540,13 +540,44 @@ def test_a_file_system_without_locks_is_said_to_be_one(out: Path, monkeypatch: p
     assert beside(out) == []
 
 
-def test_a_work_folder_that_is_a_link_is_refused(out: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [".net-int8.work", ".net-int8.work/bundle", ".net-int8.work/.stages"])
+def test_a_work_folder_that_is_a_link_is_refused(out: Path, tmp_path: Path, place: str) -> None:
     make(out, "old")
     (tmp_path / "elsewhere").mkdir()
-    (out.parent / f".{out.name}.work").symlink_to(tmp_path / "elsewhere")
+    link = out.parent / place
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BundleError, match=r"is a link.*Remove it"):
         make(out, "new")
     assert os.listdir(tmp_path / "elsewhere") == []
+    assert_is(out, "old")
+
+
+def test_a_lock_that_is_a_link_is_refused(out: Path, tmp_path: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (out.parent / f".{out.name}.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match=r"\.lock is a link.*Remove it"):
+        make(out, "new")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_process_that_was_forked_during_a_build_does_not_keep_its_lock(out: Path) -> None:
+    source, sink = os.pipe()
+    with Workspace(out) as workspace:
+        write_stages(workspace, "old")
+        workspace.commit(manifest_of(workspace, "old"))
+        process = os.fork()
+        if not process:
+            os.close(sink)
+            os.read(source, 1)  # until the other end is closed
+            os._exit(0)
+    try:
+        make(out, "new")
+    finally:
+        os.close(sink)
+        os.close(source)
+        os.waitpid(process, 0)
+    assert_is(out, "new")
 
 
 def test_what_is_left_of_an_exchange_is_no_unfinished_build(out: Path) -> None:
@@ -791,16 +822,33 @@ def test_damage_is_not_read_again_and_again(out: Path) -> None:
     assert len(tries) == 1
 
 
-def test_a_bundle_that_never_stays_is_said_to_change(out: Path) -> None:
+def test_damage_is_not_read_again_where_only_the_folder_is_touched(out: Path) -> None:
+    make(out, "old")
+    tries = []
+
+    def read() -> None:
+        tries.append(1)
+        (out / f"note {len(tries)}").write_text("mine")
+        raise IntegrityError("damage")
+
+    with pytest.raises(IntegrityError, match="damage"):
+        undisturbed(out, read)
+    assert len(tries) == 1
+
+
+def test_of_a_bundle_that_never_stays_the_last_error_is_told(out: Path) -> None:
     words = itertools.cycle(("odd", "even"))
+    tries = []
 
     def read() -> None:
         make(out, next(words))
-        raise IntegrityError("a file of the other one")
+        tries.append(1)
+        raise IntegrityError(f"a file of the other one, {len(tries)}")
 
     make(out, "even")
-    with pytest.raises(BundleError, match="changed while it was being read"):
+    with pytest.raises(IntegrityError, match="the other one, 5"):
         undisturbed(out, read)
+    assert len(tries) == 5
 
 
 # The exchange itself

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,50 @@ def test_a_child_that_does_not_end_is_ended(code: str, fake: Fake, monkeypatch: 
     assert len(str(caught.value)) < 1000
     assert fake.gone()
     assert ("Its last output" in str(caught.value)) == any(word in code for word in ("deaf", "more", "left"))
+
+
+def test_what_the_child_has_started_ends_with_it(fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where that has taken no notice of SIGTERM, and the child has ended long ago."""
+    monkeypatch.setattr("edgeres.backends.tensorrt.child.GRACE", 0.2)
+    left = Fake(tmp_path)
+    left._pid = tmp_path / "left"
+    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    fake.write(
+        "import subprocess\n"
+        f"other = subprocess.Popen([sys.executable, '-c', {program!r}])\n"
+        f"open({str(left._pid)!r}, 'w').write(str(other.pid))\n"
+        "time.sleep(60)"
+    )
+    with pytest.raises(BackendError, match="longer than 3 seconds"):
+        build_in_child(REQUEST, silent, timeout=3)
+    assert fake.gone()
+    wait_for(left.gone, 5.0)
+
+
+def test_a_request_that_nobody_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where a process that has left the child's group still holds the other end of the pipe."""
+    monkeypatch.setattr("edgeres.backends.tensorrt.child.GRACE", 0.2)
+    leaver = "import subprocess; subprocess.Popen(['sleep', '8'], start_new_session=True); import time; time.sleep(60)"
+    monkeypatch.setattr("edgeres.backends.tensorrt.child.START", leaver)
+    request = msgspec.structs.replace(REQUEST, ranges={f"tensor {number}": 1.0 for number in range(20_000)})
+    start = time.monotonic()
+    with pytest.raises(BackendError, match="longer than 2 seconds"):
+        build_in_child(request, silent, timeout=2)
+    assert time.monotonic() - start < 6
+
+
+def test_where_no_thread_can_be_started_no_child_is_left(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    started: list[object] = []
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr("edgeres.backends.tensorrt.child._started", lambda *given: started.append(given))
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        build_in_child(REQUEST, silent)
+    assert started == []
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_child_that_never_reads_what_it_shall_do_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

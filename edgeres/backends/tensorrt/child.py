@@ -71,13 +71,14 @@ def build_in_child(request: BuildRequest, progress: Report, timeout: Optional[fl
     deadline = None if timeout is None else time.monotonic() + timeout
     line = _encoded(request)
     output = _Output()
+    output.start()  # before there is a child: no thread may be left to start
     source, sink = os.pipe()
     try:
         try:
             child = _started(sink, output.sink)
         finally:
             os.close(sink)
-            output.start()
+            os.close(output.sink)  # from now on it is the child's alone
         try:
             outcome = _conversation(child, source, line, progress, deadline)
             status = _ended(child)
@@ -108,9 +109,13 @@ class _Output(threading.Thread):
         self._end = b""
 
     def start(self) -> None:
-        """Begin; from now on the pipe's other end is the child's alone."""
-        os.close(self.sink)
-        super().start()
+        """Begin to read."""
+        try:
+            super().start()
+        except RuntimeError:
+            os.close(self._source)
+            os.close(self.sink)
+            raise
 
     def run(self) -> None:
         with open(self._source, "rb", buffering=0) as stream:
@@ -148,10 +153,12 @@ def _started(sink: int, output: int) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             command("edgeres.backends.tensorrt.worker", str(sink)),
+            bufsize=0,  # a buffer is locked while it is written, and cannot be closed then
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             pass_fds=(sink,),
+            start_new_session=True,  # it is stopped with whatever it has started
             # `python -c` imports from the working folder first; Python 3.11 can be told not to, older ones cannot.
             cwd=os.sep,
             env=environment(),
@@ -183,8 +190,9 @@ def _conversation(
 def _send(child: subprocess.Popen[bytes], request: bytes) -> None:
     assert child.stdin is not None
     with contextlib.suppress(OSError, ValueError):  # it died, or was stopped, before it could read
-        child.stdin.write(request)
-        child.stdin.flush()
+        rest = memoryview(request)
+        while rest:
+            rest = rest[child.stdin.write(rest) :]
 
 
 def _lines(source: int, deadline: Optional[float]) -> Iterator[bytes]:
@@ -215,19 +223,22 @@ def _ended(child: subprocess.Popen[bytes]) -> Optional[int]:
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End the child if it still runs, and reap it."""
+    """End the child if it still runs, and reap it; whatever it has started ends too."""
     try:
         if child.poll() is None:
-            child.terminate()
-            if _ended(child) is None:
-                child.kill()
+            _signal(child, signal.SIGTERM)
+            _ended(child)
     finally:
-        if child.poll() is None:
-            child.kill()
+        _signal(child, signal.SIGKILL)
         child.wait()
         if child.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # the request was never read
-                child.stdin.close()
+            child.stdin.close()
+
+
+def _signal(child: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to the child's process group, which may outlive the child."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where all of it are zombies
+        os.killpg(child.pid, number)
 
 
 def _result(outcome: Optional[Message], status: Optional[int], output: _Output) -> BuildResult:
