@@ -11,15 +11,14 @@ from onnx import TensorProto, inliner
 
 from edgeres.errors import ExportError, first_line
 from edgeres.export.answers import batch_of, one_by_one, open_session
+from edgeres.export.constants import fold_constants
 from edgeres.export.exported import Exported
 from edgeres.export.external import read_model
 from edgeres.export.fold import (
-    RANDOM,
     check_domains,
     check_model,
     choose_branches,
     drop_identities,
-    fold_constants,
     free_reshapes,
     name_nodes,
     simplify,
@@ -37,6 +36,7 @@ from edgeres.toolmarks import tool_of
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2  # of a file that computes in float16, whose last bits are not ours
+RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
 
 
 def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exported:
