@@ -73,6 +73,7 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
     simplify(model)
     _forget_origin(model)
     check_model(model, source.name)
+    check_sizes(model, (height, width), str(source))  # again: what a shape was computed from may be folded by now
     check_operators(model, str(source))
     images = np.random.default_rng(seed).standard_normal((2, 3, height, width)).astype(np.float32)
     tolerance = HALF_TOLERANCE if halved and apart is None else TOLERANCE
@@ -90,10 +91,10 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
 
 def _taken_apart(model: onnx.ModelProto, source: Path, size: tuple[int, int] | None, seed: int) -> tuple[Taken, Probed]:
     """Take the Q/DQ out of a model, in place, and what a run with them found before."""
-    check_sizes(model, size, str(source))
     name_nodes(model)
     drop_identities(model)
     fold_constants(model)  # scales and zero points, where they are Constant nodes
+    check_sizes(model, size, str(source))
     found = probe(model, size, seed)
     taken = unquantize(model, str(source), found.saturated)
     drop_identities(model)

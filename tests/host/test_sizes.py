@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 from edgeres.errors import ExportError
-from edgeres.export import adopt_onnx
+from edgeres.export import adopt_onnx, sizes
+from edgeres.export.sizes import check_sizes
 
 Graph = Callable[..., onnx.ModelProto]
 HEAD = "net (float[N,3,8,8] x) => (float[N,4] y)"
@@ -59,3 +60,48 @@ def test_long_lists_hide_no_large_tensor(unread: str, adopted: Callable[..., onn
     text += " e = Expand (p, s) m = ReduceMax <keepdims = 0, axes = [2, 3]> (e) y = MatMul (m, fc) }"
     with pytest.raises(ExportError, match="numbers at a time"):
         adopted(text, fc=FC, huge=np.array([1, 3, 200_000, 200_000]), long=np.zeros(2048, np.float32))
+
+
+def test_what_only_folding_knows_is_checked_too(adopted: Callable[..., onnx.ModelProto]) -> None:
+    text = f"{HEAD} {{ n = NonZero (some) t = Transpose (n) k = ReduceSum <keepdims = 0> (t, first)"
+    text += " s = Mul (k, huge) p = GlobalAveragePool (x) e = Expand (p, s)"
+    text += " m = ReduceMax <keepdims = 0, axes = [2, 3]> (e) y = MatMul (m, fc) }"
+    weights = {"some": np.array([0, 1], np.float32), "first": np.array([0]), "huge": np.array([1, 3, 200_000, 200_000])}
+    with pytest.raises(ExportError, match="numbers at a time"):
+        adopted(text, fc=FC, **weights)
+
+
+def bottlenecks(sides: str) -> str:
+    """Return the beginning of a ResNet-50, where its tensors are largest."""
+    body = "c = Conv <strides = [2, 2], pads = [3, 3, 3, 3]> (x, stem) n = BatchNormalization (c, o, o, o, o)"
+    body += " r = Relu (n) a0 = MaxPool <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]> (r)"
+    body += " b0 = Conv (a0, wide)"
+    for at in range(3):
+        body += f" d{at} = Conv (b{at}, narrow) e{at} = Relu (d{at}) f{at} = Conv (e{at}, wide)"
+        body += (
+            f" g{at} = BatchNormalization (f{at}, oo, oo, oo, oo) h{at} = Add (g{at}, b{at}) b{at + 1} = Relu (h{at})"
+        )
+    return f"net (float[N,3,{sides}] x) => (float[N,256] y) {{ {body} p = GlobalAveragePool (b3) y = Flatten (p) }}"
+
+
+def test_a_resnet_takes_a_frame_of_4k_and_no_larger_ones(graph: Graph) -> None:
+    shapes = {"stem": (64, 3, 7, 7), "wide": (256, 64, 1, 1), "narrow": (64, 256, 1, 1), "o": (64,), "oo": (256,)}
+    weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    check_sizes(graph(bottlenecks("2160,3840"), weights), None, "it")
+    check_sizes(graph(bottlenecks("h,w"), weights), (2160, 3840), "it")
+    with pytest.raises(ExportError, match="numbers at a time"):
+        check_sizes(graph(bottlenecks("8192,8192"), weights), None, "it")
+
+
+def test_what_is_written_over_its_input_counts_once(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "{ a = Sin (x) b = Relu (a) c = Add (b, b) y = Flatten (c) }"
+    model = graph(f"net (float[1,3,8,8] x) => (float[1,192] y) {body}")
+    monkeypatch.setattr(sizes, "LARGEST", 2 * 192)
+    check_sizes(model, None, "it")
+    monkeypatch.setattr(sizes, "LARGEST", 2 * 192 - 1)
+    with pytest.raises(ExportError, match="hold 384 numbers"):
+        check_sizes(model, None, "it")
+    read_twice = graph(f"net (float[1,3,8,8] x) => (float[1,192] y) {body.replace('(b, b)', '(a, b)')}")
+    monkeypatch.setattr(sizes, "LARGEST", 2 * 192)
+    with pytest.raises(ExportError, match="hold 576 numbers"):
+        check_sizes(read_twice, None, "it")
