@@ -93,10 +93,11 @@ def _bytes_of(tensor: onnx.TensorProto) -> int:
     """Return how many bytes a tensor's numbers have; −1 where it has no such numbers."""
     if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type in (0, TensorProto.STRING):
         return -1
-    count = math.prod(tensor.dims)
+    count: int = math.prod(tensor.dims)
     if TensorProto.DataType.Name(tensor.data_type) in HALVES:
         return (count + 1) // 2
-    return count * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    size: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return count * size
 
 
 def _check_places(source: Path, places: list[Path]) -> None:
