@@ -131,7 +131,7 @@ GRAPHS: tuple[tuple[str, Write], ...] = (
     (BOMB, net("c = Conv <pads = [99999, 99999, 99999, 99999]> (x, w, b)")),
     (BOMB, net("c = Conv <pads = [4611686018427387904, 1, 1, 1]> (x, w, b)")),
     (BOMB, net("e = Resize (x, , s) c = Conv (e, w, b)", ", float[4] s = {1, 1, 99999, 99999}")),
-    (BOMB, net("c = Conv (x, w, b)", images="float[N,3,8192,8192] x")),
+    (BOMB, net("c = Conv (x, w, b)", images="float[4,3,8192,8192] x")),
     (BOMB, net("c = Conv (x, w, b)", images="float[100000,3,224,224] x")),
     (BOMB, net("c = Conv (x, w, b)", images="float[9223372036854775807,3,8,8] x")),
     (BOMB, added("k = Expand (o, s)", ", float[1] o = {1}, int64[2] s = {100000000, 1000}")),
