@@ -30,12 +30,20 @@ class Header(NamedTuple):
     bytes: int
 
 
-class _Careful(io.FileIO):
-    """A file that is never read in one piece as large as only a forged directory of a ZIP file is."""
+class TooLong(ValueError):
+    """A ZIP file claims a directory that fills the memory."""
+
+
+class Careful(io.FileIO):
+    """A file that is never read in one piece larger than ``largest``, as only a forged directory of a ZIP file is."""
+
+    def __init__(self, path: Path, largest: int = LARGEST_DIRECTORY) -> None:
+        super().__init__(path)
+        self._largest = largest
 
     def read(self, size: int = -1, /) -> bytes:  # type: ignore[override]
-        if size > LARGEST_DIRECTORY:
-            raise ValueError(f"its directory has {size:,} bytes")
+        if size > self._largest:
+            raise TooLong(f"its directory has {size:,} bytes")
         return super().read(size) or b""
 
 
@@ -57,9 +65,12 @@ def header_of(stream: IO[bytes]) -> Header:
         shape, _, dtype = read(io.BytesIO(length + text))
     except Exception:  # numpy takes it for Python, and what is none fails in as many ways as Python's parser has
         raise ValueError("the header of an array is damaged") from None
+    if not dtype.itemsize:
+        raise ValueError(f"its numbers, of type {dtype}, have no bytes")
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
-    if any(not 0 <= extent < 1 << 63 for extent in shape):
+    # numpy counts in 64 bits, and what has no bytes has as many numbers as it likes
+    if min(shape, default=0) < 0 or math.prod(extent or 1 for extent in shape) * dtype.itemsize >= 1 << 63:
         raise ValueError(f"its header promises the shape {shape}")
     return Header(shape, dtype, np.lib.format.MAGIC_LEN + len(length) + len(text) + math.prod(shape) * dtype.itemsize)
 
@@ -75,7 +86,7 @@ def read_npz(source: Union[Path, bytes], wanted: Sequence[str], largest: int) ->
         OSError: it cannot be read.
         ValueError: it is none, is damaged, or would fill the memory.
     """
-    with _Careful(source) if isinstance(source, Path) else io.BytesIO(source) as stream:
+    with Careful(source) if isinstance(source, Path) else io.BytesIO(source) as stream:
         try:
             with zipfile.ZipFile(stream) as archive:
                 chosen = _chosen(archive, wanted, largest)
@@ -117,7 +128,7 @@ def names_in(path: Path) -> Tuple[str, ...]:
     Raises:
         OSError, ValueError: as :func:`read_npz`.
     """
-    with _Careful(path) as stream:
+    with Careful(path) as stream:
         try:
             with zipfile.ZipFile(stream) as archive:
                 return tuple(name[:-4] if name.endswith(".npy") else name for name in archive.namelist())

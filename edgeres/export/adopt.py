@@ -11,15 +11,14 @@ from onnx import TensorProto, inliner
 
 from edgeres.errors import ExportError, first_line
 from edgeres.export.answers import batch_of, one_by_one, open_session
+from edgeres.export.constants import fold_constants
 from edgeres.export.exported import Exported
 from edgeres.export.external import read_model
 from edgeres.export.fold import (
-    RANDOM,
     check_domains,
     check_model,
     choose_branches,
     drop_identities,
-    fold_constants,
     free_reshapes,
     name_nodes,
     simplify,
@@ -37,6 +36,7 @@ from edgeres.toolmarks import tool_of
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-2  # of a file that computes in float16, whose last bits are not ours
+RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
 
 
 def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exported:
@@ -73,8 +73,10 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
     simplify(model)
     _forget_origin(model)
     check_model(model, source.name)
+    check_sizes(model, (height, width), str(source))  # again: what a shape was computed from may be folded by now
     check_operators(model, str(source))
-    images = np.random.default_rng(seed).standard_normal((2, 3, height, width)).astype(np.float32)
+    random = np.random.default_rng(seed)  # one after the other: float64 numbers take twice the memory
+    images = np.stack([random.standard_normal((3, height, width)).astype(np.float32) for _ in range(2)])
     tolerance = HALF_TOLERANCE if halved and apart is None else TOLERANCE
     error, classes = _compare(original, model.SerializeToString(), images, source, tolerance)
     known = None
@@ -90,10 +92,10 @@ def adopt_onnx(source: Path, size: tuple[int, int] | None, seed: int = 0) -> Exp
 
 def _taken_apart(model: onnx.ModelProto, source: Path, size: tuple[int, int] | None, seed: int) -> tuple[Taken, Probed]:
     """Take the Q/DQ out of a model, in place, and what a run with them found before."""
-    check_sizes(model, size, str(source))
     name_nodes(model)
     drop_identities(model)
     fold_constants(model)  # scales and zero points, where they are Constant nodes
+    check_sizes(model, size, str(source))
     found = probe(model, size, seed)
     taken = unquantize(model, str(source), found.saturated)
     drop_identities(model)

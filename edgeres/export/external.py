@@ -5,17 +5,21 @@ Nothing is read before it is known to be an ordinary file, inside the model's ow
 
 from __future__ import annotations
 
+import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+from onnx import TensorProto, helper
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from edgeres.errors import ExportError, few, first_line
 
 LARGEST = (1 << 31) - 1  # bytes, of all files together: Protocol Buffers write no larger one, so neither could edgeres
+HALVES = ("INT4", "UINT4", "FLOAT4E2M1")  # types of which a byte holds two
 MOST_NODES = 10_000  # ResNet-152 has 360
 
 
@@ -56,22 +60,44 @@ def _opened(source: Path) -> tuple[onnx.ModelProto, list[Path]]:
         raise
     except Exception as problem:  # protobuf's and the file system's errors share no base but Exception
         raise _unreadable(source, first_line(problem)) from None
-    places = {
-        _text(entry.value)
-        for tensor in _tensors(model)
-        if uses_external_data(tensor)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    found = [source, *(source.parent / place for place in sorted(places))]
+    outside = [tensor for tensor in _tensors(model) if uses_external_data(tensor)]
+    found = [source, *(source.parent / place for place in sorted({_entry(tensor, "location") for tensor in outside}))]
     _check_places(source, found[1:])
-    size = sum(path.stat().st_size for path in found)
+    size = max(
+        sum(path.stat().st_size for path in found),
+        status.st_size + sum(_slice_of(tensor, source) for tensor in outside),
+    )
     if size > LARGEST:
         raise _unreadable(source, f"it and its weights have {size:,} bytes, more than {LARGEST:,}")
     nodes = _count(model)
     if nodes > MOST_NODES:
         raise _unreadable(source, f"it has {nodes:,} operators, more than {MOST_NODES:,}")
     return model, found
+
+
+def _slice_of(tensor: onnx.TensorProto, source: Path) -> int:
+    """Return how many bytes onnx would read for a tensor whose data lies in another file, which are those it needs."""
+    path = source.parent / _entry(tensor, "location")
+    start, length = _entry(tensor, "offset") or "0", _entry(tensor, "length") or "0"
+    if not (start.isdecimal() and length.isdecimal() and len(start + length) < 40):
+        raise _unreadable(source, f"{tensor.name} lies at {start[:40]} in {path.name}, with {length[:40]} bytes")
+    read = int(length) or max(0, path.stat().st_size - int(start))  # onnx reads all that is left where none is said
+    needed = _bytes_of(tensor)
+    if read != needed:
+        shape = "×".join(map(str, tensor.dims))
+        raise _unreadable(source, f"{tensor.name}, {shape}, needs {needed:,} bytes and has {read:,} in {path.name}")
+    return read
+
+
+def _bytes_of(tensor: onnx.TensorProto) -> int:
+    """Return how many bytes a tensor's numbers have; −1 where it has no such numbers."""
+    if tensor.data_type not in TensorProto.DataType.values() or tensor.data_type in (0, TensorProto.STRING):
+        return -1
+    count: int = math.prod(tensor.dims)
+    if TensorProto.DataType.Name(tensor.data_type) in HALVES:
+        return (count + 1) // 2
+    size: int = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return count * size
 
 
 def _check_places(source: Path, places: list[Path]) -> None:
@@ -99,27 +125,39 @@ def _check_places(source: Path, places: list[Path]) -> None:
         )
 
 
-def _text(value: str | bytes) -> str:
-    """Return a field's text; where it is no UTF-8, protobuf gives its bytes."""
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+def _entry(tensor: onnx.TensorProto, key: str) -> str:
+    """Return what a tensor says of its data, as onnx reads it: the last of its entries; empty where it says nothing."""
+    value: str | bytes = next((entry.value for entry in reversed(tensor.external_data) if entry.key == key), "")
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value  # no UTF-8 comes as bytes
 
 
 def _count(model: onnx.ModelProto) -> int:
     """Return how many nodes a model has once its functions are written out, those in branches and loops included."""
     bodies = {(function.domain, function.name): function for function in model.functions}
+    called = {key: _called(body) for key, body in bodies.items()}
     known: dict[tuple[str, str], int] = {}
+    waiting, begun = list(bodies), set[tuple[str, str]]()
+    while waiting:
+        key = waiting[-1]
+        inner = [name for name in called[key] if name in bodies and name not in known and name not in begun]
+        if key in begun or not inner:  # what calls itself, which onnx's checker refuses, counts as one operator
+            known[key] = sum(times * (1 + known.get(name, 0)) for name, times in called[key].items())
+            waiting.pop()
+        else:
+            begun.add(key)
+            waiting.extend(inner)
+    return sum(times * (1 + known.get(name, 0)) for name, times in _called(model.graph).items())
 
-    def count(body: onnx.GraphProto | onnx.FunctionProto) -> int:
-        total = len(body.node)
-        for node in body.node:
-            key = (node.domain, node.op_type)
-            if key in bodies and key not in known:
-                known[key] = 0  # of what calls itself, which onnx's checker refuses
-                known[key] = count(bodies[key])
-            total += known.get(key, 0) + sum(count(g) for found in node.attribute for g in (found.g, *found.graphs))
-        return total
 
-    return count(model.graph)
+def _called(body: onnx.GraphProto | onnx.FunctionProto) -> Counter[tuple[str, str]]:
+    """Return how often each operator stands in a body, those in branches and loops included."""
+    found: Counter[tuple[str, str]] = Counter()
+    bodies: list[onnx.GraphProto | onnx.FunctionProto] = [body]
+    while bodies:
+        for node in bodies.pop().node:
+            found[node.domain, node.op_type] += 1
+            bodies.extend(graph for one in node.attribute for graph in (one.g, *one.graphs))
+    return found
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

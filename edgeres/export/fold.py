@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from edgeres.errors import ExportError, first_line
+from edgeres.export.constants import fold_constants
 from edgeres.export.shapes import shapes_of
-
-LARGEST_FOLDED = 1 << 24  # elements: folding an Expand into something huge would only bloat the file
-FOLDED_PER_STORED = 2  # all that is folded at a time may have so many elements more for each of the file's
-SELECTING = ("NonZero", "Compress", "Unique")  # nobody can say beforehand how much of its input comes out
-RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
 
 
 def simplify(model: onnx.ModelProto) -> None:
     """Fold constants and batch norms, drop what does nothing at inference; in place.
 
     Afterwards every node has a unique name, and something reads every node's output and every initializer. What can be
-    computed beforehand has been, but for random numbers, huge tensors, the graph's outputs, and operators that onnx's
-    evaluator does not know. An Identity is left only where it makes a graph output, a Dropout also where it drops. A
-    BatchNormalization is left where it trains, where it is not behind a Conv with constant weights, or where something
-    else reads that Conv. There is no HardSwish, and no Reshape computes its shape from the batch, as far as onnx infers
-    the other dimensions.
+    computed beforehand has been, but for random numbers, huge tensors, long computations, and the graph's outputs. An
+    Identity is left only where it makes a graph output, a Dropout also where it drops. A BatchNormalization is left
+    where it trains, where it is not behind a Conv with constant weights, or where something else reads that Conv. There
+    is no HardSwish, and no Reshape computes its shape from the batch, as far as onnx infers the other dimensions.
     """
     drop_identities(model)
     fold_constants(model)
@@ -87,32 +80,6 @@ def drop_identities(model: onnx.ModelProto) -> None:
     graph.node.extend(kept)
 
 
-def fold_constants(model: onnx.ModelProto) -> None:
-    """Replace every node whose inputs are all constant by its value, as onnx's reference evaluator computes it."""
-    graph = model.graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    outputs = {value.name for value in graph.output}
-    kept, room = [], LARGEST_FOLDED + FOLDED_PER_STORED * sum(values.size for values in constants.values())
-    for node in graph.node:
-        foldable = (
-            node.op_type not in ("QuantizeLinear", "DequantizeLinear", *RANDOM)
-            and not any(
-                found.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for found in node.attribute
-            )
-            and all(not name or name in constants for name in node.input)
-            and not outputs.intersection(node.output)
-        )
-        values = _evaluate(node, constants, model) if foldable else None
-        if values is None or sum(value.size for value in values) > room:
-            kept.append(node)
-        else:
-            room -= sum(value.size for value in values)
-            constants.update(zip(node.output, values, strict=True))
-            graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in zip(node.output, values, strict=True))
-    del graph.node[:]
-    graph.node.extend(kept)
-
-
 def split_hard_swishes(model: onnx.ModelProto) -> None:
     """Write each HardSwish as ONNX defines it, x · HardSigmoid(x): older TensorRTs may read the parts alone."""
     nodes: list[onnx.NodeProto] = []
@@ -130,33 +97,6 @@ def split_hard_swishes(model: onnx.ModelProto) -> None:
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
-
-
-def _evaluate(
-    node: onnx.NodeProto, constants: dict[str, np.ndarray], model: onnx.ModelProto
-) -> list[np.ndarray] | None:
-    """Return a node's outputs from constant inputs; None where they are huge, or the evaluator has not the operator."""
-    initializers = [numpy_helper.from_array(constants[name], name) for name in dict.fromkeys(node.input) if name]
-    outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in node.output]
-    single = helper.make_model(
-        helper.make_graph([node], "constant", [], outputs, initializers),
-        opset_imports=model.opset_import,
-        ir_version=model.ir_version,
-    )
-    try:
-        shapes = shapes_of(single)
-        known = [shapes.get(name, [None]) for name in node.output]
-        if node.op_type not in SELECTING and not all(_is_small(shape) for shape in known):
-            return None
-        return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, {})]
-    except Exception:  # the evaluator raises whatever an operator's own code raises; the node then simply stays
-        return None
-
-
-def _is_small(shape: list[int | str | None]) -> bool:
-    """Whether a tensor is known to be small enough to be folded."""
-    extents = [extent for extent in shape if isinstance(extent, int) and extent >= 0]
-    return len(extents) == len(shape) and math.prod(extents) <= LARGEST_FOLDED
 
 
 def fold_batch_norms(model: onnx.ModelProto) -> None:

@@ -7,7 +7,8 @@ import onnx
 from onnx import helper, numpy_helper, version_converter
 
 from edgeres.errors import ExportError, first_line
-from edgeres.export.fold import drop_identities, fold_constants, fresh_name
+from edgeres.export.constants import fold_constants
+from edgeres.export.fold import drop_identities, fresh_name
 from edgeres.export.shapes import shapes_of
 
 OPSET, LOWEST = 17, 13  # TensorRT 8.5 (JetPack 5) reads no later one

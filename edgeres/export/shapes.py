@@ -16,15 +16,29 @@ def shapes_of(model: onnx.ModelProto) -> dict[str, list[int | str | None]]:
     What the file itself claims of its intermediate tensors and outputs is left aside: it may be stale.
     """
     bare = _without_weights(model)
-    shapes = _inferred(bare, False)
-    # What follows the values of tensors has a node's output in memory, number by number, however long it is.
-    if all(
-        len(shape) > 1 or math.prod(n for n in shape if isinstance(n, int)) <= LONGEST_SHAPE
-        for shape in shapes.values()
-    ):
-        shapes = _inferred(bare, True)
+    inferred = _inferred(bare, False)
+    _cut_lists(bare, inferred)
+    shapes = _dims(_inferred(bare, True))
     shapes.update((tensor.name, list(tensor.dims)) for tensor in model.graph.initializer)
     return shapes
+
+
+def _cut_lists(bare: onnx.ModelProto, inferred: dict[str, onnx.ValueInfoProto]) -> None:
+    """Make inputs of what nodes make as long lists: onnx follows lists number by number, however long they are."""
+    kept = []
+    for node in bare.graph.node:
+        made = [inferred[name] for name in node.output if name in inferred]
+        if any(_is_long(value) for value in made):
+            bare.graph.input.extend(made)
+        else:
+            kept.append(node)
+    del bare.graph.node[:]
+    bare.graph.node.extend(kept)
+
+
+def _is_long(value: onnx.ValueInfoProto) -> bool:
+    dims = value.type.tensor_type.shape.dim
+    return len(dims) == 1 and dims[0].dim_value > LONGEST_SHAPE
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -49,14 +63,17 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return bare
 
 
-def _inferred(model: onnx.ModelProto, by_value: bool) -> dict[str, list[int | str | None]]:
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=by_value).graph
-    shapes: dict[str, list[int | str | None]] = {}
-    for value in (*inferred.input, *inferred.value_info, *inferred.output):
-        if value.type.tensor_type.HasField("shape"):
-            dims = value.type.tensor_type.shape.dim
-            shapes[value.name] = [
-                d.dim_value if d.HasField("dim_value") else d.dim_param or None  # a dimension may say neither
-                for d in dims
-            ]
-    return shapes
+def _inferred(model: onnx.ModelProto, by_value: bool) -> dict[str, onnx.ValueInfoProto]:
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=by_value).graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    return {value.name: value for value in values if value.type.tensor_type.HasField("shape")}
+
+
+def _dims(values: dict[str, onnx.ValueInfoProto]) -> dict[str, list[int | str | None]]:
+    return {
+        name: [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None  # a dimension may say neither
+            for dim in value.type.tensor_type.shape.dim
+        ]
+        for name, value in values.items()
+    }

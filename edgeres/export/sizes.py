@@ -9,8 +9,13 @@ import onnx
 from edgeres.errors import ExportError
 from edgeres.export.shapes import shapes_of
 
-LARGEST = 1 << 29  # numbers at a time, 2 GiB in float32: ResNet-50 holds 0.8 GiB for two frames of 1080 × 1920 pixels
-BATCH = 2  # as many images as an open batch is tried with
+LARGEST = 1 << 30  # numbers at a time, 4 GiB in float32: ResNet-50 holds 1.2 GiB for a frame of 2160 × 3840 pixels
+BATCH = 1  # of images, where it is open
+# onnxruntime writes these over an input that nothing else reads, or joins them to the convolution in front.
+IN_PLACE = (
+    *("Relu", "LeakyRelu", "Clip", "Sigmoid", "HardSigmoid", "Tanh", "HardSwish", "BatchNormalization", "Add", "Sub"),
+    *("Mul", "Div", "Identity", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze"),
+)
 
 
 def check_sizes(model: onnx.ModelProto, size: tuple[int, int] | None, where: str) -> None:
@@ -60,9 +65,16 @@ def _most_alive(graph: onnx.GraphProto, sizes: dict[str, int]) -> tuple[int, str
     ends: dict[int, int] = {}
     alive = most = sum(sizes.get(value.name, 0) for value in graph.input)
     for at, node in enumerate(graph.node):
+        over = _written_over(node, sizes, {name for name in node.input if last[name] == at})
         for name in node.output:
             alive += sizes.get(name, 0)
             ends[last.get(name, at)] = ends.get(last.get(name, at), 0) + sizes.get(name, 0)
-        most = max(most, alive)
+        most = max(most, alive - over)
         alive -= ends.pop(at, 0)
     return most, max(sizes, key=lambda name: sizes[name], default="")
+
+
+def _written_over(node: onnx.NodeProto, sizes: dict[str, int], dying: set[str]) -> int:
+    """Return how many numbers of a node's output need no room beside its inputs."""
+    made = sizes.get(node.output[0], 0) if node.output else 0
+    return made if node.op_type in IN_PLACE and any(sizes.get(name, 0) == made for name in dying) else 0

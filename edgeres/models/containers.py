@@ -9,10 +9,12 @@ from pathlib import Path
 
 import msgspec
 
+from edgeres.archive import Careful, TooLong
 from edgeres.files import LARGEST_WEIGHTS
 
 LARGEST_HEADER = 1 << 24  # bytes of safetensors' JSON
 LARGEST_PICKLE = 1 << 20  # bytes; torch's reader takes some 4 µs for each, and ResNet-152 has 0.1 MB
+LARGEST_DIRECTORY = 1 << 22  # bytes of a ZIP file's; each file has some 100 there
 MOST_TENSORS = 1 << 13
 LONGEST_NAME = 1 << 10  # characters
 PICKLES = 5  # of torch's older format: a number, the version, the system, the content, and the order of the tensors
@@ -61,8 +63,10 @@ def _check_safetensors(stream: io.BufferedReader, size: int) -> None:
 def _check_zip(path: Path) -> None:
     """torch.save packs nothing, so what is unpacked is no larger than the file."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with Careful(path, LARGEST_DIRECTORY) as stream, zipfile.ZipFile(stream) as archive:
             members = archive.infolist()
+    except TooLong as problem:
+        raise TooLarge(f"{problem}, more than {LARGEST_DIRECTORY:,}") from None
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return  # as above
     if len(members) > MOST_TENSORS:

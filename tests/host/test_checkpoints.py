@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import struct
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -262,6 +263,16 @@ def test_code_in_a_bare_pickle_is_not_run(tmp_path: Path, protocol: int) -> None
 def test_a_whole_module_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "w.pt", models.create("resnet8_cifar", seed=0))
     assert_refused(path, "ResNet", "torch.save(model.state_dict(), path)")
+
+
+def test_a_directory_of_a_gibibyte_is_not_read(tmp_path: Path) -> None:
+    path, size = tmp_path / "w.pt", 1 << 30
+    with open(path, "wb") as stream:
+        stream.write(b"PK\x03\x04")
+        stream.truncate(size)
+        stream.seek(size)
+        stream.write(struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, size, 0, 0))  # APPNOTE.TXT, 4.3.16
+    assert_refused(path, "its directory has 1,073,741,824 bytes")
 
 
 def test_a_torchscript_program_is_refused(tmp_path: Path) -> None:

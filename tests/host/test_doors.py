@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from refusals import COMMANDS, old_bundle, refusals, tree
 from sandbox import ACCEPTED, CRASH, GOOD, HANG, MEMORY, REFUSED, TRACEBACK, Outcome, attempt, attempts, outcome_of
-from trial import Trial, Try, changed
+from trial import Trial, Try, changed, table
+
+from edgeres.errors import SampleError
 
 NAMES = (
     *("recipe", "manifest", "calibration table", "errors of layers", "report, baseline", "benchmark"),
@@ -124,3 +126,39 @@ def test_an_order_that_is_obeyed_is_seen(trial: Callable[[str, Door, list[Try]],
     door = Door(".txt", (), lambda path: Path("owned").touch(), {})
     found = trial("a door", door, [Try("an order", Path.touch)])
     assert (found.bad, found.by_door["a door"]["executions"]) == (1, 1)
+
+
+def test_much_memory_is_seen_whatever_came_of_it() -> None:
+    def much() -> None:
+        bytearray(b"x") * (5 << 28)
+
+    def refused_late() -> None:
+        much()
+        raise SampleError("too large")
+
+    ends = [outcome.end for outcome in attempts([lambda: None, much, lambda: None, refused_late, lambda: None])]
+    assert ends == [ACCEPTED, MEMORY, ACCEPTED, MEMORY, ACCEPTED]
+
+
+def test_what_was_never_looked_for_is_no_zero(tmp_path: Path) -> None:
+    trial = Trial(tmp_path)
+    trial.record("npz", "bytes", Outcome(REFUSED), {"executions": 0})
+    trial.record("command line", "bytes", Outcome(REFUSED), {"losses": 0})
+    cells = [row.strip("| ").split(" | ") for row in table("door", trial.by_door).splitlines()]
+    rows = {row[0]: row[-2:] for row in cells}
+    assert rows["npz"] == ["0", "–"]
+    assert rows["command line"] == ["–", "0"]
+    assert rows["all"] == ["0", "0"]
+
+
+def test_a_file_that_one_change_leaves_alone_gets_another() -> None:
+    def fails(content: bytes, random: Random) -> bytes:
+        raise ValueError
+
+    idle = {"fails": fails, "same": lambda content, random: content}
+    door = Door(".txt", (b"abc",), lambda path: None, {**idle, "longer": lambda content, random: content + b"d"})
+    for seed in range(20):
+        kind, content = changed(door, door.seeds, Random(seed))
+        assert kind == "longer"
+        assert content.startswith(b"abcd")
+    assert changed(Door(".txt", (b"abc",), lambda path: None, idle), [b"abc"], Random(0)) == ("as it was", b"abc")

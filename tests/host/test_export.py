@@ -18,8 +18,9 @@ from edgeres import models
 from edgeres.architectures import ARCHITECTURES, Architecture
 from edgeres.errors import ExportError
 from edgeres.export import export_module
+from edgeres.export.constants import fold_constants
 from edgeres.export.exported import Exported
-from edgeres.export.fold import drop_identities, drop_unused, fold_batch_norms, fold_constants, name_nodes, simplify
+from edgeres.export.fold import drop_identities, drop_unused, fold_batch_norms, name_nodes, simplify
 
 Exact = Callable[[onnx.ModelProto, np.ndarray], np.ndarray]
 Graph = Callable[..., onnx.ModelProto]

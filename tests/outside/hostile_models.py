@@ -56,6 +56,18 @@ def weights_in(place: str, **more: object) -> Write:
     return edited(edit)
 
 
+def shared(path: Path) -> None:
+    """Write a model with twelve numbers that each are said to be a whole file of 200 MB."""
+    model = onnx.load_model_from_string(graph(NET))
+    for number in range(12):
+        tensor = model.graph.initializer.add(name=f"more{number}", data_type=TensorProto.FLOAT, dims=[1])
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="shared.bin")
+    path.write_bytes(model.SerializeToString())
+    path.with_name("shared.bin").touch()
+    os.truncate(path.with_name("shared.bin"), 200_000_000)
+
+
 def no_utf8(path: Path) -> None:
     """Write a model that keeps weights in a file whose name is no text."""
     weights_in("place-of-weights")(path)
@@ -119,7 +131,7 @@ GRAPHS: tuple[tuple[str, Write], ...] = (
     (BOMB, net("c = Conv <pads = [99999, 99999, 99999, 99999]> (x, w, b)")),
     (BOMB, net("c = Conv <pads = [4611686018427387904, 1, 1, 1]> (x, w, b)")),
     (BOMB, net("e = Resize (x, , s) c = Conv (e, w, b)", ", float[4] s = {1, 1, 99999, 99999}")),
-    (BOMB, net("c = Conv (x, w, b)", images="float[N,3,8192,8192] x")),
+    (BOMB, net("c = Conv (x, w, b)", images="float[4,3,8192,8192] x")),
     (BOMB, net("c = Conv (x, w, b)", images="float[100000,3,224,224] x")),
     (BOMB, net("c = Conv (x, w, b)", images="float[9223372036854775807,3,8,8] x")),
     (BOMB, added("k = Expand (o, s)", ", float[1] o = {1}, int64[2] s = {100000000, 1000}")),
@@ -132,6 +144,7 @@ GRAPHS: tuple[tuple[str, Write], ...] = (
     (BOMB, added("k = Pad (o, s)", ", float[1] o = {1}, int64[2] s = {0, 99999999999}")),
     (BOMB, added(DOUBLING, ", float[1] a0 = {1}")),
     (BOMB, beside("large.bin", sparse(), "large.bin")),
+    (BOMB, shared),
     (ENDLESS, net(RELUS)),
     (ENDLESS, holding(functions(40))),
     (ENDLESS, holding(nested(5000))),

@@ -23,6 +23,7 @@ TRACEBACK, MEMORY, CRASH, HANG = "traceback", "memory", "crash", "hang"
 OUTCOMES = (ACCEPTED, REFUSED, TRACEBACK, MEMORY, CRASH, HANG)
 GOOD = (ACCEPTED, REFUSED)
 MEMORY_LIMIT = 3 << 30  # bytes, beside what the process has already
+MOST_MEMORY = 1 << 30  # bytes, likewise: what takes more than these counts as out of memory, whatever came of it
 SECONDS = 60.0
 
 Enter = Callable[[], object]
@@ -103,9 +104,27 @@ def _work(enters: Sequence[Enter], writer: int) -> None:
     os.dup2(nowhere, 2)
     with open(writer, "wb") as stream:
         for enter in enters:
-            said = pickle.dumps(tuple(outcome_of(enter)))
+            said = pickle.dumps(tuple(_measured(enter)))
             stream.write(len(said).to_bytes(4, "little") + said)
             stream.flush()
+
+
+def _measured(enter: Enter) -> Outcome:
+    """Return how ``enter`` ends; ``MEMORY`` where it took much, even if that was refused or given back."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what there is now; proc(5)
+    before = _peak()
+    outcome = outcome_of(enter)
+    taken = _peak() - before
+    return Outcome(MEMORY, f"{taken:,} bytes; {outcome.end}: {outcome.words}") if taken > MOST_MEMORY else outcome
+
+
+def _peak() -> int:
+    """Return the most bytes that the process has had in memory; since it was last cleared, where Linux tells."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def outcome_of(enter: Enter) -> Outcome:

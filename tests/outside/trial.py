@@ -19,7 +19,8 @@ from refusals import old_bundle, refusals, tree
 from sandbox import ACCEPTED, CRASH, GOOD, HANG, MEMORY, OUTCOMES, REFUSED, TRACEBACK, Enter, Outcome, attempt, attempts
 
 MARK = "owned"
-COLUMNS = (*OUTCOMES, "executions", "losses")
+CHECKS = ("executions", "losses")  # which not every door is tried for
+AS_IT_WAS = "as it was"
 WORDS = {
     **{ACCEPTED: "accepted", REFUSED: "refused in words", TRACEBACK: "traceback", MEMORY: "out of memory"},
     **{CRASH: "crashed", HANG: "over a minute"},
@@ -85,15 +86,18 @@ def _entering(door: Door, path: Path) -> Enter:
 
 def changed(door: Door, seeds: Sequence[bytes], random: Random) -> tuple[str, bytes]:
     """Return one of a door's seeds, changed in one to three ways, and the name of the first of these."""
-    content, kind = random.choice(seeds), ""
-    for _ in range(random.choice((1, 1, 2, 3))):
-        name = random.choice(list(door.mutations))
+    content, kind, names = random.choice(seeds), "", list(door.mutations)
+    wanted = random.choice((1, 1, 2, 3))
+    for name in (*random.choices(names, k=wanted), *random.sample(names, len(names))):
         try:
-            content = door.mutations[name](content, random)
-        except Exception:  # an earlier change has left nothing that this one could take apart
+            changed_to = door.mutations[name](content, random)
+        except Exception:  # this one, or an earlier change, has left nothing that could be taken apart
+            continue
+        if changed_to != content:
+            content, kind, wanted = changed_to, kind or name, wanted - 1
+        if not wanted:
             break
-        kind = kind or name
-    return kind or "as it was", content
+    return kind or AS_IT_WAS, content
 
 
 def by_hand(trial: Trial, doors: dict[str, Door]) -> None:
@@ -125,12 +129,16 @@ def turns(doors: dict[str, Door], minutes: float) -> Iterator[str]:
 
 
 def table(first: str, counts: Counts) -> str:
-    """Return counts as a Markdown table."""
-    total = sum(counts.values(), collections.Counter())
+    """Return counts as a Markdown table, with a dash for what was never looked for."""
+    total: collections.Counter[str] = collections.Counter()
+    for found in counts.values():
+        total.update(found)
     rows = [
-        (first, "tried", *(WORDS.get(column, column) for column in COLUMNS)),
-        ("---", *["---:"] * (len(COLUMNS) + 1)),
+        (first, "tried", *(WORDS[end] for end in OUTCOMES), *CHECKS),
+        ("---", *["---:"] * (1 + len(OUTCOMES) + len(CHECKS))),
     ]
     for name, found in (*sorted(counts.items()), ("all", total)):
-        rows.append((name, f"{sum(found[end] for end in OUTCOMES):,}", *(f"{found[column]:,}" for column in COLUMNS)))
+        ends = [f"{found[end]:,}" for end in OUTCOMES]
+        checks = [f"{found[check]:,}" if check in found else "–" for check in CHECKS]
+        rows.append((name, f"{sum(found[end] for end in OUTCOMES):,}", *ends, *checks))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
