@@ -190,7 +190,7 @@ def test_weights_beside_an_onnx_file_are_part_of_it(make: Make, tmp_path: Path) 
     (data * np.float32(0.9)).tofile(tmp_path / "outside.data")
     assert "export" in make(model=path, weights=None)[0]
     (tmp_path / "outside.data").unlink()
-    with pytest.raises(EdgeresError, match=r"outside\.data, which is not there"):
+    with pytest.raises(EdgeresError, match=r"outside\.data, which is no file"):
         make(model=path, weights=None)
 
 

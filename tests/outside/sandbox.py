@@ -9,6 +9,7 @@ import pickle
 import resource
 import select
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -99,6 +100,8 @@ def _work(enters: Sequence[Enter], writer: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.disable()
+    if "torch" in sys.modules:  # its threads did not come along, and OpenMP would wait for them for ever
+        sys.modules["torch"].set_num_threads(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
