@@ -335,7 +335,7 @@ def test_of_the_default_samples_nothing_is_said(digits: Path) -> None:
     manifest = verify(digits)
     assert manifest.warnings == ()
     facts = inspect_bundle(digits)["hygiene"]
-    assert (facts["calibration"], facts["validation"], facts["findings"]) == (200, 512, [])
+    assert (facts["calibration"], facts["validation"], facts["findings"]) == (200, 512, ())
     assert {one["statistic"] for one in facts["comparisons"]} > {"brightness", "contrast", "sharpness"}
 
 
