@@ -5,11 +5,12 @@ Source: NumPy Enhancement Proposal 1 (the .npy format) and PKWARE's APPNOTE.TXT,
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import zipfile
 from pathlib import Path
-from typing import IO, Dict, NamedTuple, Sequence, Tuple, Union
+from typing import IO, Dict, Iterator, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -86,11 +87,17 @@ def read_npz(source: Union[Path, bytes], wanted: Sequence[str], largest: int) ->
         OSError: it cannot be read.
         ValueError: it is none, is damaged, or would fill the memory.
     """
+    with _opened(source) as archive:
+        chosen = _chosen(archive, wanted, largest)
+        return {name: _array(archive, member) for name, member in chosen.items()}
+
+
+@contextlib.contextmanager
+def _opened(source: Union[Path, bytes]) -> Iterator[zipfile.ZipFile]:
     with Careful(source) if isinstance(source, Path) else io.BytesIO(source) as stream:
         try:
             with zipfile.ZipFile(stream) as archive:
-                chosen = _chosen(archive, wanted, largest)
-                return {name: _array(archive, member) for name, member in chosen.items()}
+                yield archive
         except (OSError, ValueError, MemoryError):
             raise
         except Exception as problem:  # damaged bytes make zipfile, zlib and numpy raise nearly anything
@@ -128,11 +135,5 @@ def names_in(path: Path) -> Tuple[str, ...]:
     Raises:
         OSError, ValueError: as :func:`read_npz`.
     """
-    with Careful(path) as stream:
-        try:
-            with zipfile.ZipFile(stream) as archive:
-                return tuple(name[:-4] if name.endswith(".npy") else name for name in archive.namelist())
-        except (OSError, ValueError):
-            raise
-        except Exception as problem:
-            raise ValueError(str(problem) or type(problem).__name__) from None
+    with _opened(path) as archive:
+        return tuple(name[:-4] if name.endswith(".npy") else name for name in archive.namelist())

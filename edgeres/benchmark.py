@@ -15,10 +15,7 @@ from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from edgeres.measurements import (
-    Latency,
-    Speedup,
-)
+from edgeres.measurements import Latency, Speedup
 
 ROUNDS = 30
 """Enough for an interval of about the middle third of the ratios; even, so that both orders come equally often."""

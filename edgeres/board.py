@@ -15,9 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from edgeres.measurements import (
-    BoardState,
-)
+from edgeres.measurements import BoardState
 
 SYSFS = Path("/sys")
 STATUS = Path("/proc/self/status")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 
 from edgeres.artifacts import FileRef, Manifest, from_data, from_json
-from edgeres.errors import BundleError, IntegrityError, SignatureError, numbered
+from edgeres.errors import BundleError, IntegrityError, numbered
 from edgeres.files import MANIFEST, SIGNATURES, NotOrdinary, open_inside, read_at_most, read_hashed
 from edgeres.recipe import BACKENDS, PRECISIONS, SECTIONS, TARGETS
 from edgeres.signatures import Keys, check
@@ -50,29 +50,17 @@ def vouched_bytes(folder: Folder, trusted_keys: Optional[Keys]) -> Tuple[bytes, 
     """Return a manifest's bytes, not parsed yet, and the ids of those trusted keys that vouch for them; without keys
     nobody is asked.
 
-    Raises: as :func:`read_manifest`; BundleError also where the bundle was exchanged between manifest and signatures.
+    Raises: as :func:`read_manifest`.
     """
-    content = manifest_bytes(folder)
     if trusted_keys is None:
-        return content, ()
-    try:
-        return content, check(folder, content, trusted_keys)
-    except SignatureError:
-        if _is_another(folder, content):
-            raise changed_meanwhile(folder) from None
-        raise
+        return manifest_bytes(folder), ()
+    keys = trusted_keys
 
+    def read() -> Tuple[bytes, Tuple[str, ...]]:
+        content = manifest_bytes(folder)
+        return content, check(folder, content, keys)
 
-def changed_meanwhile(folder: Folder) -> BundleError:
-    """Return what to raise where a bundle was exchanged for another one, as `compile` does it, between two readings."""
-    return BundleError(f"{folder} changed while it was being read. Load it again.")
-
-
-def _is_another(folder: Folder, content: bytes) -> bool:
-    """Whether a bundle's manifest is now another one; not where it cannot be read, which must hide no first problem."""
-    with contextlib.suppress(BundleError):
-        return manifest_bytes(folder) != content
-    return False
+    return undisturbed(folder, read)
 
 
 def manifest_bytes(folder: Folder) -> bytes:
@@ -91,11 +79,17 @@ def manifest_bytes(folder: Folder) -> bytes:
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. {how}") from None
     except NotOrdinary:
-        raise BundleError(f"{path} is not an ordinary file, so {folder} is not a bundle. {how}") from None
+        raise BundleError(
+            f"{path} is not an ordinary file, so {folder} is not a bundle. Copy it again, files instead of links."
+        ) from None
     except OSError as problem:
-        raise BundleError(f"{path} cannot be read: {problem.strerror}") from None
+        raise BundleError(
+            f"{path} cannot be read: {problem.strerror}. Check its permissions, or copy it again."
+        ) from None
     if len(content) > LARGEST_MANIFEST:
-        raise BundleError(f"{path} is larger than any manifest (over {LARGEST_MANIFEST} bytes): it is not one")
+        raise BundleError(
+            f"{path} is larger than any manifest (over {LARGEST_MANIFEST} bytes): it is not one. Copy the bundle again."
+        )
     return content
 
 

@@ -1,46 +1,33 @@
 """The command line: flags become one call, exceptions become exit codes.
 
-Exit codes: 0 good; 1 an error the user can act on, or a gate that failed; 2 wrong usage; 3 a gate that these samples
-cannot decide; 70 a bug in edgeres; 130 interrupted.
+What the codes mean stands in :mod:`edgeres.exits`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
-import signal
 import sys
-import threading
 import time
-import traceback
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
 
 import click
 import msgspec
 
 import edgeres
-from edgeres.errors import BundleError, EdgeresError, SigningKeyError, first_line, printable
+from edgeres.errors import BundleError, EdgeresError, SigningKeyError, printable
+from edgeres.exits import FAILED, OK, UNDECIDED, exit_code
 from edgeres.options import Seconds, Size, Sizes, build_options, engine_options, key_option, latency_options
 from edgeres.streams import guard, on_github, order
 
-OK, FAILED, USAGE, UNDECIDED, BUG, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 70, 130, 143
-UNTOUCHED = "an earlier bundle is untouched, and a build goes on where it stopped"
-ENDS: Dict[int, Tuple[int, str]] = {
-    signal.SIGINT: (INTERRUPTED, "interrupted"),
-    signal.SIGTERM: (TERMINATED, "terminated"),
-}
-SPARE = 1 << 28  # bytes: a process that cannot even reserve so much is short of memory
-WORST = 10  # layers that `inspect` shows to people; --json has all
 PASSPHRASE = "EDGERES_PASSPHRASE"
 VERDICT_CODES = {"pass": OK, "fail": FAILED, "inconclusive": UNDECIDED, "unlabelled": UNDECIDED, "error": FAILED}
 OUTPUT = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
 if TYPE_CHECKING:
-    from edgeres.artifacts import Bundle, Manifest, Report
+    from edgeres.artifacts import Bundle, Report
     from edgeres.ci import Hints, Outputs
     from edgeres.validation import Limits
 
@@ -73,9 +60,8 @@ def build(recipe: Optional[str], out: Optional[Path], as_json: bool, check: bool
     """
     if check:
         return _check(recipe, out, as_json, options)
-    bundle, code = _run(recipe, out, as_json, "validate", options)
-    report = bundle.report
-    return FAILED if report is not None and report.verdict == "fail" else code
+    report = _run(recipe, out, as_json, "validate", options).report
+    return FAILED if report is not None and report.verdict == "fail" else OK
 
 
 def _stage(name: str, until: str, text: str) -> None:
@@ -85,7 +71,8 @@ def _stage(name: str, until: str, text: str) -> None:
     @click.argument("recipe", metavar="[RECIPE|BUNDLE]", required=False)
     @build_options
     def command(recipe: Optional[str], out: Optional[Path], as_json: bool, **options: Any) -> int:
-        return _run(recipe, out, as_json, until, options)[1]
+        _run(recipe, out, as_json, until, options)
+        return OK
 
 
 _BUNDLE = " A bundle is continued in place: stages whose inputs are the same are reused, flags change its recipe."
@@ -234,10 +221,12 @@ def _check_outputs(outputs: Outputs, bundle: Path, baseline: Optional[Path]) -> 
     known = {} if baseline is None else {baseline.resolve(): "--baseline"}
     for option, file in outputs.named:
         if _within(file, bundle):
-            raise click.UsageError(f"{option} {file} lies in the bundle, which holds what its manifest binds alone")
+            raise click.UsageError(
+                f"{option} {file} lies in the bundle, whose manifest binds all its files. Name another"
+            )
         other = known.setdefault(file.resolve(), option)
         if other != option:
-            raise click.UsageError(f"{option} and {other} are both {file}: the one would be written over the other")
+            raise click.UsageError(f"{option} and {other} are both {file}. Give each a name of its own")
 
 
 def _within(path: Path, bundle: Path) -> bool:
@@ -382,6 +371,7 @@ def inspect(path: Path, as_json: bool, sbom: bool, trusted_keys: Optional[Tuple[
     if sbom:
         return _bill(path, trusted_keys)
     from edgeres.inspection import inspect_file, read_and_inspect
+    from edgeres.tables import show_inside
 
     manifest = None
     if path.is_file() or path.suffix.lower() == ".onnx":
@@ -394,43 +384,8 @@ def inspect(path: Path, as_json: bool, sbom: bool, trusted_keys: Optional[Tuple[
         if as_json:
             _print_json(facts)
         else:
-            _show_inside(path, manifest, facts)
+            show_inside(path, manifest, facts)
     return OK
-
-
-def _show_inside(path: Path, manifest: Optional[Manifest], facts: Dict[str, Any]) -> None:
-    """Print what `inspect` found in a file or in a bundle."""
-    from edgeres.inspection import grouped, pair_row
-    from edgeres.terminal import show_ladder, show_manifest, show_rows
-    from edgeres.validation.cases import one_line
-
-    if manifest is not None:
-        show_manifest(str(path), manifest)
-        if manifest.climb is not None:
-            show_ladder(manifest.climb)
-        if facts["sensitivity"] is not None:
-            columns = ["quantized alone", "costs, % of answers", "changed", "SQNR"]
-            show_rows(columns, _cost_rows(facts["sensitivity"]["layers"]), "layers and blocks, on calibration samples")
-        rows = [[x["module"] or x["name"], x["type"], x["precision"], x["reason"]] for x in facts["plan"]]
-        show_rows(["module", "type", "precision", "why"], rows, "layers, as planned")
-        if facts["layers"] != facts["plan"]:
-            rows = [[x["module"] or x["name"], x["type"], x["precision"]] for x in facts["layers"]]
-            show_rows(["module", "type", "runs in"], rows, f"layers of the engine for {facts['layers'][0]['target']}")
-        show_rows(["tensor", "range"], _range_rows(facts["ranges"]), "ranges")
-        if facts["hygiene"] is not None and facts["hygiene"]["comparisons"]:
-            columns = ["images'", "calibration", "validation", "distance", ""]
-            show_rows(columns, _comparison_rows(facts["hygiene"]), "medians, and the distance of the distributions")
-        if facts["errors"]:
-            show_rows(*_error_rows(facts["errors"]))
-    else:
-        rows = [[x["name"], x["type"], x["precision"]] for x in facts["layers"]]
-        made = f", quantized by {facts['quantized_by']}" if facts["quantized_by"] else ""
-        show_rows(["layer", "type", "precision"], rows, f"{path}, opset {facts['opset']}{made}")
-        if facts["ranges"]:
-            columns = ["tensor", "role", "type", "zero point", "reach", "channels"]
-            show_rows(columns, [pair_row(name, pair) for name, pair in facts["ranges"].items()], "Q/DQ pairs")
-        for problem in grouped(facts["lint"]):
-            click.echo(one_line(f"TensorRT rule broken: {problem}"))
 
 
 def _bill(bundle: Path, trusted_keys: Optional[Tuple[str, ...]]) -> int:
@@ -441,41 +396,6 @@ def _bill(bundle: Path, trusted_keys: Optional[Tuple[str, ...]]) -> int:
     with _answered():
         _print_json(bill)
     return OK
-
-
-def _error_rows(errors: Dict[str, Any]) -> Tuple[List[str], List[List[str]], str]:
-    """Return columns, rows and title of the layers that cause most of the error."""
-    from edgeres.artifacts import QuantizationErrors, from_data
-    from edgeres.inspection import ERROR_COLUMNS, error_row
-    from edgeres.progress import counted
-
-    found = from_data(errors, QuantizationErrors, "errors")
-    worst = found.layers[:WORST]
-    samples = counted(found.samples, "sample")
-    title = f"where the error comes from: the worst {len(worst)} of {len(found.layers)}, on {samples}"
-    return list(ERROR_COLUMNS), [error_row(layer) for layer in worst], title
-
-
-def _range_rows(ranges: Dict[str, Any]) -> List[List[str]]:
-    from edgeres.artifacts import TensorRange, from_data
-    from edgeres.inspection import range_words
-
-    return [[name, range_words(from_data(value, TensorRange, name))] for name, value in ranges.items()]
-
-
-def _cost_rows(costs: List[Dict[str, Any]]) -> List[List[str]]:
-    from edgeres.validation import decibels
-
-    return [
-        [x["layer"], f"{100 * x['expected']:.2g}", f"{100 * x['changed']:.2g} %", decibels(x["sqnr_db"])] for x in costs
-    ]
-
-
-def _comparison_rows(hygiene: Dict[str, Any]) -> List[List[str]]:
-    return [
-        [x["statistic"], *(f"{x[key]:.3f}" for key in ("calibration", "validation", "distance")), "far" * x["far"]]
-        for x in hygiene["comparisons"]
-    ]
 
 
 @cli.command()
@@ -615,41 +535,19 @@ def models(as_json: bool) -> int:
 def doctor(as_json: bool) -> int:
     """What this machine can build and run, and what to install for more."""
     from edgeres.doctor import examine
+    from edgeres.tables import show_health
 
     facts = examine()
     with _answered():
         if as_json:
             _print_json(facts)
         else:
-            _show_health(facts)
+            show_health(facts)
     return OK
 
 
-def _show_health(facts: Dict[str, Any]) -> None:
-    """Print what `doctor` found."""
-    from edgeres.targets import here
-    from edgeres.terminal import show_rows
-
-    click.echo(
-        f"{facts['system']}, Python {facts['python']}, {facts['cores']} cores, {facts['memory_bytes'] / 2**30:.1f} GiB"
-    )
-    click.echo(f"int8 on this CPU: {facts['cpu_int8']}")
-    gpu = facts["gpu"]
-    click.echo(f"GPU: {'usable' if gpu['gpu_usable'] else 'none that TensorRT and CUDA can use from here'}")
-    if gpu["jetson"]:
-        click.echo(printable(f"Jetson: {', '.join(f'{name} {text}' for name, text in gpu['jetson'].items())}"))
-    show_rows(["target", "what", "here"], [[x["target"], x["what"], here(x)] for x in gpu["targets"]])
-    speakers = {name: gpu[name] for name in ("tensorrt", "tensorrt_rtx", "cuda_python", "pycuda")}
-    installed = {**facts["packages"], **speakers}.items()
-    show_rows(["package", "version"], [[name, number or "not installed"] for name, number in installed])
-    rows = [[x["what"], "yes" if x["can"] else "no", x["install"] or ""] for x in facts["abilities"]]
-    show_rows(["can it", "", "to make it so"], rows)
-
-
-def _run(
-    source: Optional[str], out: Optional[Path], as_json: bool, until: str, options: Dict[str, Any]
-) -> Tuple[Bundle, int]:
-    """Run the pipeline up to a stage, show what it did, and return the bundle and the exit code."""
+def _run(source: Optional[str], out: Optional[Path], as_json: bool, until: str, options: Dict[str, Any]) -> Bundle:
+    """Run the pipeline up to a stage, show what it did, and return the bundle."""
     from edgeres.pipeline import build as run
     from edgeres.recipe import load_recipe
     from edgeres.terminal import TerminalProgress, show_build
@@ -669,7 +567,7 @@ def _run(
             _print_json(_build_json(bundle, progress.lines))
         else:
             show_build(bundle, progress.lines)
-    return bundle, OK
+    return bundle
 
 
 def _check(source: Optional[str], out: Optional[Path], as_json: bool, options: Dict[str, Any]) -> int:
@@ -790,97 +688,4 @@ def _answered() -> Iterator[None]:
 def main(arguments: Optional[List[str]] = None) -> None:
     """Run the command line and exit with its code: the one door from exception to exit code."""
     guard()
-    sys.exit(_exit_code(arguments))
-
-
-class _Terminated(BaseException):
-    """SIGTERM came: what is open is closed on the way out, as for an interrupt."""
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end what is done here by an exception, a second one by death; then all is as it was.
-
-    In another thread than the main one, which alone hears signals, they keep their meaning.
-    """
-    earlier: Dict[int, Any] = {}
-    try:
-        for number in ENDS if threading.current_thread() is threading.main_thread() else ():
-            handler = signal.getsignal(number)
-            if handler not in (signal.SIG_IGN, None):  # ignored, as under nohup, or not Python's own
-                earlier[number] = handler
-                signal.signal(number, _stop)
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
-def _stop(number: int, frame: Optional[FrameType]) -> None:
-    for end in ENDS:
-        if signal.getsignal(end) is _stop:
-            signal.signal(end, signal.SIG_DFL)
-    if _imports(frame):  # native libraries that are half loaded take an exception for damage, or crash on the way out
-        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-        os.write(2, f"{show_cursor}{ENDS[number][1]}; {UNTOUCHED}\n".encode())
-        os._exit(ENDS[number][0])
-    raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
-
-
-def _imports(frame: Optional[FrameType]) -> bool:
-    """Whether a module is being imported where a frame stands."""
-    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
-        frame = frame.f_back
-    return frame is not None
-
-
-def _shortage(problem: Exception) -> str:
-    """Return what the machine lacked where an error is most likely none of ours, with what to do; else nothing.
-
-    Libraries that get no memory fail with whatever comes next.
-    """
-    if "can't start new thread" in str(problem):
-        return "no thread can be started. Close other programs, raise the limit (ulimit -u), or set OMP_NUM_THREADS=1."
-    asked = f" ({first_line(problem)})" if str(problem) else ""
-    memory = f"not enough memory{asked}. Take smaller batches, frames or an input size."
-    if isinstance(problem, MemoryError):
-        return memory
-    try:
-        mmap.mmap(-1, SPARE).close()
-    except (OSError, ValueError):
-        return memory
-    return ""
-
-
-def _ended(number: int) -> int:
-    code, word = ENDS[number]
-    click.echo(f"{word}; {UNTOUCHED}", err=True)
-    return code
-
-
-def _exit_code(arguments: Optional[List[str]]) -> int:
-    try:
-        with _interruptible():
-            return int(cli.main(args=arguments, prog_name="edgeres", standalone_mode=False) or OK)
-    except click.exceptions.Exit as done:
-        return done.exit_code
-    except click.ClickException as problem:
-        problem.show()
-        return USAGE
-    except (KeyboardInterrupt, click.Abort):
-        return _ended(signal.SIGINT)
-    except EdgeresError as problem:
-        click.echo(f"error: {printable(str(problem))}", err=True)
-        return FAILED
-    except _Terminated:
-        return _ended(signal.SIGTERM)
-    except Exception as problem:
-        lacking = _shortage(problem)
-        if not isinstance(problem, MemoryError):  # what is lacking is a guess; the traceback tells whether it is right
-            with contextlib.suppress(MemoryError):
-                traceback.print_exc()
-        if lacking:
-            click.echo(f"error: {lacking}", err=True)
-            return FAILED
-        click.echo("this is a bug in edgeres; please report it with the lines above", err=True)
-        return BUG
+    sys.exit(exit_code(cli, arguments))

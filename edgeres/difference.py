@@ -9,16 +9,11 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from edgeres import files
-from edgeres.artifacts import (
-    Manifest,
-    Report,
-)
+from edgeres.artifacts import Manifest, Report
 from edgeres.bundle import read_listed
 from edgeres.inspection import read_and_inspect
 from edgeres.judge import read_reference
-from edgeres.measurements import (
-    Benchmark,
-)
+from edgeres.measurements import Benchmark
 from edgeres.reporting import benchmark_of
 from edgeres.signatures import Keys, key_list
 from edgeres.validation import decibels

@@ -12,18 +12,10 @@ from typing import Dict, List, Optional, Tuple
 import msgspec
 import numpy as np
 
-from edgeres.artifacts import (
-    Engine,
-    ExportedModel,
-    FileRef,
-    Preprocessing,
-    QuantizedModel,
-)
+from edgeres.artifacts import Engine, ExportedModel, FileRef, Preprocessing, QuantizedModel
 from edgeres.benchmark import Pace, summarize, take_turns
 from edgeres.errors import BackendError
-from edgeres.measurements import (
-    Latency,
-)
+from edgeres.measurements import Latency
 from edgeres.preprocess import prepare_batch
 from edgeres.provenance import cores
 from edgeres.validation import compare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple, TypeVar
 
 import click
 
@@ -252,9 +252,7 @@ LATENCY_OPTIONS = (
 
 def latency_options(command: F) -> F:
     """Give a command the limits on the latency."""
-    for option in reversed(LATENCY_OPTIONS):
-        command = option(command)
-    return command
+    return _with(LATENCY_OPTIONS, command)
 
 
 key_option = click.option(
@@ -269,13 +267,15 @@ key_option = click.option(
 
 def engine_options(command: F) -> F:
     """Give a command the options that concern engines."""
-    for option in reversed(ENGINE_OPTIONS):
-        command = option(command)
-    return command
+    return _with(ENGINE_OPTIONS, command)
 
 
 def build_options(command: F) -> F:
     """Give a command the options of ``build``."""
-    for option in reversed(BUILD_OPTIONS):
+    return engine_options(_with(BUILD_OPTIONS, command))
+
+
+def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
+    for option in reversed(options):  # as decorators that stand one above the other
         command = option(command)
-    return engine_options(command)
+    return command

@@ -11,37 +11,18 @@ import msgspec
 import numpy as np
 
 from edgeres import files
-from edgeres.artifacts import (
-    Bundle,
-    CalibrationTable,
-    Manifest,
-    QuantizedModel,
-    Report,
-    from_data,
-    from_json,
-    to_json,
-)
+from edgeres.artifacts import Bundle, CalibrationTable, Manifest, QuantizedModel, Report, from_data, from_json, to_json
 from edgeres.bundle import read_listed, read_verified, verify
 from edgeres.errors import BundleError, EdgeresError, MissingPackageError, SampleError
 from edgeres.files import PAGE
 from edgeres.inspection import layer_errors, repairs
 from edgeres.judge import read_reference
-from edgeres.measurements import (
-    Benchmark,
-)
+from edgeres.measurements import Benchmark
 from edgeres.page import Contents, Flip, flips, pairs
 from edgeres.recipe import locate
 from edgeres.samples import Samples, open_samples, picture
 from edgeres.signatures import Keys, key_list
-from edgeres.validation import (
-    Limits,
-    advice,
-    against_limits,
-    baseline_headline,
-    fallen_words,
-    headline,
-    limit_headline,
-)
+from edgeres.validation import Limits, advice, against_limits, baseline_headline, fallen_words, headline, limit_headline
 from edgeres.validation.baseline import unpacked
 from edgeres.workspace import Workspace
 

@@ -93,7 +93,10 @@ def check(folder: Union[str, os.PathLike[str]], manifest: bytes, trusted: Keys) 
     if not found:
         problem = f"it is not signed: there is no {SIGNATURES}"
     elif not known:
-        problem = f"it says to be signed by {few([one.key for one in found])}, and you trust {few(list(keys))}"
+        problem = (
+            f"it says to be signed by {few([one.key for one in found])}, and you trust {few(list(keys))} (name that "
+            "key too, where it is of somebody whom you trust)"
+        )
     elif not of_this:
         problem = f"its signature by {known[0].key} says to be for another manifest: one of the two was changed since"
     else:
@@ -144,7 +147,9 @@ def _content(source: Key, number: int) -> Tuple[bytes, str, bool]:
         return read_bounded(os.fspath(source), LARGEST_KEY), os.fspath(source), False
     except (OSError, ValueError, TypeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
-        raise SigningKeyError(f"the key {source} cannot be read: {reason}") from None
+        raise SigningKeyError(
+            f"the key {source} cannot be read: {reason}. Name a public key, the FILE.pub of edgeres keygen FILE"
+        ) from None
 
 
-_AGAIN = "Get the bundle again, or have it signed: edgeres sign BUNDLE --key PRIVATE"
+_AGAIN = "Copy it again from where it was built, and sign it there if need be: edgeres sign BUNDLE --key PRIVATE"

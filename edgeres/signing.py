@@ -80,7 +80,10 @@ def sign_bundle(bundle: Folder, path: Path, passphrase: Passphrase = lambda: Non
     try:
         key = private_key(read_bounded(path, LARGEST_KEY), str(path), passphrase)
     except (OSError, ValueError) as problem:
-        raise SigningKeyError(f"the key {path} cannot be read: {getattr(problem, 'strerror', problem)}") from None
+        raise SigningKeyError(
+            f"the key {path} cannot be read: {getattr(problem, 'strerror', problem)}. Name the private one of a pair, "
+            "the FILE of edgeres keygen FILE"
+        ) from None
     content = manifest_bytes(bundle)
     check_files(bundle, parse_manifest(bundle, content))
     own = Signature(key.public.id, sha256_bytes(content), key.sign(message(content)))

@@ -12,22 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
 
-from edgeres.artifacts import (
-    Bundle,
-    Change,
-    Climb,
-    Engine,
-    LayerSummary,
-    Manifest,
-    Report,
-    summaries,
-)
+from edgeres.artifacts import Bundle, Change, Climb, Engine, LayerSummary, Manifest, Report, summaries
 from edgeres.files import PAGE
 from edgeres.inspection import layer_errors, repairs, worst_errors
-from edgeres.measurements import (
-    Benchmark,
-    Memory,
-)
+from edgeres.measurements import Benchmark, Memory
 from edgeres.progress import Progress, counted
 from edgeres.validation import (
     advice,

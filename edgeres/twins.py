@@ -13,23 +13,14 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, 
 import msgspec
 import numpy as np
 
-from edgeres.artifacts import (
-    Engine,
-    Manifest,
-    Preprocessing,
-)
+from edgeres.artifacts import Engine, Manifest, Preprocessing
 from edgeres.benchmark import Pace, answer, minding, speedup, summarize, take_turns
 from edgeres.board import Reading, open_board, resident_bytes
 from edgeres.board import summarize as summarize_board
 from edgeres.bundle import Folder, read_manifest, read_verified
 from edgeres.errors import BackendError, MissingPackageError
 from edgeres.judge import fp32_record
-from edgeres.measurements import (
-    Benchmark,
-    BoardState,
-    Latency,
-    Memory,
-)
+from edgeres.measurements import Benchmark, BoardState, Latency, Memory
 from edgeres.preprocess import prepare_batch
 from edgeres.provenance import cores, version
 from edgeres.runtime.engine import LoadedEngine

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import edgeres
-from edgeres import cli, workspace
+from edgeres import cli, exits, workspace
 from edgeres.bundle import unlisted, verify
 from edgeres.errors import EdgeresError
 from edgeres.progress import Progress
@@ -60,7 +60,7 @@ class Run(NamedTuple):
     strike: Callable[[int], None] = lambda process: None
     disk: int = 0
     changes: bool = False
-    ends: tuple[int, ...] = (cli.FAILED,)
+    ends: tuple[int, ...] = (exits.FAILED,)
 
 
 class Watcher(Progress):
@@ -85,7 +85,7 @@ def forked(work: Callable[[], int], log: Path) -> int:
     process = os.fork()
     if process:
         return process
-    code = cli.BUG
+    code = exits.BUG
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, 1)
@@ -444,7 +444,7 @@ class Torment:
 
     def struck(self, number: int) -> Run:
         strike = after(self.chance.uniform(0, self.arena.seconds), number)
-        told, _ = cli.ENDS.get(number, (-number, ""))
+        told, _ = exits.ENDS.get(number, (-number, ""))
         return Run(self.build, strike=strike, ends=(-number, told))  # the first before there is anything to end
 
     def steps(self, runs: int) -> Iterator[tuple[str, Run]]:
@@ -483,7 +483,10 @@ class Torment:
 
     def memory(self, runs: int) -> Iterator[tuple[str, Run]]:
         for turn in range(runs):
-            yield "memory ends (RLIMIT_AS)", Run(self.build, limited(2**20 * turn * turn), ends=(cli.FAILED, *ABORTED))
+            yield (
+                "memory ends (RLIMIT_AS)",
+                Run(self.build, limited(2**20 * turn * turn), ends=(exits.FAILED, *ABORTED)),
+            )
 
     def read_only(self, runs: int) -> Iterator[tuple[str, Run]]:
         for _ in range(min(3, runs) if os.geteuid() == 0 else 0):

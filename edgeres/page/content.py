@@ -17,9 +17,7 @@ from edgeres.artifacts import (
     summaries,
     to_data,
 )
-from edgeres.measurements import (
-    Benchmark,
-)
+from edgeres.measurements import Benchmark
 
 
 class Flip(NamedTuple):

@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 from typing import List, NamedTuple, Sequence, Tuple
 
-from edgeres.artifacts import (
-    Report,
-)
-from edgeres.measurements import (
-    Benchmark,
-    Latency,
-)
+from edgeres.artifacts import Report
+from edgeres.measurements import Benchmark, Latency
 
 WIDTH = 360.0  # of a drawing, in its own units, which are a phone's pixels
 LEFT, RIGHT = 16.0, 344.0  # where its axis begins and ends

@@ -67,7 +67,10 @@ def against_limits(measured: Benchmark, limits: Limits) -> LatencyReport:
     limits.check()
     ours = _of(measured, measured.precision)
     if ours is None:
-        raise BackendError(f"a limit is on calls of {BATCH} frame, and none was measured. See edgeres bench --batch")
+        raise BackendError(
+            f"a limit is on calls of {BATCH} frame, and none was measured. Measure them: edgeres bench BUNDLE --batch "
+            f"{BATCH} --out BUNDLE.bench.json"
+        )
     found = []
     times = np.array(ours.rounds_ms)
     if limits.max_latency_ms is not None:

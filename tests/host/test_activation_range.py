@@ -15,15 +15,7 @@ import pytest
 
 import edgeres
 from edgeres import compilation, targets
-from edgeres.artifacts import (
-    Bundle,
-    CalibrationTable,
-    Engine,
-    QuantizedModel,
-    from_data,
-    from_json,
-    to_json,
-)
+from edgeres.artifacts import Bundle, CalibrationTable, Engine, QuantizedModel, from_data, from_json, to_json
 from edgeres.bundle import verify
 from edgeres.compilation import FOR_A_DLA, SYMMETRIC_INSTEAD, Source, activation_range, compile_bundle
 from edgeres.errors import BackendError, EdgeresError

@@ -12,16 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from edgeres.affine import (
-    QMAX,
-    QMIN,
-    SHIFTED,
-    channel_amax,
-    dequantize,
-    quantize,
-    scale_from_amax,
-    shift_from_scale,
-)
+from edgeres.affine import QMAX, QMIN, SHIFTED, channel_amax, dequantize, quantize, scale_from_amax, shift_from_scale
 from edgeres.errors import CalibrationError
 
 TINY = float(np.finfo(np.float32).tiny)

@@ -14,14 +14,11 @@ import pytest
 import edgeres as package
 from command_line import edgeres
 from edgeres import cli
-from edgeres.artifacts import (
-    from_json,
-)
+from edgeres.artifacts import from_json
 from edgeres.benchmark import median_interval
 from edgeres.bundle import unlisted, verify
-from edgeres.measurements import (
-    Benchmark,
-)
+from edgeres.exits import exit_code
+from edgeres.measurements import Benchmark
 
 BUNDLE = "build/digits-int8"
 SHORT = ("--runs", "8", "--warmup", "0", "--batch", "1,3")
@@ -107,7 +104,7 @@ def test_a_missing_engine_package_is_named(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    assert cli._exit_code(["bench", str(place / BUNDLE), *SHORT]) == 1
+    assert exit_code(cli.cli, ["bench", str(place / BUNDLE), *SHORT]) == 1
     assert "pip install 'edgeres[cpu]'" in capsys.readouterr().err
 
 

@@ -12,21 +12,13 @@ from onnx import numpy_helper
 
 import edgeres
 from edgeres import files, forms
-from edgeres.artifacts import (
-    Engine,
-    ExportedModel,
-    Preprocessing,
-    QuantizedModel,
-    from_data,
-)
+from edgeres.artifacts import Engine, ExportedModel, Preprocessing, QuantizedModel, from_data
 from edgeres.backends import cpu
 from edgeres.benchmark import summarize
 from edgeres.bundle import verify
 from edgeres.compilation import compile_bundle
 from edgeres.forms import FLOAT, FP32, INTEGERS, ONE_THREAD, cpu_engine
-from edgeres.measurements import (
-    Latency,
-)
+from edgeres.measurements import Latency
 from edgeres.preprocess import prepare_batch
 from edgeres.recipe import EngineSection, dossier
 from edgeres.targets import resolve

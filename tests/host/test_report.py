@@ -20,16 +20,7 @@ from PIL import Image
 
 from command_line import edgeres
 from edgeres import files
-from edgeres.artifacts import (
-    BaselineChange,
-    Change,
-    ClassChange,
-    Discordant,
-    Manifest,
-    Preprocessing,
-    Report,
-    to_json,
-)
+from edgeres.artifacts import BaselineChange, Change, ClassChange, Discordant, Manifest, Preprocessing, Report, to_json
 from edgeres.bundle import verify
 from edgeres.errors import BundleError, MissingPackageError
 from edgeres.page import Contents, plots

@@ -19,6 +19,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from edgeres import cli
+from edgeres.exits import exit_code
 
 LIBRARIES = ("torch", "onnx", "onnxruntime", "scipy.stats", "pydantic", "rich.console", "click", "msgspec", "PIL.Image")
 SECONDS = 300
@@ -63,5 +64,5 @@ def called(*arguments: object) -> tuple[int, str, str]:
     """Run the command in this process; return its exit code, and what stands on stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli._exit_code([str(argument) for argument in arguments])
+        code = exit_code(cli.cli, [str(argument) for argument in arguments])
     return code, out.getvalue(), err.getvalue()

@@ -14,11 +14,7 @@ import numpy as np
 from mutations import ARCHIVED, BINARY, TEXTUAL, Mutation, inside_png
 
 from edgeres import files
-from edgeres.artifacts import (
-    Manifest,
-    Preprocessing,
-    to_json,
-)
+from edgeres.artifacts import Manifest, Preprocessing, to_json
 from edgeres.backends.tensorrt import timing_cache
 from edgeres.backends.tensorrt.frames import with_frames
 from edgeres.bundle import verify

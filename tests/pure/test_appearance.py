@@ -13,15 +13,7 @@ from hypothesis import strategies as st
 from edgeres.errors import SampleError
 from edgeres.samples import open_samples, samples_from_arrays
 from edgeres.samples.appearance import STATISTICS, Appearance, look, sharpness, thumbnail
-from edgeres.samples.distance import (
-    CHANCE,
-    FAR,
-    chance_distance,
-    compare,
-    differences,
-    distance,
-    twisted,
-)
+from edgeres.samples.distance import CHANCE, FAR, chance_distance, compare, differences, distance, twisted
 
 values = st.lists(st.floats(-1, 1), min_size=4, max_size=30).map(np.array)
 

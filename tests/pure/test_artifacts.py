@@ -51,15 +51,7 @@ from edgeres.artifacts import (
     to_json,
 )
 from edgeres.errors import BundleError
-from edgeres.measurements import (
-    Benchmark,
-    BoardState,
-    Latency,
-    LatencyLimit,
-    LatencyReport,
-    Memory,
-    Speedup,
-)
+from edgeres.measurements import Benchmark, BoardState, Latency, LatencyLimit, LatencyReport, Memory, Speedup
 
 # Any text that UTF-8 can hold, among it control characters, quotes and what lies beyond the basic plane.
 words = st.text(st.characters(blacklist_categories=("Cs",)), max_size=8)

@@ -22,10 +22,7 @@ from edgeres.benchmark import (
     take_turns,
     verdict,
 )
-from edgeres.measurements import (
-    Latency,
-    Speedup,
-)
+from edgeres.measurements import Latency, Speedup
 
 MS = 1_000_000
 

@@ -29,9 +29,7 @@ from edgeres.benchmark import summarize
 from edgeres.difference import difference, tables, words
 from edgeres.errors import IntegrityError
 from edgeres.judge import judge, reference_content
-from edgeres.measurements import (
-    Benchmark,
-)
+from edgeres.measurements import Benchmark
 from edgeres.samples import samples_from_arrays
 
 COUNT, KINDS = 40, 4

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "edgeres"
 ALLOWED: Dict[str, Tuple[str, ...]] = {
     "numpy": ("",),
     "msgspec": ("",),
-    "click": ("cli.py", "options.py"),
+    "click": ("cli.py", "options.py", "exits.py", "tables.py"),
     "rich": ("terminal.py",),
     "tomli": ("recipe.py",),
     "tomli_w": ("recipe.py", "recipe_file.py"),
@@ -48,9 +48,9 @@ HOST_ROOMS = {"models", "export", "calibrate", "quantize"}
 # A room may enter these other rooms; any other pair of rooms exchanges nouns and arrays only.
 MAY_ENTER = {"runtime": {"backends"}}
 # Those who call the rooms; a room never calls back.
-CALLERS = {"cli", "pipeline", "terminal"}
+CALLERS = {"cli", "pipeline", "tables", "terminal"}
 # The command line: the only files that print and exit.
-SPEAKERS = ("cli.py", "terminal.py", "__main__.py")
+SPEAKERS = ("cli.py", "exits.py", "terminal.py", "__main__.py")
 SPEECH = {"print", "exit", "quit", "sys.exit", "os._exit", "logging.basicConfig"}
 # Part of Python, but younger than some Pythons that run this test.
 STANDARD = frozenset(getattr(sys, "stdlib_module_names", ())) | {"__future__", "tomllib"}

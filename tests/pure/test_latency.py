@@ -17,6 +17,7 @@ from edgeres import cli
 from edgeres.artifacts import Engine, FileRef, Manifest, Preprocessing, Report, from_json, to_json
 from edgeres.benchmark import independent_count, speedup, summarize, take_turns
 from edgeres.errors import BackendError, RecipeError
+from edgeres.exits import exit_code
 from edgeres.gate import PACE
 from edgeres.measurements import Benchmark
 from edgeres.twins import Settings
@@ -185,7 +186,7 @@ def test_what_cannot_be_measured_leaves_the_accuracy(
     monkeypatch.setattr("edgeres.twins.bench_bundle", bench)
     said = {"error": "the device is gone", "exchanged": "accuracy and latency are of two engines"}[fault]
     flags = ("--max-latency-ms", "9", "--junit", "x.xml", "--code-quality", "x.json")
-    assert cli._exit_code(["validate", "net", *flags]) == 1
+    assert exit_code(cli.cli, ["validate", "net", *flags]) == 1
     told = capsys.readouterr().out
     assert "PASS: INT8 keeps top-1" in told
     assert "ERROR: latency: could not be measured: " in told
@@ -298,7 +299,7 @@ def test_nothing_is_measured_unless_it_is_asked_for(asked: List[Settings]) -> No
     ],
 )
 def test_the_exit_code_follows_the_limits(asked: List[Settings], flags: Tuple[str, ...], code: int) -> None:
-    assert cli._exit_code(["validate", "net", *flags]) == code
+    assert exit_code(cli.cli, ["validate", "net", *flags]) == code
     assert len(asked) == (code != 2)
 
 
@@ -307,14 +308,14 @@ def test_an_engine_that_is_too_slow_is_no_baseline(
 ) -> None:
     monkeypatch.delenv("CI", raising=False)
     flags = ("--baseline", "accepted.json", "--update-baseline", "--max-latency-ms")
-    assert cli._exit_code(["validate", "net", *flags, "0.5"]) == 1
+    assert exit_code(cli.cli, ["validate", "net", *flags, "0.5"]) == 1
     assert not (tmp_path / "accepted.json").exists()
-    assert cli._exit_code(["validate", "net", *flags, "5"]) == 0
+    assert exit_code(cli.cli, ["validate", "net", *flags, "5"]) == 0
     assert from_json((tmp_path / "accepted.json").read_bytes(), Report, "accepted.json").latency is not None
 
 
 def test_two_outputs_are_two_files(asked: List[Settings], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._exit_code(["validate", "net", "--junit", "x", "--code-quality", "x"]) == 2
+    assert exit_code(cli.cli, ["validate", "net", "--junit", "x", "--code-quality", "x"]) == 2
     assert "--code-quality and --junit are both" in capsys.readouterr().err
-    assert cli._exit_code(["validate", "net", "--code-quality", "net/x.json"]) == 2
+    assert exit_code(cli.cli, ["validate", "net", "--code-quality", "net/x.json"]) == 2
     assert "lies in the bundle" in capsys.readouterr().err

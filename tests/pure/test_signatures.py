@@ -33,13 +33,7 @@ from edgeres.bundle import unlisted, verify
 from edgeres.cli import cli
 from edgeres.compilation import compile_bundle
 from edgeres.difference import difference
-from edgeres.errors import (
-    BundleError,
-    EdgeresError,
-    MissingPackageError,
-    SignatureError,
-    SigningKeyError,
-)
+from edgeres.errors import BundleError, EdgeresError, MissingPackageError, SignatureError, SigningKeyError
 from edgeres.files import MANIFEST, SIGNATURES, file_ref
 from edgeres.inspection import inspect_bundle, verify_bundle
 from edgeres.keys import private_key, public_key

@@ -11,20 +11,10 @@ import numpy as np
 import pytest
 
 from edgeres import twins
-from edgeres.artifacts import (
-    Engine,
-    FileRef,
-    Manifest,
-    Preprocessing,
-    from_json,
-    to_json,
-)
+from edgeres.artifacts import Engine, FileRef, Manifest, Preprocessing, from_json, to_json
 from edgeres.benchmark import Pace
 from edgeres.errors import BackendError
-from edgeres.measurements import (
-    Benchmark,
-    Memory,
-)
+from edgeres.measurements import Benchmark, Memory
 from edgeres.runtime.engine import LoadedEngine
 from edgeres.twins import Meter, Settings, bench_bundle
 

@@ -12,6 +12,7 @@ import pytest
 
 from edgeres import cli
 from edgeres.artifacts import Manifest, Preprocessing, Report, from_json, to_json
+from edgeres.exits import exit_code
 from edgeres.validation import compare
 
 Validate = Callable[..., int]
@@ -48,7 +49,7 @@ def validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Validate:
 
     def call(found: str, *arguments: str, judge: Any = None) -> int:
         monkeypatch.setattr("edgeres.judge.validate_bundle", judge or (lambda *told, **options: REPORTS[found]))
-        return cli._exit_code(["validate", "net", *arguments])
+        return exit_code(cli.cli, ["validate", "net", *arguments])
 
     return call
 

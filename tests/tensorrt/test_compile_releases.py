@@ -37,6 +37,7 @@ from edgeres.backends.tensorrt.dla import read_cache
 from edgeres.bundle import verify
 from edgeres.compilation import _ranges, compile_bundle, with_engine
 from edgeres.errors import BackendError, BundleError, IntegrityError, MissingPackageError, RecipeError
+from edgeres.exits import exit_code
 from edgeres.files import content_ref
 from edgeres.judge import run_samples
 from edgeres.preprocess import prepare_batch
@@ -281,11 +282,11 @@ def test_what_an_engine_takes_is_the_users_to_say(
     command = ["compile", str(bench.bundle), "--backend", "tensorrt", "--json", "--target", "gpu"]
     for wanted, got in (("auto", "float32"), ("uint8", "uint8"), ("float32", "float32")):
         double.script.inputs = (DOUBLE.Tensor("input", (-1, 3, 32, 32)),)
-        assert cli._exit_code([*command, "--engine-input", wanted]) == 0
+        assert exit_code(cli.cli, [*command, "--engine-input", wanted]) == 0
         told = json.loads(capsys.readouterr().out)
         assert (told["input"], told["whole_pixels"]) == (got, False)
         assert [tensor.dtype for tensor in double.script.inputs] == [{"uint8": "UINT8", "float32": "FLOAT"}[got]]
-    assert cli._exit_code(["inspect", str(bench.bundle), "--json"]) == 0
+    assert exit_code(cli.cli, ["inspect", str(bench.bundle), "--json"]) == 0
     assert {one["target"]: one["input"] for one in json.loads(capsys.readouterr().out)["engines"]}["gpu"] == "float32"
 
 
@@ -375,9 +376,9 @@ def test_what_the_recipe_switches_on_a_flag_switches_off(bench: Bench, capsys: p
     double.script.level = "AMPERE_PLUS"
     double.script.layer_information = bench.information(floats=("layer1.0.conv1",))
     command = ["compile", str(bench.bundle), "--target", "gpu"]
-    assert cli._exit_code(command) == 1
+    assert exit_code(cli.cli, command) == 1
     assert "with --strict" in capsys.readouterr().err
-    assert cli._exit_code([*command, "--no-strict", "--no-version-compatible", "--no-hardware-compatible"]) == 0
+    assert exit_code(cli.cli, [*command, "--no-strict", "--no-version-compatible", "--no-hardware-compatible"]) == 0
     before, after = bench.requests
     assert [getattr(before, name) for name in stored] == [True] * 3
     assert [getattr(after, name) for name in stored] == [False] * 3
@@ -567,7 +568,7 @@ def test_verify_says_which_engines_fit_this_machine(
     monkeypatch.setattr(fit, "open_device", lambda: device)
 
     def verified() -> dict[str, list[str]]:
-        assert cli._exit_code(["verify", str(bench.bundle), "--json"]) == 0
+        assert exit_code(cli.cli, ["verify", str(bench.bundle), "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
         assert all(engine["fits"] == (engine["problems"] == []) for engine in facts["engines"])
         return {engine["target"]: engine["problems"] for engine in facts["engines"]}
@@ -586,7 +587,7 @@ def test_verify_says_which_engines_fit_this_machine(
     said = verified()
     assert "edgeres[tensorrt]" in said["gpu"][0]
     assert said["cpu"] == []
-    assert cli._exit_code(["verify", str(bench.bundle)]) == 0
+    assert exit_code(cli.cli, ["verify", str(bench.bundle)]) == 0
     text = capsys.readouterr().out
     assert "the engine for cpu fits this machine" in text
     assert "the engine for gpu does not run here: " in text
