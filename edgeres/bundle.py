@@ -17,7 +17,7 @@ from edgeres.artifacts import FileRef, Manifest, from_data, from_json
 from edgeres.errors import BundleError, IntegrityError, numbered
 from edgeres.files import MANIFEST, SIGNATURES, NotOrdinary, open_inside, read_at_most, read_hashed
 from edgeres.recipe import BACKENDS, PRECISIONS, SECTIONS, TARGETS
-from edgeres.signatures import Keys, check
+from edgeres.signatures import Keys, check, key_list
 
 Folder = Union[str, "os.PathLike[str]"]
 T = TypeVar("T")
@@ -52,11 +52,11 @@ def vouched_bytes(folder: Folder, trusted_keys: Optional[Keys]) -> Tuple[bytes, 
 
     Raises: as :func:`read_manifest`.
     """
-    if trusted_keys is None:
+    keys = key_list(trusted_keys)
+    if keys is None:
         return manifest_bytes(folder), ()
-    keys = trusted_keys
 
-    def read() -> Tuple[bytes, Tuple[str, ...]]:
+    def read(keys: Keys = keys) -> Tuple[bytes, Tuple[str, ...]]:
         content = manifest_bytes(folder)
         return content, check(folder, content, keys)
 
