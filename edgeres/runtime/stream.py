@@ -18,6 +18,7 @@ from typing import Any, Callable, Deque, Generator, Iterator, List, MutableSet, 
 from edgeres.errors import BackendError, SampleError
 
 PATIENCE = 1.0  # seconds that a stream which ends waits for its source to come back from a read
+NAP = 1.0  # seconds of one wait: Python misses a Ctrl-C between its last look for signals and a wait without an end
 
 THREAD_NAME = "edgeres-stream"
 
@@ -129,7 +130,7 @@ class _Line:
     def _wait(self, ready: Callable[[], bool]) -> bool:
         """Wait, holding the condition; return whether the stream goes on."""
         while not self._stopped and not ready():
-            self._changed.wait()
+            self._changed.wait(NAP)
         return not self._stopped
 
     def read_one(self) -> bool:
