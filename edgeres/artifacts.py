@@ -159,6 +159,9 @@ class ExportedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The quantization that the user's file came with; None where it came with none."""
 
 
+LEARNED = "learned"  # the method of a range that accuracy recovery found by gradient
+
+
 class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tensor's range and the statistics that it was chosen from; everything in the tensor's own units.
 
@@ -208,7 +211,8 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``mixed`` is the int8 model's second form, in which everything that is not quantized computes in float16: strongly
     typed TensorRT (10.12 and later) takes precisions from the graph alone. ``activation_range`` is ``shifted`` where
     tensors that are never negative have the full int8 range. ``grouped_int8`` counts the int8 convolutions that are
-    in groups. ``integer`` is the same model in onnxruntime's integer operators, for a CPU.
+    in groups. ``integer`` is the same model in onnxruntime's integer operators, for a CPU. ``learned`` are the ranges
+    that accuracy recovery changed: the model has these, and of all others those of the calibration table.
     """
 
     file: FileRef
@@ -218,6 +222,15 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_range: str = "symmetric"
     grouped_int8: int = 0
     integer: Optional[FileRef] = None
+    learned: Dict[str, TensorRange] = {}
+
+
+def final_ranges(table: Optional[CalibrationTable], model: Optional[QuantizedModel]) -> Dict[str, TensorRange]:
+    """Return the ranges that an int8 model has, by tensor, in the table's order; none without a table."""
+    if table is None:
+        return {}
+    learned = model.learned if model is not None else {}
+    return {name: learned.get(name, chosen) for name, chosen in table.tensors.items()}
 
 
 class LayerError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, TypeVar
 
 from edgeres import files
 from edgeres.artifacts import (
+    LEARNED,
     CalibrationTable,
     ExportedModel,
     Hygiene,
@@ -16,6 +17,7 @@ from edgeres.artifacts import (
     QuantizationErrors,
     QuantizedModel,
     TensorRange,
+    final_ranges,
     from_data,
     from_json,
     summaries,
@@ -57,7 +59,7 @@ def read_and_inspect(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple
         "layers": _engine_layers(manifest) or _layers(quantized),
         "plan": _layers(quantized),
         "activation_range": quantized.activation_range if quantized else None,
-        "ranges": {name: to_data(value) for name, value in table.tensors.items()} if table else {},
+        "ranges": {name: to_data(value) for name, value in final_ranges(table, quantized).items()},
         "errors": to_data(errors) if errors else None,
         "calibration": _calibration(table),
         "hygiene": to_data(_stage(manifest, "hygiene", Hygiene)),
@@ -232,8 +234,9 @@ def range_words(value: TensorRange) -> str:
     """Return one tensor's range in a line."""
     sqnr = "" if value.sqnr_db is None else f", {value.sqnr_db:.1f} dB alone"
     reach = f"0 to {value.amax:.4g}" if value.shift else f"±{value.amax:.4g}"
+    how = "as learned" if value.method == LEARNED else f"by {value.method}"
     return (
-        f"{reach} by {value.method} (seen {value.minimum:.4g} to {value.maximum:.4g}, "
+        f"{reach} {how} (seen {value.minimum:.4g} to {value.maximum:.4g}, "
         f"{100 * value.zeros:.0f} % zeros, {100 * value.clipped:.3g} % clipped{sqnr})"
     )
 

@@ -410,12 +410,21 @@ class Build:
                     self.workspace.write(name, content)
                     for text in imported.likeness(self, name, exported.input_name):
                         self.warn(text)
-                return explanation.explained(self, self._write_int8(content, layers, twin.ranges), exported, twin)
+                learned = recovery.learned(self, twin.ranges, scalings)
+                return explanation.explained(
+                    self, self._write_int8(content, layers, twin.ranges, learned), exported, twin
+                )
 
         record = self.stage("quantize", inputs, precision, work)
         return from_data(record.facts, QuantizedModel, "stage quantize")
 
-    def _write_int8(self, content: bytes, layers: Tuple[LayerPlan, ...], ranges: Mapping[str, TensorRange]) -> Made:
+    def _write_int8(
+        self,
+        content: bytes,
+        layers: Tuple[LayerPlan, ...],
+        ranges: Mapping[str, TensorRange],
+        learned: Dict[str, TensorRange],
+    ) -> Made:
         """Write the Q/DQ model, and its second form where that is another."""
         from edgeres.quantize import mixed_content
 
@@ -446,6 +455,7 @@ class Build:
             activation_range="shifted" if shifted else "symmetric",
             grouped_int8=grouped,
             integer=files.file_ref(self.workspace.folder, integer) if integer else None,
+            learned=learned,
         )
         made = f"{name}, {counted(count, 'layer')} in int8"
         made += f", {counted(shifted, 'tensor')} over the full range" if shifted else ""

@@ -9,6 +9,7 @@ import numpy as np
 
 from edgeres import files
 from edgeres.artifacts import (
+    LEARNED,
     CalibrationTable,
     ExportedModel,
     FileRef,
@@ -125,6 +126,17 @@ def content(
     keep = job.recipe.quantization.keep_float
     fp32 = job.workspace.folder / files.FP32_MODEL
     return recovered_content(fp32, exported.modules, keep, ranges, recovery, job.progress.advance)
+
+
+def learned(job: Build, ranges: Mapping[str, TensorRange], scalings: Mapping[str, Scaling]) -> Dict[str, TensorRange]:
+    """Return those of the int8 model's ranges that reconstruction learned, with what the statistics say of them."""
+    from edgeres.calibrate import Statistics, described
+
+    changed = {name: found for name, found in ranges.items() if found.method == LEARNED}
+    if not changed:
+        return {}
+    path = job.workspace.folder / files.STATISTICS
+    return described(Statistics.from_bytes(path.read_bytes(), str(path)), changed, scalings)
 
 
 def _recovery(job: Build, scalings: Mapping[str, Scaling]) -> Recovery:

@@ -10,6 +10,6 @@ from edgeres.calibrate.noise import expected_noise
 from edgeres.calibrate.observe import observe
 from edgeres.calibrate.ranges import METHODS
 from edgeres.calibrate.statistics import Statistics, TensorStatistics
-from edgeres.calibrate.table import AUTO, choose
+from edgeres.calibrate.table import AUTO, choose, described
 
-__all__ = ["AUTO", "METHODS", "Statistics", "TensorStatistics", "choose", "expected_noise", "observe"]
+__all__ = ["AUTO", "METHODS", "Statistics", "TensorStatistics", "choose", "described", "expected_noise", "observe"]

@@ -61,6 +61,22 @@ def choose(
         return dict(zip(names, pool.map(choose_one, names), strict=True))
 
 
+def described(
+    statistics: Statistics, ranges: Mapping[str, TensorRange], scalings: Mapping[str, Scaling] = MappingProxyType({})
+) -> dict[str, TensorRange]:
+    """Return ranges, of whatever method, with what the statistics say of them; ``scalings`` as in :func:`choose`."""
+    return {
+        name: _described(
+            statistics.tensors[name],
+            found.amax,
+            found.method,
+            SHIFTED if found.shift else SYMMETRIC,
+            scalings.get(name),
+        )
+        for name, found in ranges.items()
+    }
+
+
 def _range(
     statistics: TensorStatistics, method: str, percentile: float, grid: tuple[int, int], scaling: Scaling | None
 ) -> TensorRange:

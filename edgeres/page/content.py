@@ -14,6 +14,7 @@ from edgeres.artifacts import (
     QuantizationErrors,
     QuantizedModel,
     TensorRange,
+    final_ranges,
     summaries,
     to_data,
 )
@@ -102,7 +103,7 @@ class Contents(NamedTuple):
     @property
     def ranked_ranges(self) -> List[Tuple[str, TensorRange]]:
         """Each tensor with its range, the noisiest first; those without noise come last."""
-        tensors = self.table.tensors.items() if self.table is not None else ()
+        tensors = final_ranges(self.table, self.model).items()
         return sorted(tensors, key=lambda item: (item[1].sqnr_db is None, item[1].sqnr_db or 0.0, item[0]))
 
     @property

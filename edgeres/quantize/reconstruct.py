@@ -1,13 +1,14 @@
-"""Network-wise reconstruction: biases and the rounding of weights, of all layers together, by the answer itself.
+"""Network-wise reconstruction: biases, the rounding of weights and the steps of activations, by the answer itself.
 
 What the closed-form rungs leave is how errors of different layers add up. Here the quantized network runs with all its
-roundings, and the biases and the weights (in units of their steps, which stay) follow the gradient of the logits'
-error, straight through the roundings. Images are moved by a few pixels and mixed in pairs, so that what is learned is
-not these very images; learning rates are small, for the network is nearly right. How many rounds there are follows from
-the network's size, never from a clock: the same build makes the same model on any day.
+roundings, and the biases, the weights (in units of their steps, which stay) and the steps of the activations follow the
+gradient of the logits' error, straight through the roundings. Images are moved by a few pixels and mixed in pairs, so
+that what is learned is not these very images; learning rates are small, for the network is nearly right. How many
+rounds there are follows from the network's size, never from a clock: the same build makes the same model on any day.
 
 Source: Li et al., "BRECQ", 2021 (arXiv:2102.05426), section 3.2, for reconstruction over more than one layer, here over
-all of them; Bengio et al. 2013 (arXiv:1308.3432) for straight-through rounding.
+all of them; Bengio et al. 2013 (arXiv:1308.3432) for straight-through rounding; Esser et al., "Learned Step Size
+Quantization", 2020 (arXiv:1902.08153), section 2.1, equation 3, for the gradient of a step.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeres.affine import QMAX, QMIN, SHIFTED, SYMMETRIC
-from edgeres.artifacts import TensorRange
+from edgeres.affine import QMAX, QMIN, SHIFTED, SYMMETRIC, scale_from_amax, shift_from_scale
+from edgeres.artifacts import LEARNED, TensorRange
 from edgeres.quantize.compensate import Compensation, kept_in_reach
 from edgeres.quantize.follow import Follower, Quantizer
 from edgeres.quantize.graph import WEIGHTED, Graph
@@ -37,8 +40,8 @@ WORK, SECONDS = 3.2e10, 120.0
 """Rounds times what one image costs, at most: about so many seconds on two slow cores (ResNet-32: all rounds)."""
 ELEMENT = 10  # multiplications that take as long as an activation does to be read, rounded and written
 BATCH = 32
-RATES = {"weights": 0.02, "biases": 1e-3}
-"""Per round at first: in steps of a weight, and in shares of a layer's mean |bias|."""
+RATES = {"weights": 0.02, "biases": 1e-3, "ranges": 0.01}
+"""Per round at first: in steps of a weight, in shares of a layer's mean |bias|, and of a range (its logarithm)."""
 MOVED = 8  # images move by up to 1/8 of their size
 Watch = Callable[[int, int], None]
 
@@ -83,8 +86,11 @@ def reconstruct(
     images: np.ndarray,
     rounds: int,
     watch: Watch = lambda done, total: None,
-) -> Compensation | None:
-    """Return weights and biases with less error of the logits; None where there is no signal, or none is found.
+) -> tuple[Compensation, dict[str, TensorRange]] | None:
+    """Return weights, biases and ranges with less error of the logits; None where there is no signal, or none is found.
+
+    Of ``ranges`` those that were learned have another ``amax``, ``scale`` and ``shift``, and ``learned`` as their
+    method; what else is said of them is as it was.
 
     Args:
         follower: the float network.
@@ -98,7 +104,8 @@ def reconstruct(
     steps = {name: _spread(scale, start[name].ndim, axes[name]) for name, scale in weight_scales.items()}
     weights = {n: (torch.from_numpy(start[n]) / s).requires_grad_(True) for n, s in steps.items()}
     biases = {n: torch.from_numpy(v.copy()).requires_grad_(True) for n, v in start.items() if n not in steps}
-    quantizer = _quantizer(placement, ranges)
+    factors = _factors(placement, ranges)
+    quantizer = _quantizer(placement, ranges, factors)
 
     def constants() -> dict[str, Tensor]:
         rounded = {n: torch.clamp(straight_through(w), -QMAX, QMAX) for n, w in weights.items()}
@@ -109,6 +116,7 @@ def reconstruct(
         [
             {"params": list(weights.values()), "lr": RATES["weights"]},
             *({"params": [b], "lr": RATES["biases"] * float(b.detach().abs().mean() + 1e-8)} for b in biases.values()),
+            {"params": list(factors.values()), "lr": RATES["ranges"]},
         ]
     )
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -130,8 +138,20 @@ def reconstruct(
         watch(done + 1, rounds)
     with torch.no_grad():
         values = {name: value.detach().numpy() for name, value in constants().items()}
-    finite = all(np.isfinite(value).all() for value in values.values())
-    return Compensation(values, found.scales) if finite else None
+    learned = {name: math.exp(factor.item()) for name, factor in factors.items()}
+    if not all(np.isfinite(value).all() for value in (*values.values(), np.array(list(learned.values())))):
+        return None
+    changed = {name: widened(ranges[name], factor) for name, factor in learned.items()}
+    return Compensation(values, found.scales), {**ranges, **changed}
+
+
+def widened(chosen: TensorRange, factor: float) -> TensorRange:
+    """Return a range with another reach, as it is once learned."""
+    grid = SHIFTED if chosen.shift else SYMMETRIC
+    amax = chosen.amax * factor
+    scale = scale_from_amax(np.float64(amax), grid)
+    shift = float(shift_from_scale(scale)) if chosen.shift else 0.0
+    return msgspec.structs.replace(chosen, amax=amax, scale=float(scale), shift=shift, method=LEARNED)
 
 
 def in_reach(integers: Tensor, axis: int) -> Tensor:
@@ -141,8 +161,42 @@ def in_reach(integers: Tensor, axis: int) -> Tensor:
     return kept_in_reach(rows.reshape(len(rows), -1), mates).reshape(rows.shape).movedim(0, axis)
 
 
-def _quantizer(placement: Placement, ranges: Mapping[str, TensorRange]) -> Quantizer:
-    """Return what Q/DQ makes of a tensor, as torch's fused kernel has it, whose gradient goes straight through."""
+class _Rounded(torch.autograd.Function):
+    """A tensor on its grid, by torch's fused kernel; the gradient goes straight through, and to the step's logarithm.
+
+    Per element, the step's share is ``rounded − x`` where ``x`` is within the grid, and the value of the grid's end
+    beyond it: Esser et al., equation 3, times the step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, scale: float, grid: tuple[int, int]) -> Tensor:
+        step = scale * math.exp(factor.item())
+        rounded: Tensor = torch.fake_quantize_per_tensor_affine(x, step, 0, *grid)
+        ctx.save_for_backward(x, rounded)
+        ctx.ends = (grid[0] * step, grid[1] * step)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, rounded = ctx.saved_tensors
+        first, last = ctx.ends
+        inside = ((x >= first) & (x <= last)).to(x.dtype)
+        step = (gradient * (rounded - x * inside)).sum()
+        return gradient * inside, step, None, None
+
+
+def _factors(placement: Placement, ranges: Mapping[str, TensorRange]) -> dict[str, Tensor]:
+    """Return, for every range that can be learned, the logarithm of its factor: 0, with a gradient.
+
+    Not the exact input's, whose steps are its pixels'; nor one of a tensor that was always zero.
+    """
+    names = dict.fromkeys(point.range_of for point in placement.points)
+    learnable = (name for name in names if not ranges[name].shifts and ranges[name].amax > 0)
+    return {name: torch.zeros((), requires_grad=True) for name in learnable}
+
+
+def _quantizer(placement: Placement, ranges: Mapping[str, TensorRange], factors: Mapping[str, Tensor]) -> Quantizer:
+    """Return what Q/DQ makes of a tensor, with the gradient of doing nothing within the grid."""
     source = {point.tensor: point.range_of for point in placement.points}
 
     def quantizer(name: str, x: Tensor) -> Tensor:
@@ -150,9 +204,12 @@ def _quantizer(placement: Placement, ranges: Mapping[str, TensorRange]) -> Quant
         if found.shifts:
             shift = torch.from_numpy(shift_of(found)).to(x.dtype)
             return torch.clamp(torch.round(x - shift), QMIN, QMAX) + shift  # the input: nothing to learn in front
-        first, last = SHIFTED if found.shift else SYMMETRIC
-        quantized: Tensor = torch.fake_quantize_per_tensor_affine(x, found.scale, 0, first, last)
-        return quantized
+        grid = SHIFTED if found.shift else SYMMETRIC
+        if source[name] not in factors:
+            quantized: Tensor = torch.fake_quantize_per_tensor_affine(x, found.scale, 0, *grid)
+            return quantized
+        rounded: Tensor = _Rounded.apply(x, factors[source[name]], found.scale, grid)  # type: ignore[no-untyped-call]
+        return rounded
 
     return quantizer
 

@@ -121,7 +121,8 @@ def recovered_content(
     found = compensate(follower, placement, quantizer, recovery.images, recovery.rounding, watch)
     if recovery.rounds:
         images = np.concatenate(recovery.images)
-        found = reconstruct(follower, placement, ranges, found, images, recovery.rounds, watch) or found
+        learned = reconstruct(follower, placement, ranges, found, images, recovery.rounds, watch)
+        found, ranges = learned or (found, ranges)
     final = onnx.ModelProto()
     final.CopyFrom(model)
     graph = Graph(final)

@@ -440,7 +440,7 @@ for item in stream:
         print("ready", flush=True)
         {consumer}
 """
-# In naps: a wait without an end misses a Ctrl-C that comes just before it (about 1 in 1,000 on busy cores, in any Python).
+# In naps: in any Python a wait without an end misses a Ctrl-C that comes just before it, about once in 1,000 times.
 BLOCK = "while not threading.Event().wait(0.1): pass"
 
 
