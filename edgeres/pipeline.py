@@ -506,7 +506,7 @@ class Build:
             ],
             "precision": model.precision,
             "preprocessing": to_data(self.recipe.preprocessing),
-            "engine": to_data(section),
+            "engine": {name: value for name, value in to_data(section).items() if name != "timeout_minutes"},
             "backend": backend,
             "target": target,
             "tools": versions(("onnxruntime", "tensorrt", "tensorrt_rtx")),
@@ -544,6 +544,7 @@ class Build:
 
     def validate(self, exported: ExportedModel, model: QuantizedModel, engine: Engine) -> None:
         """Compare the engine with the FP32 model, on the validation samples or else on those of calibration."""
+        from edgeres.compilation import with_layers
         from edgeres.judge import judge, known_meaning, open_file, read_reference, reference_content, run_samples
         from edgeres.runtime.frames import Fed
         from edgeres.runtime.loading import open_record
@@ -595,6 +596,7 @@ class Build:
                 exact = open_file(self.workspace.folder / model.file.path, model.precision)
                 meaning = run_samples(exact, samples, preprocessing, watch)
             report = judge(content, logits, engine, (judged.max_drop, judged.policy), source, meaning)
+            report = with_layers(report, self.engines)
             self.workspace.write(files.REPORT, to_json(report))
             if model.precision == "fp32":
                 return report, (files.REPORT,), report.verdict
@@ -606,7 +608,7 @@ class Build:
         self.report = self.told(record)
 
     def told(self, record: StageRecord) -> Report:
-        """Return a report that tells of the layers of each engine in the bundle, also of those that were not judged."""
+        """Return a report that tells of the layers of each engine in the bundle, which may have others by now."""
         from edgeres.compilation import with_layers
 
         found = from_data(record.facts, Report, "stage validate")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import os
+import shutil
 import tempfile
+import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from edgeres.artifacts import Manifest
 from edgeres.bundle import verify
@@ -20,6 +25,9 @@ NOT_COMPARED = (RECIPE, PAGE, ERRORS, ENGINES)
 and what a builder made that chooses by time."""
 ENGINE_MADE = (MEANING, REPORT)
 """What an engine answered, and what is told of the engines: it is compared where these are the CPU's alone."""
+
+
+YOUNG = 60.0  # seconds in which a folder that was just made may not be locked yet
 
 
 class Reproduction(NamedTuple):
@@ -49,14 +57,16 @@ def reproduce(bundle: Path, recipe: Recipe, progress: Optional[Progress] = None)
     """
     before = verify(bundle)
     place = Path(os.path.abspath(bundle))  # without any ..: beside it is not inside it
+    prefix = f".{place.name}.check-"
+    _remove_left(place.parent, prefix)
     until = max(before.stages.keys() & set(STAGES), key=STAGES.index, default=STAGES[-1])
     try:
-        aside = tempfile.TemporaryDirectory(prefix=f".{place.name}.check-", dir=place.parent)
+        aside = tempfile.TemporaryDirectory(prefix=prefix, dir=place.parent)
     except OSError as problem:
         raise BundleError(
             f"cannot work beside {place}: {problem.strerror}. Copy the bundle to a folder that can be written."
         ) from None
-    with aside:
+    with aside, _locked(aside.name):
         again = Path(aside.name) / place.name
         build(recipe, again, until, progress)
         after = verify(again)
@@ -67,6 +77,32 @@ def reproduce(bundle: Path, recipe: Recipe, progress: Optional[Progress] = None)
         recipe=_differing(_flat(before.recipe), _flat(after.recipe)),
         tools=_differing(_flat(before.provenance), _flat(after.provenance), ("tools.", "python", "host.")),
     )
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Lock a folder for as long as this process works in it, or lives."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # no locks on this file system: then nobody finds the folder unlocked either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_left(parent: Path, prefix: str) -> None:
+    """Remove what checks that were killed have left: folders of our own that nobody has locked any more."""
+    for folder in parent.glob(f"{glob.escape(prefix)}*"):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                found = os.fstat(descriptor)
+                if found.st_uid == os.geteuid() and time.time() - found.st_mtime > YOUNG:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
 
 
 def _files(before: Manifest, after: Manifest) -> Tuple[Dict[str, str], List[str]]:

@@ -277,6 +277,11 @@ class Workspace:
         earlier = None
         if self.out.is_symlink():
             raise BundleError(f"{self.out} is a link. Name the folder itself: {os.path.realpath(str(self.out))}")
+        if os.path.ismount(str(self.out)):
+            raise BundleError(
+                f"{self.out} is a mount point, and what is mounted cannot be exchanged for a new folder. Name a folder "
+                f"in it: --out {self.out / 'bundle'}"
+            )
         if self.out.exists() and not self.out.is_dir():
             raise BundleError(f"{self.out} exists and is not a folder. Choose another: --out FOLDER")
         if not self.out.is_dir() or not any(self.out.iterdir()):

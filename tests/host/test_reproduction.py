@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -111,6 +113,25 @@ def test_what_somebody_laid_beside_a_forged_bundle_is_not_believed(place: Path, 
     told = json.loads(edgeres("build", "--check", "--out", bundle, "--json", code=1).stdout)
     assert [path for path, word in told["files"].items() if word != "same"] == ["report.json"]
     assert tree(tmp_path) == before
+
+
+def test_what_a_killed_check_left_is_removed_by_the_next_and_what_a_live_one_works_in_is_not(
+    place: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(place / "bundle", tmp_path / "bundle"))
+    dead, live, young = (tmp_path / f".bundle.check-{name}" for name in ("dead", "live", "young"))
+    for folder in (dead, live, young):
+        (folder / "bundle").mkdir(parents=True)
+        (folder / "bundle/model.fp32.onnx").write_bytes(b"half")
+    for folder in (dead, live):
+        os.utime(folder, (1e9, 1e9))
+    descriptor = os.open(live, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        edgeres("build", "--check", "--out", bundle)
+    finally:
+        os.close(descriptor)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [live.name, young.name, "bundle"]
 
 
 def test_a_bundle_of_a_single_stage_is_built_as_far(place: Path, tmp_path: Path) -> None:

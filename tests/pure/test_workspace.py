@@ -455,6 +455,11 @@ def test_a_file_is_left_alone(out: Path) -> None:
     assert out.read_text() == "precious"
 
 
+def test_a_mount_point_is_refused_before_the_work() -> None:
+    with pytest.raises(BundleError, match=r"/proc is a mount point.*--out /proc/bundle"):
+        make(Path("/proc"), "new")
+
+
 @pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
 def test_a_link_is_left_alone(out: Path, target: str) -> None:
     make(out.parent / "elsewhere", "old")
