@@ -82,7 +82,12 @@ OPTIONS = {
 
 
 def build(
-    recipe: Optional[Path] = None, *, out: Optional[Path] = None, progress: Optional[Progress] = None, **options: Any
+    recipe: Optional[Path] = None,
+    *,
+    out: Optional[Path] = None,
+    progress: Optional[Progress] = None,
+    cluster: Optional[str] = None,
+    **options: Any,
 ) -> Bundle:
     """Run the whole pipeline and return the finished bundle.
 
@@ -91,6 +96,8 @@ def build(
             they name a model.
         out: the bundle's folder; by default that of the bundle to build again, else ``build/<name>-<precision>``.
         progress: is told what happens; silent by default.
+        cluster: who runs the samples: ``local``, ``local:4`` or a Dask scheduler's address; None: this machine alone.
+            A program that says ``local`` does so under ``if __name__ == "__main__":``, for its workers import it.
         options: the flags of ``edgeres build`` with underscores, such as ``model="resnet50"``, ``max_drop=0.3``. Paths
             are relative to the current folder.
 
@@ -110,7 +117,7 @@ def build(
     wanted = load_recipe(None if recipe is None else os.fspath(recipe), overrides)
     if out is None and recipe is not None and os.path.isdir(recipe):
         out = recipe  # a bundle is continued where it is
-    return run(wanted, None if out is None else FilePath(out), progress=progress)
+    return run(wanted, None if out is None else FilePath(out), progress=progress, cluster=cluster)
 
 
 def load(
@@ -140,6 +147,7 @@ def validate(
     max_latency_ms: Optional[float] = None,
     min_speedup: Optional[float] = None,
     trusted_keys: Optional[Keys] = None,
+    cluster: Optional[str] = None,
 ) -> Report:
     """Return the comparison of a bundle's engine with FP32; see :func:`edgeres.judge.validate_bundle`.
 
@@ -147,6 +155,7 @@ def validate(
         max_latency_ms: a call's p50 with one frame, at most, on this machine: the engine alone, its input prepared.
         min_speedup: times as fast as the float twin, at least. The verdicts stand in ``latency`` (or ``latency_error``,
             where it could not be measured), and count in ``outcome()``.
+        cluster: who runs the samples, as of :func:`build`.
     """
     from edgeres.gate import gate
     from edgeres.signatures import key_list
@@ -163,6 +172,7 @@ def validate(
         policy=policy,
         baseline=baseline,
         trusted_keys=key_list(trusted_keys),
+        cluster=cluster,
     )
 
 

@@ -19,7 +19,16 @@ import msgspec
 import edgeres
 from edgeres.errors import BundleError, EdgeresError, SigningKeyError, printable
 from edgeres.exits import FAILED, OK, UNDECIDED, exit_code
-from edgeres.options import Seconds, Size, Sizes, build_options, engine_options, key_option, latency_options
+from edgeres.options import (
+    Seconds,
+    Size,
+    Sizes,
+    build_options,
+    cluster_option,
+    engine_options,
+    key_option,
+    latency_options,
+)
 from edgeres.streams import guard, on_github, order
 
 PASSPHRASE = "EDGERES_PASSPHRASE"
@@ -47,6 +56,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("recipe", required=False)
 @build_options
+@cluster_option
 @click.option("--check", is_flag=True, help="Build the bundle at --out anew, beside it, and compare: is it the same?")
 def build(recipe: Optional[str], out: Optional[Path], as_json: bool, check: bool, **options: Any) -> int:
     """The whole pipeline: export, calibrate, quantize, compile, validate; a bundle.
@@ -70,6 +80,7 @@ def _stage(name: str, until: str, text: str) -> None:
     @cli.command(name, help=text, short_help=text.split(".")[0] + ".")
     @click.argument("recipe", metavar="[RECIPE|BUNDLE]", required=False)
     @build_options
+    @cluster_option
     def command(recipe: Optional[str], out: Optional[Path], as_json: bool, **options: Any) -> int:
         _run(recipe, out, as_json, until, options)
         return OK
@@ -127,6 +138,7 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
     "--update-baseline", is_flag=True, help="Write --baseline anew instead of comparing. By hand, never in CI."
 )
 @latency_options
+@cluster_option
 @click.option("--junit", type=OUTPUT, metavar="FILE", help="Write the verdict as JUnit XML too.")
 @click.option(
     "--code-quality", type=OUTPUT, metavar="FILE", help="Write what was found as GitLab's code quality report too."
@@ -184,8 +196,9 @@ def _judge(bundle: str, baseline: Optional[Path], **options: Any) -> Report:
     validation = _absolute(options.pop("validation"))
     progress = TerminalProgress(unrest=not limits.asked)
     progress.stage("validate", bundle)
+    options.update(baseline=accepted, watch=progress.advance, warn=progress.warn)
     try:
-        return gate(bundle, validation, limits=limits, baseline=accepted, watch=progress.advance, **options)
+        return gate(bundle, validation, limits=limits, **options)
     finally:
         progress.stop()
 
@@ -552,6 +565,7 @@ def _run(source: Optional[str], out: Optional[Path], as_json: bool, until: str, 
     from edgeres.recipe import load_recipe
     from edgeres.terminal import TerminalProgress, show_build
 
+    cluster = options.pop("cluster", None)
     recipe = load_recipe(source, _overrides(options))
     if out is None and source is not None and Path(source).is_dir():
         out = Path(source)  # a bundle is continued where it is
@@ -559,7 +573,7 @@ def _run(source: Optional[str], out: Optional[Path], as_json: bool, until: str, 
     try:
         # A user's own model may print; the answer on stdout stays one JSON object.
         with contextlib.redirect_stdout(sys.stderr):
-            bundle = run(recipe, out, until, progress)
+            bundle = run(recipe, out, until, progress, cluster)
     finally:
         progress.stop()
     with _answered():
@@ -581,11 +595,12 @@ def _check(source: Optional[str], out: Optional[Path], as_json: bool, options: D
         raise click.UsageError("name the bundle to check: --out BUNDLE")
     if source is None and options["model"] is None:
         source = str(bundle)
+    cluster = options.pop("cluster")
     recipe = load_recipe(source, _overrides(options))
     progress = TerminalProgress()
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            found = reproduce(bundle, recipe, progress)
+            found = reproduce(bundle, recipe, progress, cluster)
     finally:
         progress.stop()
     with _answered():

@@ -13,6 +13,7 @@
     ├── QuantizationError           the graph cannot be quantized
     │   └── LintError               a written graph breaks a rule that TensorRT depends on
     ├── BackendError                an engine cannot be compiled, opened or run
+    ├── ClusterError                a cluster does not answer, or cannot give the very bits of this machine
     ├── SigningKeyError             a key is none, of another kind, or the wrong one of its pair
     └── BundleError                 a bundle is missing, incomplete or busy
         ├── IntegrityError          a bundle's file is not the one its manifest binds
@@ -97,6 +98,10 @@ class LintError(QuantizationError):
 
 class BackendError(EdgeresError):
     """An engine cannot be compiled, opened or run."""
+
+
+class ClusterError(EdgeresError):
+    """A cluster does not answer, is not fit to give the very bits of this machine, or lost its workers."""
 
 
 class SigningKeyError(EdgeresError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from edgeres.runtime.loading import choose_engine
 from edgeres.signatures import Keys
 from edgeres.validation import Limits, against_limits
 from edgeres.validation.latency import BATCH, FLOATS
+from edgeres.workforce import Watch, hired
 
 PACE = Pace(seconds=20.0, rounds=2 * ROUNDS, fewest=ROUNDS)
 """Longer than a benchmark's, for a load of some seconds has to come and go several times before it is known for one.
@@ -35,7 +36,9 @@ def gate(
     limits: Optional[Limits] = None,
     backend: str = "auto",
     trusted_keys: Optional[Keys] = None,
-    watch: judge.Watch = lambda done, total: None,
+    watch: Watch = lambda done, total: None,
+    cluster: Optional[str] = None,
+    warn: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Report:
     """Return the comparison of a bundle's engine with FP32, with its latency where there are limits.
@@ -43,6 +46,9 @@ def gate(
     Args:
         limits: on the latency; it takes some twenty seconds to measure, after the accuracy, on whatever runs this. What
             goes wrong there stands in ``latency_error``, so that the accuracy is not lost with it.
+        cluster: who runs the samples, ``local`` or a Dask scheduler's address; None for this machine alone. The latency
+            is always this machine's.
+        warn: is told what goes on in the cluster.
         options: ``max_drop``, ``policy`` and ``baseline``; as all others, as of :func:`edgeres.judge.validate_bundle`.
 
     Raises:
@@ -53,13 +59,19 @@ def gate(
     limits = limits or Limits()
     limits.check()
     given = {"backend": backend, "trusted_keys": trusted_keys, "watch": watch, **options}
+
+    def judged() -> Report:
+        with hired(cluster, warn) as workforce:
+            hands = None if cluster is None else workforce
+            return judge.validate_bundle(bundle, images, labels, workforce=hands, **given)
+
     if not limits.asked:
-        return judge.validate_bundle(bundle, images, labels, **given)
+        return judged()
     manifest = read_manifest(bundle, trusted_keys)
     engine = choose_engine(bundle, manifest, backend)
     if limits.min_speedup is not None:
         _check_twin(bundle, manifest, engine, limits.min_speedup)
-    report = judge.validate_bundle(bundle, images, labels, **given)
+    report = judged()
     try:
         latency = _measured(bundle, engine, limits, trusted_keys, watch)
     except EdgeresError as problem:
@@ -68,7 +80,7 @@ def gate(
 
 
 def _measured(
-    bundle: Bundle, engine: Engine, limits: Limits, trusted_keys: Optional[Keys], watch: judge.Watch
+    bundle: Bundle, engine: Engine, limits: Limits, trusted_keys: Optional[Keys], watch: Watch
 ) -> LatencyReport:
     """Return how fast an engine is, against the limits.
 

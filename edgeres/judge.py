@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import io
@@ -10,47 +9,26 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import msgspec
 import numpy as np
 
 from edgeres import files
 from edgeres.archive import read_npz
-from edgeres.artifacts import Engine, Manifest, Preprocessing, Report, from_data, from_json, summaries
+from edgeres.artifacts import Engine, Manifest, Report, from_data, from_json, summaries
 from edgeres.backends import Runner
 from edgeres.bundle import read_listed
-from edgeres.errors import BackendError, BundleError, SampleError, first_line, numbered
+from edgeres.errors import BundleError, SampleError, first_line, numbered
 from edgeres.recipe import ValidationSection, locate
-from edgeres.runtime.loading import load_with, open_record
+from edgeres.runtime.loading import load_with
 from edgeres.samples import Samples, open_samples, samples_from_arrays
 from edgeres.signatures import Keys
 from edgeres.validation import against_baseline, attribute_drop, compare
+from edgeres.workforce import Alone, Watch, Workforce
 
 LARGEST_REFERENCE = 8 << 30  # bytes, unpacked; the logits of 2 million samples in 1000 classes
 LARGEST_REPORT = 64 << 20  # bytes; the answers to 50,000 samples take 100 kB
-
-Watch = Callable[[int, int], None]
-
-
-def run_samples(run: Runner, samples: Samples, preprocessing: Preprocessing, watch: Watch) -> np.ndarray:
-    """Return a runner's logits of all samples, float32 ``(N, K)``, in the samples' order."""
-    logits, done = np.empty((0, 0), np.float32), 0
-    size = getattr(run, "largest", None) or preprocessing.batch_size
-    for batch in samples.batches(preprocessing, size):
-        found = run(batch)
-        if not done:
-            logits = np.empty((len(samples), *found.shape[1:]), np.float32)
-        if found.shape != (len(batch), *logits.shape[1:]):
-            raise BackendError(
-                f"the engine answered {found.shape} to {len(batch)} samples. Compile it from this model."
-            )
-        logits[done : done + len(batch)] = found
-        done += len(batch)
-        watch(done, len(samples))
-    if not done:
-        raise SampleError(f"{samples.source} has no samples")
-    return logits
 
 
 def reference_content(logits: np.ndarray, samples: Samples) -> bytes:
@@ -198,6 +176,7 @@ def validate_bundle(
     baseline: Optional[Report] = None,
     trusted_keys: Optional[Keys] = None,
     watch: Watch = lambda done, total: None,
+    workforce: Optional[Workforce] = None,
 ) -> Report:
     """Return the comparison of a bundle's engine with FP32 on some samples. The bundle is verified and not changed.
 
@@ -212,32 +191,38 @@ def validate_bundle(
         policy: ``ci`` or ``point``; None for the bundle's own.
         baseline: an earlier report on the same samples, to compare with as well.
         trusted_keys: as of :func:`edgeres.load`: one of them has to have signed the bundle.
+        workforce: who runs the samples; None for this machine alone. The report is the same.
 
     Raises:
         BundleError: the bundle is damaged or has no engine, or nobody who is trusted vouches for it.
         SampleError: the samples cannot be read, or labels do not fit them.
     """
-    wanted = (files.REFERENCE, files.FP32_MODEL, files.MEANING)
+    wanted, force = (files.REFERENCE, files.FP32_MODEL, files.MEANING), workforce or Alone()
     engine, contents = load_with(bundle, backend, None, wanted, trusted_keys)
     with engine:
         manifest = engine.manifest
         samples = _samples(manifest, images, labels)
+        if workforce is not None:  # all that cannot be read is told at once, and what can is hashed there
+            broken = workforce.look(samples)
+            if broken:
+                raise SampleError(numbered(samples.source, broken))
         reference = stored_logits(contents.pop(files.REFERENCE, None), samples)  # many samples are many bytes
         if reference is None:
             record = fp32_record(manifest)
-            with contextlib.closing(open_record(contents[record.file.path], record)) as fp32:
-                reference = run_samples(fp32, samples, manifest.preprocessing, watch)
+            content = contents[record.file.path]
+            reference = force.answer(content, record, samples, manifest.preprocessing, watch)
         if samples.classes is not None and len(samples.classes) != reference.shape[1]:
             raise SampleError(
                 f"{samples.source} has {len(samples.classes)} class folders and the model answers {reference.shape[1]} "
                 "classes: each class needs its folder, or the labels are others. For some classes only, give an .npz"
             )
-        logits = run_samples(engine, samples, manifest.preprocessing, watch)
+        content = contents[engine.record.file.path]
+        logits = force.answer(content, engine.record, samples, manifest.preprocessing, watch, engine)
         meaning = known_meaning(engine.record, reference, logits)
         if meaning is None:
             meaning = stored_logits(contents.pop(files.MEANING, None), samples)
         if meaning is None:
-            meaning = computed_meaning(bundle, manifest, samples, watch)
+            meaning = computed_meaning(bundle, manifest, samples, watch, force)
         judged = from_data(manifest.recipe.get("validation", {}), ValidationSection, "recipe.validation")
         report = compare(
             reference,
@@ -291,7 +276,7 @@ def known_meaning(engine: Engine, reference: np.ndarray, logits: np.ndarray) -> 
 
 
 def computed_meaning(
-    bundle: Union[str, os.PathLike[str]], manifest: Manifest, samples: Samples, watch: Watch
+    bundle: Union[str, os.PathLike[str]], manifest: Manifest, samples: Samples, watch: Watch, workforce: Workforce
 ) -> Optional[np.ndarray]:
     """Return what a bundle's model answers where it is computed exactly, on the CPU, float32 ``(N, K)``.
 
@@ -299,13 +284,14 @@ def computed_meaning(
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return None
-    content = read_listed(bundle, manifest, files.model_file(manifest.precision))
+    path = files.model_file(manifest.precision)
+    content = read_listed(bundle, manifest, path)
     if content is None:
         return None
     from edgeres.backends import cpu
 
-    with contextlib.closing(cpu.open_engine(content, cpu.options_for(manifest.precision))) as run:
-        return run_samples(run, samples, manifest.preprocessing, watch)
+    record = cpu.compile_engine(files.content_ref(path, content), manifest.precision)
+    return workforce.answer(content, record, samples, manifest.preprocessing, watch)
 
 
 def fp32_record(manifest: Manifest) -> Engine:

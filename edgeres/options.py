@@ -255,6 +255,13 @@ def latency_options(command: F) -> F:
     return _with(LATENCY_OPTIONS, command)
 
 
+cluster_option = click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Run the samples on many machines: local, local:4, or a Dask scheduler's tcp://HOST:8786. Same bits.",
+)
+
+
 key_option = click.option(
     "--key",
     "trusted_keys",

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
 
-from edgeres import __version__, files, imported
+from edgeres import __version__, files, imported, observation
 from edgeres.artifacts import (
     Bundle,
     CalibrationTable,
@@ -38,10 +38,10 @@ from edgeres.errors import BundleError, CalibrationError, EdgeresError, ExportEr
 from edgeres.progress import Progress, counted
 from edgeres.provenance import provenance, versions
 from edgeres.recipe import Recipe, locate, recipe_data
+from edgeres.workforce import Alone, Workforce, hired
 from edgeres.workspace import Workspace, stage_key
 
 if TYPE_CHECKING:
-    from edgeres.calibrate import Statistics
     from edgeres.export.exported import Exported
     from edgeres.noise import Scaling
     from edgeres.samples import Samples
@@ -53,7 +53,6 @@ STAGES = (
 )  # fmt: skip
 MODEL_STAGES = ("export", "calibrate", "quantize")  # what an engine is compiled from
 FORMAT = 8  # part of every key: raise it when a stage's result changes with the same inputs
-KEEP_EVERY = 30.0  # seconds of calibration that an interruption may cost; writing it takes a few tenths of one
 
 Made = Tuple[Any, Tuple[str, ...], str]
 """What a stage's work returns: its noun (or plain data), the files it wrote, and a few words on what it made."""
@@ -66,11 +65,19 @@ class _Reached(Exception):
 class Build:
     """One run of the pipeline over one recipe; a method per stage, called in order by :func:`build`."""
 
-    def __init__(self, recipe: Recipe, workspace: Workspace, until: str, progress: Progress) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        workspace: Workspace,
+        until: str,
+        progress: Progress,
+        workforce: Optional[Workforce] = None,
+    ) -> None:
         self.recipe = recipe
         self.workspace = workspace
         self.last = STAGES.index(until)
         self.progress = progress
+        self.workforce = workforce or Alone()
         self.engines: Tuple[Engine, ...] = ()
         self.report: Optional[Report] = None
         self.warnings: List[str] = []
@@ -105,7 +112,7 @@ class Build:
 
     def stage(self, name: str, inputs: Dict[str, Any], text: str, work: Callable[[], Made]) -> StageRecord:
         """Run a stage, or take its earlier result over where ``inputs`` say that it would come out the same."""
-        key = _key(name, inputs)
+        key = self.key(name, inputs)
         known = self.workspace.records.get(name)
         if known is not None and known.key == key:
             return self._retold(known)
@@ -124,6 +131,10 @@ class Build:
         self.progress.finished(name, seconds, made)
         return record
 
+    def key(self, name: str, inputs: Dict[str, Any]) -> str:
+        """Return the key of a stage's result: a hash of everything that it depends on."""
+        return stage_key(name, {**inputs, "format": FORMAT, "edgeres": __version__})
+
     def _retold(self, record: StageRecord) -> StageRecord:
         """Say again what was warned of while the stage ran: it is still true of its result."""
         for text in record.warnings:
@@ -140,7 +151,7 @@ class Build:
         if self.recipe.precision != "int8" and STAGES[self.last] in ("observe", "calibrate"):
             raise CalibrationError(f"{self.recipe.precision} needs no ranges. Calibrate for int8: --precision int8")
         self.calibration, self.validation = open_inputs(
-            self.recipe, calibrates=STAGES[self.last] != "export", judges=STAGES[self.last] == "validate"
+            self.recipe, STAGES[self.last] != "export", STAGES[self.last] == "validate", self.workforce.look
         )
         wanted = self.recipe.calibration.count
         if self.calibration is not None and self.recipe.precision == "int8" and len(self.calibration) < wanted:
@@ -232,61 +243,9 @@ class Build:
 
     def observe(self, exported: ExportedModel, tensors: Tuple[str, ...]) -> FileRef:
         """Run the calibration samples through the FP32 model and keep the statistics."""
-        samples = self.calibration
-        if samples is None and STAGES.index("observe") > self.last:
+        if self.calibration is None and STAGES.index("observe") > self.last:
             raise _Reached
-        if samples is None:
-            raise CalibrationError("int8 needs calibration samples. Name a folder of images: --calibration FOLDER")
-        preprocessing, chosen = self.recipe.preprocessing, samples.sample_set()
-        inputs = {
-            "model": exported.file.sha256,
-            "tensors": tensors,
-            "samples": chosen.digest,
-            "preprocessing": to_data(preprocessing),
-            "tools": versions(("onnxruntime", "numpy")),
-        }
-
-        def work() -> Made:
-            from edgeres.calibrate import observe
-
-            key = _key("observe", inputs)
-            earlier, last = self.counted(key, tensors, len(samples)), time.monotonic()
-
-            def keep(statistics: Statistics) -> None:
-                nonlocal last
-                if time.monotonic() - last >= KEEP_EVERY:
-                    self.workspace.keep("observe", key, statistics.to_bytes())
-                    last = time.monotonic()
-
-            statistics = observe(
-                self.workspace.folder / files.FP32_MODEL,
-                tensors,
-                samples.after(earlier.samples if earlier else 0).batches(preprocessing, preprocessing.batch_size),
-                lambda done: self.progress.advance(done, len(samples)),
-                earlier,
-                keep,
-            )
-            self.workspace.write(files.STATISTICS, statistics.to_bytes())
-            return (
-                {"tensors": len(tensors), "samples": len(samples)},
-                (files.STATISTICS,),
-                counted(len(tensors), "tensor"),
-            )
-
-        return self.stage("observe", inputs, counted(len(samples), "sample"), work).files[0]
-
-    def counted(self, key: str, tensors: Tuple[str, ...], samples: int) -> Optional[Statistics]:
-        """Return what an interrupted observe stage with this key had counted; None: it begins from the start."""
-        from edgeres.calibrate import Statistics
-
-        content = self.workspace.kept("observe", key)
-        if content is None:
-            return None
-        try:
-            statistics = Statistics.from_bytes(content, "an interrupted calibration")
-        except CalibrationError:  # kept by another version
-            return None
-        return statistics if statistics.tensors.keys() == set(tensors) and statistics.samples <= samples else None
+        return observation.observe(self, exported, tensors)
 
     def calibrate(
         self,
@@ -544,10 +503,9 @@ class Build:
 
     def validate(self, exported: ExportedModel, model: QuantizedModel, engine: Engine) -> None:
         """Compare the engine with the FP32 model, on the validation samples or else on those of calibration."""
+        from edgeres.backends import cpu
         from edgeres.compilation import with_layers
-        from edgeres.judge import judge, known_meaning, open_file, read_reference, reference_content, run_samples
-        from edgeres.runtime.frames import Fed
-        from edgeres.runtime.loading import open_record
+        from edgeres.judge import judge, known_meaning, read_reference, reference_content
 
         samples, source = self.validation, "validation"
         if samples is None:
@@ -561,9 +519,12 @@ class Build:
         watch = self.progress.advance
         data = {"samples": chosen.digest, "preprocessing": to_data(preprocessing), "tools": versions(("onnxruntime",))}
 
+        def answers(record: Engine) -> Any:
+            content = (self.workspace.folder / record.file.path).read_bytes()
+            return self.workforce.answer(content, record, samples, preprocessing, watch)
+
         def refer() -> Made:
-            fp32 = open_file(self.workspace.folder / files.FP32_MODEL, "fp32")
-            logits = run_samples(fp32, samples, preprocessing, watch)
+            logits = answers(cpu.compile_engine(exported.file, "fp32"))
             self.workspace.write(files.REFERENCE, reference_content(logits, samples))
             return {"samples": len(samples)}, (files.REFERENCE,), f"FP32 logits of {counted(len(samples), 'sample')}"
 
@@ -586,15 +547,11 @@ class Build:
         }
 
         def work() -> Made:
-            with contextlib.closing(
-                open_record((self.workspace.folder / engine.file.path).read_bytes(), engine)
-            ) as run:
-                logits = run_samples(Fed(run, engine, preprocessing), samples, preprocessing, watch)
+            logits = answers(engine)
             content = (self.workspace.folder / files.REFERENCE).read_bytes()
             meaning = known_meaning(engine, read_reference(content, files.REFERENCE)["logits"], logits)
             if meaning is None:
-                exact = open_file(self.workspace.folder / model.file.path, model.precision)
-                meaning = run_samples(exact, samples, preprocessing, watch)
+                meaning = answers(cpu.compile_engine(model.file, model.precision))
             report = judge(content, logits, engine, (judged.max_drop, judged.policy), source, meaning)
             report = with_layers(report, self.engines)
             self.workspace.write(files.REPORT, to_json(report))
@@ -620,18 +577,20 @@ class Build:
         return report
 
 
-def _key(name: str, inputs: Dict[str, Any]) -> str:
-    return stage_key(name, {**inputs, "format": FORMAT, "edgeres": __version__})
-
-
 def build(
-    recipe: Recipe, out: Optional[Path] = None, until: str = "validate", progress: Optional[Progress] = None
+    recipe: Recipe,
+    out: Optional[Path] = None,
+    until: str = "validate",
+    progress: Optional[Progress] = None,
+    cluster: Optional[str] = None,
 ) -> Bundle:
     """Run the pipeline and return the finished bundle; an earlier bundle at ``out`` is replaced only at the very end.
 
     Args:
         out: the bundle's folder; by default ``build/<name>-<precision>``.
         until: the last stage to run, of ``STAGES``; results of later ones are kept only where they still hold.
+        cluster: who runs the samples, ``local`` or a Dask scheduler's address; None for this machine alone. The bundle
+            is the same, to the bit.
 
     Raises:
         EdgeresError: with what is wrong and what to do; the earlier bundle, if any, is whole.
@@ -642,8 +601,9 @@ def build(
     if until not in STAGES:
         raise BundleError(f"there is no stage {until!r}. The stages are {', '.join(STAGES)}")
     place = out or default_out(recipe)
-    with Workspace(place) as workspace:
-        job = Build(recipe, workspace, until, progress or Progress())
+    progress = progress or Progress()
+    with hired(cluster, progress.warn) as workforce, Workspace(place) as workspace:
+        job = Build(recipe, workspace, until, progress, workforce)
         job.open_samples()
         with contextlib.suppress(_Reached):
             job.hygiene()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 from edgeres.errors import MissingPackageError, RecipeError, SampleError
 from edgeres.files import LARGEST_WEIGHTS
@@ -13,6 +13,8 @@ from edgeres.preprocess import problems as preprocessing_problems
 from edgeres.recipe import Recipe, locate
 from edgeres.samples import Samples, open_samples
 from edgeres.targets import resolve
+
+Look = Callable[[Samples], List[str]]
 
 SHOWN = 5  # broken images named one by one; the rest are counted
 
@@ -57,7 +59,7 @@ def require_backend(recipe: Recipe) -> None:
 
 
 def open_inputs(
-    recipe: Recipe, calibrates: bool = True, judges: bool = True
+    recipe: Recipe, calibrates: bool = True, judges: bool = True, look: Look = Samples.check
 ) -> Tuple[Optional[Samples], Optional[Samples]]:
     """Return the calibration and the validation samples of a recipe, or refuse the recipe.
 
@@ -67,6 +69,7 @@ def open_inputs(
     Args:
         calibrates: whether the calibration stage will be reached.
         judges: whether the validation stage will be.
+        look: says of every sample that cannot be read what is wrong with it.
 
     Raises:
         RecipeError: with everything that is wrong with files, folders, images and sizes.
@@ -78,11 +81,11 @@ def open_inputs(
     calibration = validation = None
     later: List[str] = []
     if plan.samples is not None and (recipe.precision == "int8" or judged.samples is None):
-        calibration = _open("calibration", plan.samples, plan.count, problems if calibrates else later)
+        calibration = _open("calibration", plan.samples, plan.count, look, problems if calibrates else later)
     elif recipe.precision == "int8" and calibrates:
         problems.append("calibration.samples: int8 needs a folder of images to calibrate on: --calibration FOLDER")
     if judged.samples is not None:
-        validation = _open("validation", judged.samples, None, problems if judges else later)
+        validation = _open("validation", judged.samples, None, look, problems if judges else later)
         if validation is not None:
             problems.extend(label_problems(validation, recipe.model.num_classes))
     if problems:
@@ -115,11 +118,11 @@ def _unreadable(path: Path) -> List[str]:
     return []
 
 
-def _open(section: str, source: str, count: Optional[int], problems: List[str]) -> Optional[Samples]:
+def _open(section: str, source: str, count: Optional[int], look: Look, problems: List[str]) -> Optional[Samples]:
     """Return samples whose every file can be opened; add what is wrong to ``problems``."""
     try:
         samples = open_samples(locate(source), count=count, labelled=section == "validation")
-        broken = samples.check()
+        broken = look(samples)
     except SampleError as problem:
         problems.append(f"{section}.samples: {problem}")
         return None

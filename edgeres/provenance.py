@@ -26,9 +26,19 @@ def versions(packages: Tuple[str, ...] = PACKAGES) -> Dict[str, str]:
     return {package: number for package, number in found.items() if number is not None}
 
 
+_share: Optional[int] = None
+
+
 def cores() -> int:
     """Return on how many cores this process may run, which a container or taskset may make fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return found if _share is None else min(found, _share)
+
+
+def share_cores(count: int) -> None:
+    """Let this process take no more cores than that: a worker of a cluster has a share of its machine."""
+    global _share
+    _share = max(1, count)
 
 
 def provenance(recipe_folder: Path) -> Dict[str, Any]:

@@ -46,7 +46,9 @@ class Reproduction(NamedTuple):
         return all(word == "same" for word in self.files.values())
 
 
-def reproduce(bundle: Path, recipe: Recipe, progress: Optional[Progress] = None) -> Reproduction:
+def reproduce(
+    bundle: Path, recipe: Recipe, progress: Optional[Progress] = None, cluster: Optional[str] = None
+) -> Reproduction:
     """Build a recipe anew beside a bundle, compare, and remove what was built; the bundle itself is only read.
 
     It is built as far as the bundle was, in a new folder that nobody else can write to: nothing that lies beside the
@@ -68,7 +70,7 @@ def reproduce(bundle: Path, recipe: Recipe, progress: Optional[Progress] = None)
         ) from None
     with aside, _locked(aside.name):
         again = Path(aside.name) / place.name
-        build(recipe, again, until, progress)
+        build(recipe, again, until, progress, cluster)
         after = verify(again)
     files, others = _files(before, after)
     return Reproduction(

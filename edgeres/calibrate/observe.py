@@ -24,7 +24,7 @@ PARTS = 4  # at most: to count another part costs two or three milliseconds more
 
 
 def observe(
-    model: Path,
+    model: Path | bytes,
     tensors: Iterable[str],
     batches: Iterable[np.ndarray],
     progress: Callable[[int], None] = lambda done: None,
@@ -34,7 +34,7 @@ def observe(
     """Return the statistics of ``tensors`` over all batches, from one pass, in memory that does not grow with it.
 
     Args:
-        model: the FP32 ONNX.
+        model: the FP32 ONNX, or its path.
         tensors: names of the network's input or of any activation in the graph.
         batches: float32 ``(n, 3, h, w)`` each, normalized.
         progress: called with the number of samples done so far.
@@ -96,18 +96,18 @@ def _count(session: ort.InferenceSession, exposed: list[str], batch: np.ndarray,
         statistics.update(arrays, len(arrays[name]))
 
 
-def _exposing_session(path: Path, names: list[str], callers: int) -> tuple[ort.InferenceSession, list[str]]:
+def _exposing_session(place: Path | bytes, names: list[str], callers: int) -> tuple[ort.InferenceSession, list[str]]:
     """Return a session with the wanted activations among its outputs, and their names in graph order, less the input.
 
     Cores that no part of a batch would keep busy, ``callers`` being run at a time, help these.
     """
-    content = path.read_bytes()
+    content, where = (place, "the model") if isinstance(place, bytes) else (place.read_bytes(), place.name)
     model = onnx.load_model_from_string(content)
     inputs = [value.name for value in model.graph.input]
     made = [output for node in model.graph.node for output in node.output if output]
     missing = [name for name in names if name not in (*inputs, *made)]
     if missing:
-        raise CalibrationError(f"{path.name} has no tensor named {missing[0]!r}: the plan belongs to another model")
+        raise CalibrationError(f"{where} has no tensor named {missing[0]!r}: the plan belongs to another model")
     exposed = [name for name in made if name in names]
     known = {value.name for value in model.graph.output}
     more = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in exposed if name not in known]
@@ -118,11 +118,11 @@ def _exposing_session(path: Path, names: list[str], callers: int) -> tuple[ort.I
     options.log_severity_level = 4  # what fails is told by the exception
     options.enable_mem_pattern = False  # which takes one block for a whole run: a third more memory, and no faster
     options.add_session_config_entry("session.force_spinning_stop", "1")  # its cores are needed for counting
-    if callers > 1:  # a single caller gets as many threads as ONNX Runtime thinks best
+    if callers > 1 or cores() == 1:  # a single caller gets as many threads as ONNX Runtime thinks best
         options.intra_op_num_threads = cores() - callers + 1
     try:
         session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
         reason = first_line(problem)
-        raise CalibrationError(f"onnxruntime does not accept {path.name}: {reason}. Export it again.") from problem
+        raise CalibrationError(f"onnxruntime does not accept {where}: {reason}. Export it again.") from problem
     return session, exposed

@@ -7,7 +7,7 @@ import json
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Deque, Dict, Generator, List, Optional, Protocol, Sequence, Tuple, TypeVar
+from typing import Any, Callable, Deque, Dict, Generator, List, Mapping, Optional, Protocol, Sequence, Tuple, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,10 @@ class Source(Protocol):
 
     def problem(self, index: int) -> Optional[str]:
         """Return what is wrong with a sample, in a sentence, or None."""
+
+    def part(self, indices: Sequence[int], sha256: Mapping[int, str]) -> Source:
+        """Return some of the samples without labels, small enough to be sent; those whose hash is told are held
+        against it when they are read."""
 
 
 class Samples:
@@ -123,6 +127,16 @@ class Samples:
     def after(self, count: int) -> Samples:
         """Return these samples without the first ``count``, in the same order; none if there are no more."""
         return Samples(self.source, self._content, self._taken[count:], self._hashes)
+
+    def part(self, start: int, stop: int) -> Samples:
+        """Return the samples from one position to another, by themselves, to be sent to another process: without
+        labels. Where hashes are known, reading another content than that is an error there."""
+        taken = self._taken[start:stop]
+        return Samples(self.source, self._content.part(taken, self._hashes))
+
+    def learn(self, start: int, hashes: Sequence[str]) -> None:
+        """Take the hashes of the samples from a position on from somebody who has read them."""
+        self._hashes.update(zip(self._taken[start : start + len(hashes)], hashes))
 
     def sha256(self, threads: Optional[int] = None) -> Tuple[str, ...]:
         """Return one hash (64 hex digits) per sample: of a file's bytes, or of a frame's shape and bytes.

@@ -7,20 +7,19 @@ import io
 import os
 import stat
 from pathlib import Path
-from typing import Iterator, Optional, Tuple
+from typing import BinaryIO, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from edgeres.errors import SampleError
-from edgeres.files import sha256_file
-from edgeres.samples.listing import MOST_PIXELS, Listing
+from edgeres.files import sha256_bytes, sha256_file
+from edgeres.samples.listing import LARGEST_FILE, MOST_PIXELS, Listing, Place
 
 FULL_SCALE = 65535
 LOSSLESS = 64  # pixels: a frame no larger is a few kB as it is, and JPEG would smear what little it has
 # Which format it is, is not left to Pillow alone: some of its others run a program (EPS: Ghostscript).
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
-LARGEST_FILE = 1 << 30  # bytes: the most pixels take half of it with 64 bits each
 LARGEST_GIF = 1 << 26  # bytes: Pillow looks for the first picture byte by byte
 QUALITY = 80  # of a JPEG; 160 pixels of a photograph take some 5 kB
 
@@ -28,11 +27,20 @@ QUALITY = 80  # of a JPEG; 160 pixels of a photograph take some 5 kB
 class ImageSource:
     """Frames of image files."""
 
-    def __init__(self, listing: Listing) -> None:
+    def __init__(self, listing: Listing, known: Optional[Dict[int, str]] = None) -> None:
+        """``known`` are hashes of files that must be the same when they are decoded."""
         self.names = listing.names
         self.labels = listing.labels
         self.classes = listing.classes
         self._paths = listing.paths
+        self._known = known or {}
+
+    def part(self, indices: Sequence[int], sha256: Mapping[int, str]) -> ImageSource:
+        """Return some of the files, without labels; those whose hash is told must be the same when they are decoded."""
+        paths = tuple(self._paths[index] for index in indices)
+        names = tuple(self.names[index] for index in indices)
+        known = {place: sha256[index] for place, index in enumerate(indices) if index in sha256}
+        return ImageSource(Listing(paths, names, None, None), known)
 
     def frame(self, index: int) -> np.ndarray:
         """Return uint8 (H, W, 3), RGB.
@@ -59,7 +67,7 @@ class ImageSource:
     def _decoded(self, index: int, side: Optional[int]) -> np.ndarray:
         path = self._paths[index]
         try:
-            with _opened(path) as image:
+            with _opened(path, self._known.get(index)) as image:
                 if side is not None and image.format == "JPEG":
                     image.draft(None, (side, side))  # None: the mode stays
                 return _rgb(image)
@@ -76,9 +84,10 @@ class ImageSource:
             SampleError: the file cannot be read.
         """
         try:
-            return sha256_file(self._paths[index])
-        except OSError as problem:
-            raise SampleError(f"cannot read {self._paths[index]}: {_words(problem)}. Repair or remove it.") from None
+            path = self._paths[index]
+            return sha256_file(path) if isinstance(path, Path) else sha256_bytes(path.read())
+        except (OSError, SampleError) as problem:
+            raise SampleError(f"cannot read {path}: {_words(problem)}. Repair or remove it.") from None
 
     def problem(self, index: int) -> Optional[str]:
         """Return what is wrong with a file, in a sentence, or None.
@@ -118,23 +127,42 @@ def encoded(frame: np.ndarray, side: int) -> Tuple[bytes, str, Tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image of which nothing is decoded yet, and whose file and size are no larger than an image's."""
-    # Opening a pipe or a device may wait for ever, or never come to an end.
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise SampleError("it is not an ordinary file")
-    with open(path, "rb") as stream:
+def _opened(path: Place, known: Optional[str] = None) -> Iterator[Image.Image]:
+    """Open an image of which nothing is decoded yet, and whose file and size are no larger than an image's.
+
+    Where its hash is known, what is decoded are the very bytes that have it.
+    """
+    with _stream(path) as (stream, size):
         largest = LARGEST_GIF if stream.read(3) == b"GIF" else LARGEST_FILE
-        if status.st_size > largest:
-            raise SampleError(f"it has {status.st_size:,} bytes, more than {largest:,}")
+        if size > largest:
+            raise SampleError(f"it has {size:,} bytes, more than {largest:,}")
         stream.seek(0)
+        if known is not None:
+            content = stream.read(largest + 1)
+            if sha256_bytes(content) != known:
+                raise SampleError("it is another file than the one of this name that was looked at before the work")
+            stream = io.BytesIO(content)
         with Image.open(stream, formats=FORMATS) as image:
             if image.width * image.height > _most_pixels():
                 raise SampleError(
                     f"{image.width} x {image.height} pixels are more than the limit of {_most_pixels():,}"
                 )
             yield image
+
+
+@contextlib.contextmanager
+def _stream(path: Place) -> Iterator[Tuple[BinaryIO, int]]:
+    """Yield a sample's bytes as a stream, and how many there are."""
+    if not isinstance(path, Path):
+        content = path.read()
+        yield io.BytesIO(content), len(content)
+        return
+    # Opening a pipe or a device may wait for ever, or never come to an end.
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise SampleError("it is not an ordinary file")
+    with open(path, "rb") as stream:
+        yield stream, status.st_size
 
 
 def _most_pixels() -> int:

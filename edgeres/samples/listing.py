@@ -6,7 +6,7 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import FrozenSet, Iterator, List, NamedTuple, Optional, Tuple
+from typing import FrozenSet, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 
@@ -19,6 +19,7 @@ LARGEST_LIST = 1 << 28  # bytes: 128 for each of the most samples
 LONGEST_LINE = 1 << 13  # characters: a path that Linux opens has 4,096 bytes at most, and a label stands behind it
 MOST_SAMPLES = 1 << 21  # ImageNet has 1.3 million to train on
 MOST_PIXELS = LARGEST_SIDE**2  # of a frame: 67 million, more than the cameras of robots have
+LARGEST_FILE = 1 << 30  # bytes of an image: the most pixels take half of it with 64 bits each
 MOST_ENTRIES = 1 << 22  # files and folders, looked at one by one
 MOST_LINKS = 1 << 15  # folders reached by a link: few links into one another make paths without end
 DEEPEST = 64  # folders within folders
@@ -30,10 +31,37 @@ SHOWN = 10
 LABELLED_LINE = re.compile(r"(?P<path>.*[^\s,])(?:\s*,\s*|\s+)(?P<label>[^\s,]+)")
 
 
+class Piece(NamedTuple):
+    """An image that is no file by itself: ``size`` bytes from ``offset`` on of ``file``, which is a tar or an object of
+    a store; its path or its URL."""
+
+    file: str
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.file}" if self.name else self.file
+
+    def read(self) -> bytes:
+        """Return its bytes.
+
+        Raises:
+            SampleError: they cannot be read, or are too many.
+        """
+        from edgeres.samples.stores import read_piece
+
+        return read_piece(self.file, self.offset, self.size)
+
+
+Place = Union[Path, Piece]
+"""Where an image is."""
+
+
 class Listing(NamedTuple):
     """Image files in order. ``names`` say which file it is, without the machine's own folders where possible."""
 
-    paths: Tuple[Path, ...]
+    paths: Tuple[Place, ...]
     names: Tuple[str, ...]
     labels: Optional[np.ndarray]
     """int64 (N,), or None."""

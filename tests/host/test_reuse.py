@@ -100,7 +100,7 @@ def test_an_interrupted_calibration_goes_on_and_comes_to_the_same_bytes(
         make()
         whole = (tmp_path / "bundle/statistics.npz").read_bytes()
         shutil.rmtree(tmp_path / "bundle")
-        patch.setattr("edgeres.pipeline.KEEP_EVERY", 0.0)
+        patch.setattr("edgeres.observation.KEEP_EVERY", 0.0)
         reached = 0
         for after in data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=3).map(sorted)):
             watcher = Interrupter(after)
@@ -119,7 +119,7 @@ def test_what_other_samples_had_reached_is_not_gone_on_from(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgeres.artifacts.Preprocessing.batch_size", property(lambda self: 4))
-    monkeypatch.setattr("edgeres.pipeline.KEEP_EVERY", 0.0)
+    monkeypatch.setattr("edgeres.observation.KEEP_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         make(progress=Interrupter(8))
     next((tmp_path / "calibration/0").iterdir()).unlink()
@@ -132,7 +132,7 @@ def test_a_damaged_rest_of_an_interrupted_calibration_is_left_alone(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgeres.artifacts.Preprocessing.batch_size", property(lambda self: 5))
-    monkeypatch.setattr("edgeres.pipeline.KEEP_EVERY", 0.0)
+    monkeypatch.setattr("edgeres.observation.KEEP_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         make(progress=Interrupter(10))
     partial = tmp_path / ".bundle.work/.stages/observe.partial"

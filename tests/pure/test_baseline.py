@@ -186,7 +186,7 @@ def test_a_builds_report_is_a_baseline_on_the_same_labels_alone(
     built = judge(reference_content(RIGHT, samples), RIGHT, engine.record, (50.0, "ci"))
     monkeypatch.setattr("edgeres.judge.load_with", lambda *told: (engine, {files.FP32_MODEL: b""}))
     monkeypatch.setattr("edgeres.judge.open_record", lambda *told: engine)
-    monkeypatch.setattr("edgeres.judge.run_samples", lambda *told: RIGHT)
+    monkeypatch.setattr("edgeres.workforce.run_samples", lambda *told: RIGHT)
 
     def against(place: Path) -> Report:
         return validate_bundle("net", place, max_drop=50.0, baseline=built)

@@ -28,6 +28,7 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
     "jinja2": ("page/render.py",),
     "cryptography": ("keys.py",),
     "markupsafe": ("page/render.py",),  # jinja2's own: text that is HTML already
+    "distributed": ("cluster.py",),  # Dask: the passes over the samples on many machines, where they are asked for
     "google": ("export/",),  # protobuf, for the error of a damaged ONNX file
     "onnx": ("export/", "calibrate/", "quantize/"),
     "onnxruntime": ("calibrate/", "export/", "backends/cpu/", "backends/cpu.py"),
@@ -70,6 +71,9 @@ HEAVY = {
     "pydantic",
     "cv2",
     "cryptography",
+    "distributed",
+    "dask",
+    "fsspec",
 }
 
 
@@ -249,6 +253,7 @@ BREACHES = {
     "pytest elsewhere": ("cli.py", "import pytest"),
     "click elsewhere": ("terminal.py", "import click"),
     "rich elsewhere": ("cli.py", "from rich.table import Table"),
+    "dask elsewhere": ("shards.py", "from distributed import Client"),
     "pillow elsewhere": ("samples/__init__.py", "from PIL import Image"),
     "numpy in the pipeline": ("pipeline.py", "import numpy"),
     "late, in the right room": ("export/__init__.py", "def export():\n    import torch"),

@@ -1,0 +1,389 @@
+"""With a cluster: a build's or a validation's passes over the samples, run by Dask's workers, to the bit as here alone.
+
+The only place where Dask is spoken. Shards go out a few ahead of what has come back, results come back in the shards'
+order, and each counts once: a shard whose worker died is done again by another.
+
+What goes over the wire are pickles of Dask's, both ways: whoever can reach the scheduler can run code on its workers
+and here. SECURITY.md says what follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import re
+import time
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+
+import numpy as np
+from distributed import Client, Future, KilledWorker, LocalCluster, Security, WorkerPlugin, get_worker
+
+from edgeres import shards
+from edgeres.artifacts import Engine, Preprocessing
+from edgeres.backends import Runner
+from edgeres.errors import ClusterError, EdgeresError, SampleError, first_line, numbered
+from edgeres.files import sha256_bytes
+from edgeres.provenance import cores, share_cores
+from edgeres.samples import Samples
+from edgeres.workforce import Alone, Observation, Watch
+
+if TYPE_CHECKING:
+    from edgeres.calibrate import Statistics
+
+ADDRESS = re.compile(r"(tcp|tls|ws|wss)://[^\s/]+:[0-9]+/?")
+LOCAL = re.compile(r"local(:([1-9][0-9]{0,2}))?")
+CONNECT = 20.0  # seconds to wait for the scheduler
+PATIENCE = 60.0  # seconds to wait for a first worker, and for another one where all were lost
+TICK = 0.5  # seconds between looks at the workers, and at a Ctrl-C
+RETRIES = 2  # of a shard that failed without a word of ours: a store that answers the third time has answered
+AHEAD = 3  # shards for each worker that are out, or back before their turn
+SHARDS = 8  # for each worker at least, so that the last ones end together
+MOST = 1024  # samples of a shard: what a death costs, and of how many frames a message is
+LOOKED_AT = 256  # samples of a shard that are only read
+
+
+class Models(WorkerPlugin):  # type: ignore[misc]
+    """Brings a model to each worker once, also to one that comes later or is started anew."""
+
+    def __init__(self, name: str, content: bytes) -> None:
+        self.name = name
+        self._key, self._content = name, content
+
+    def setup(self, worker: Any) -> None:
+        shards.MODELS[self._key] = self._content
+
+    def teardown(self, worker: Any) -> None:
+        shards.MODELS.pop(self._key, None)
+        shards.probed.cache_clear()
+
+
+def on_worker(work: Callable[..., Any], facts: Dict[str, str], *arguments: Any) -> Any:
+    """Do a piece of work here, on a worker, if it is like the client; errors of ours say where they come from."""
+    worker = get_worker()
+    share_cores(worker.state.nthreads)
+    try:
+        unlike = difference(facts, shards.facts())
+        if unlike:
+            raise ClusterError(unlike)
+        if arguments and isinstance(arguments[0], shards.Work):
+            shards.check_probe(arguments[0])
+        return work(*arguments)
+    except EdgeresError as problem:
+        problem.args = (f"worker {worker.address}: {problem}",)
+        raise
+
+
+def difference(here: Dict[str, str], there: Dict[str, str]) -> str:
+    """Return in what a worker is not as this machine is, in words; nothing where it is."""
+    return ", ".join(
+        f"{name} is {there.get(name)} there and {here[name]} here" for name in here if there.get(name) != here[name]
+    )
+
+
+@contextlib.contextmanager
+def joined(address: str, warn: Callable[[str], None]) -> Iterator[Cluster]:
+    """Yield a cluster whose workers are all like this machine; nothing of ours is left there afterwards.
+
+    Args:
+        address: of a Dask scheduler; or ``local``, a worker for each core of this machine; or ``local:4``.
+
+    Raises:
+        ClusterError: it does not answer, has no workers, or a worker has other versions than this machine.
+    """
+    with contextlib.ExitStack() as held:
+        client = held.enter_context(_started(address) if LOCAL.fullmatch(address) else _connected(address))
+        cluster = Cluster(client, address, warn)
+        cluster.check_alike()
+        held.callback(cluster.leave)
+        yield cluster
+
+
+@contextlib.contextmanager
+def _started(address: str) -> Iterator[Client]:
+    """Start workers on this machine, which end with this process; nobody else can give them orders."""
+    found = LOCAL.fullmatch(address)
+    workers = int(found[2]) if found and found[2] else cores()
+    with LocalCluster(
+        n_workers=workers,
+        threads_per_worker=max(1, cores() // workers),
+        dashboard_address=None,
+        silence_logs=logging.CRITICAL,  # what goes wrong is told by our own words
+        security=Security.temporary(),  # or any user of this machine could connect, and run code as this one
+    ) as cluster, Client(cluster, timeout=CONNECT) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _connected(address: str) -> Iterator[Client]:
+    if not ADDRESS.fullmatch(address):
+        raise ClusterError(
+            f"{address!r} is no cluster. Name a Dask scheduler (tcp://HOST:8786, tls://HOST:8786), or local, or local:4"
+        )
+    try:
+        client = Client(address, timeout=CONNECT)
+    except (OSError, ValueError, RuntimeError, TypeError) as problem:  # as many kinds as there are ways to fail
+        raise ClusterError(
+            f"no Dask scheduler answers at {address} within {CONNECT:.0f} s ({first_line(problem)}). Start one: "
+            "dask scheduler; and workers: dask worker ADDRESS"
+        ) from None
+    with client:
+        yield client
+
+
+class Cluster:
+    """Dask's workers, as a :class:`edgeres.workforce.Workforce`.
+
+    ``received`` counts the bytes of results, and ``shards`` how many came, for whoever measures.
+    """
+
+    def __init__(self, client: Client, address: str, warn: Callable[[str], None]) -> None:
+        self._client, self._address, self._warn = client, address, warn
+        self._alone = Alone()
+        self._known: Set[str] = set()  # addresses of workers that were there at the last look
+        self._sent: List[str] = []
+        self._empty_since: Optional[float] = None
+        self._looked = 0.0
+        self.received = self.shards = 0
+
+    def leave(self) -> None:
+        """Take back what the workers were sent."""
+        for name in self._sent:
+            with contextlib.suppress(Exception):  # a cluster that is gone holds nothing
+                self._client.unregister_worker_plugin(name)
+        self._sent = []
+
+    # ---- who is there
+
+    def check_alike(self) -> None:
+        """Wait for a worker, and refuse workers that are not as this machine is: their results might differ.
+
+        Raises:
+            ClusterError: naming every such worker, and in what it differs.
+        """
+        try:
+            self._client.wait_for_workers(1, timeout=PATIENCE)
+        except TimeoutError:
+            raise ClusterError(self._nobody("has no worker")) from None
+        here = shards.facts()
+        problems = [
+            f"worker {worker} {difference(here, told)}" if isinstance(told, dict) else f"worker {worker}: {told}"
+            for worker, told in self._everywhere(shards.facts)
+            if not isinstance(told, dict) or difference(here, told)
+        ]
+        if problems:
+            raise ClusterError(
+                numbered(
+                    f"the cluster at {self._address} is not like this machine, and might not give the same bits",
+                    problems,
+                )
+                + "\nInstall the very same there: pip install 'edgeres[cluster]' in the versions that are here"
+            )
+        self._attend()
+
+    def _everywhere(self, work: Callable[..., Any], *arguments: Any) -> List[Tuple[str, Any]]:
+        """Return what each worker answers, or in words why it does not, by address; in the addresses' order."""
+        try:
+            found = self._client.run(work, *arguments, on_error="return")
+        except EdgeresError:
+            raise
+        except Exception as problem:  # a worker that has no edgeres fails in the middle of Dask
+            raise ClusterError(
+                f"a worker of {self._address} cannot run edgeres: {first_line(problem)}. Install it there, in the "
+                "version that is here: pip install 'edgeres[cluster]'"
+            ) from None
+        told = [(worker, first_line(x) if isinstance(x, BaseException) else x) for worker, x in found.items()]
+        return sorted(told, key=lambda one: one[0])
+
+    def _attend(self) -> None:
+        """Look who is there; say who was lost, and give up where nobody is left.
+
+        Raises:
+            ClusterError: no worker has been there for a minute, or the scheduler is gone.
+        """
+        now = time.monotonic()
+        if now - self._looked < TICK:
+            return
+        self._looked = now
+        try:
+            there = set(self._client.scheduler_info()["workers"])
+        except Exception as problem:  # as many kinds as there are ways to lose a connection
+            raise ClusterError(
+                f"the scheduler at {self._address} does not answer any more ({first_line(problem)}). Start it again, "
+                "and the command: what is finished is kept"
+            ) from None
+        for lost in sorted(self._known - there):
+            self._warn(f"worker {lost} was lost; others do its shards again")
+        self._known = there
+        if there:
+            self._empty_since = None
+        elif self._empty_since is None:
+            self._empty_since = now
+        elif now - self._empty_since > PATIENCE:
+            raise ClusterError(self._nobody("has lost all its workers"))
+
+    def _nobody(self, what: str) -> str:
+        return (
+            f"the cluster at {self._address} {what}, and none came within {PATIENCE:.0f} s. Start some: dask worker "
+            "ADDRESS --nthreads 4; and the command again: what is finished is kept"
+        )
+
+    # ---- what they do
+
+    def look(self, samples: Samples) -> List[str]:
+        """Have every sample read and hashed by the workers; return what is wrong.
+
+        Raises:
+            ClusterError: a worker cannot read the first sample, or finds another one there.
+        """
+        self._check_reach(samples)
+        problems: List[str] = []
+        for (start, _), (wrong, hashes) in self._in_order(
+            shards.look, (), samples, self._cut(0, len(samples), 1, LOOKED_AT)
+        ):
+            problems += wrong
+            samples.learn(start, hashes)
+        return problems
+
+    def _check_reach(self, samples: Samples) -> None:
+        try:
+            here = shards.first(samples)
+        except SampleError:
+            return  # no worker's fault: it is told with all other samples that cannot be read
+        problems = []
+        for worker, told in self._everywhere(shards.first, samples.part(0, 1)):
+            if isinstance(told, str):
+                problems.append(f"worker {worker}: {told}")
+            elif tuple(told) != here:
+                what = "another file" if told[0] != here[0] else "other pixels of the same file"
+                problems.append(f"worker {worker} finds {what} as {samples.names[0]}")
+        if problems:
+            raise ClusterError(
+                numbered(f"workers cannot read {samples.source} as this machine does", problems)
+                + "\nPut it where all of them find it under the same path, or into an object store"
+            )
+
+    def observe(
+        self,
+        wanted: Observation,
+        samples: Samples,
+        watch: Watch,
+        earlier: Optional[Statistics],
+        keep: Callable[[Statistics], None],
+    ) -> Statistics:
+        from edgeres.calibrate import Statistics
+
+        statistics = Statistics.empty(wanted.tensors)
+        if earlier is not None:
+            statistics.merge(earlier)
+        content = wanted.model.read_bytes()
+        work = self._work(content, shards.Work(sha256_bytes(content), wanted.preprocessing, wanted.tensors))
+        cuts = self._cut(statistics.samples, len(samples), wanted.preprocessing.batch_size, MOST)
+        for (start, stop), result in self._in_order(shards.count, (work,), samples, cuts):
+            found = Statistics.from_bytes(result, f"what came back of samples {start} to {stop}")
+            if found.samples != stop - start:
+                raise ClusterError(
+                    f"a worker counted {found.samples} samples, not {stop - start}. This is a bug in edgeres"
+                )
+            statistics.merge(found)
+            keep(statistics)
+            watch(statistics.samples, len(samples))
+        return statistics
+
+    def answer(
+        self,
+        content: bytes,
+        record: Engine,
+        samples: Samples,
+        preprocessing: Preprocessing,
+        watch: Watch,
+        run: Optional[Runner] = None,
+    ) -> np.ndarray:
+        if record.backend != "cpu":  # an engine for the GPU that it was made for
+            return self._alone.answer(content, record, samples, preprocessing, watch, run)
+        work = self._work(content, shards.Work(sha256_bytes(content), preprocessing, (), record))
+        logits = np.empty((0, 0), np.float32)
+        cuts = self._cut(0, len(samples), preprocessing.batch_size, MOST)
+        for (start, stop), found in self._in_order(shards.answer, (work,), samples, cuts):
+            if not start:
+                logits = np.empty((len(samples), *found.shape[1:]), np.float32)
+            if found.dtype != np.float32 or found.shape != (stop - start, *logits.shape[1:]):
+                raise ClusterError(f"a worker answered {found.dtype} {found.shape} to {stop - start} samples")
+            logits[start:stop] = found
+            watch(stop, len(samples))
+        return logits
+
+    def _work(self, content: bytes, work: shards.Work) -> shards.Work:
+        """Send a model to all workers, and return the work with what this machine computes of noise.
+
+        Raises:
+            ClusterError: a worker computes something else.
+        """
+        shards.MODELS[work.model] = content
+        try:
+            work = work._replace(probe=shards.probed(work))
+        finally:
+            shards.MODELS.pop(work.model, None)
+        if work.model not in self._sent:
+            self._client.register_plugin(Models(work.model, content), name=work.model)
+            self._sent.append(work.model)
+        refused = [f"worker {worker}: {told}" for worker, told in self._everywhere(shards.check_probe, work) if told]
+        if refused:
+            raise ClusterError(numbered(f"the cluster at {self._address} would not give the same bits", refused))
+        return work
+
+    def _cut(self, start: int, total: int, batch: int, most: int) -> List[Tuple[int, int]]:
+        """Return shards: some for each worker, but none larger than ``most`` samples."""
+        shares = SHARDS * max(1, len(self._known))
+        return shards.cut(start, total, batch, min(most, -(-(total - start) // shares)))
+
+    def _in_order(
+        self, work: Callable[..., Any], arguments: Tuple[Any, ...], samples: Samples, cuts: Sequence[Tuple[int, int]]
+    ) -> Iterator[Tuple[Tuple[int, int], Any]]:
+        """Yield each shard and its result, in order. No more than a few for each worker are out or wait for their turn,
+        so that neither frames on their way out nor results on their way back fill a memory."""
+        arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+        out: Dict[int, Future] = {}
+        back: Dict[int, Any] = {}
+        begun = 0
+        try:
+            for position, shard in enumerate(cuts):
+                while position not in back:
+                    while begun < min(len(cuts), position + AHEAD * max(1, len(self._known))):
+                        out[begun] = self._client.submit(
+                            on_worker, work, shards.facts(), *arguments, samples.part(*cuts[begun]),
+                            pure=False, retries=RETRIES, priority=-begun,
+                        )  # fmt: skip
+                        out[begun].add_done_callback(lambda _, place=begun: arrived.put(place))
+                        begun += 1
+                    with contextlib.suppress(queue.Empty):
+                        place = arrived.get(timeout=TICK)
+                        back[place] = self._result(out[place])
+                        del out[place]
+                    self._attend()
+                result = back.pop(position)
+                self.shards += 1
+                self.received += len(result) if isinstance(result, bytes) else getattr(result, "nbytes", 0)
+                yield shard, result
+        finally:
+            with contextlib.suppress(Exception):  # of a scheduler that is gone there is nothing to take back
+                self._client.cancel(list(out.values()), force=True)
+
+    def _result(self, future: Future) -> Any:
+        """Return what a shard gave, which may be on a worker that dies just now, and is then computed again."""
+        if future.status == "cancelled":
+            raise ClusterError(
+                f"the scheduler at {self._address} has dropped the work: it was started anew, or the connection was "
+                "lost. Start the command again: what is finished is kept"
+            )
+        while True:
+            try:
+                return future.result(timeout=PATIENCE)
+            except TimeoutError:
+                self._attend()
+            except KilledWorker as problem:
+                raise ClusterError(
+                    f"{problem.allowed_failures + 1} workers died over the same samples, the last one was "
+                    f"{problem.last_worker.address}: they may be short of memory, and their own logs tell. Give them "
+                    "more, or fewer to a machine"
+                ) from None
