@@ -677,7 +677,9 @@ def _report_json(report: Report) -> Dict[str, Any]:
 
 
 def _absolute(path: Optional[str]) -> Optional[str]:
-    return None if path is None else str(Path(path).absolute())
+    from edgeres.files import is_url
+
+    return path if path is None or is_url(path) else str(Path(path).absolute())
 
 
 def _print_json(data: Any) -> None:

@@ -16,6 +16,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
+import dask.config
 import numpy as np
 from distributed import Client, Future, KilledWorker, LocalCluster, Security, WorkerPlugin, get_worker
 
@@ -55,7 +56,6 @@ class Models(WorkerPlugin):  # type: ignore[misc]
 
     def teardown(self, worker: Any) -> None:
         shards.MODELS.pop(self._key, None)
-        shards.probed.cache_clear()
 
 
 def on_worker(work: Callable[..., Any], facts: Dict[str, str], *arguments: Any) -> Any:
@@ -104,10 +104,13 @@ def _started(address: str) -> Iterator[Client]:
     """Start workers on this machine, which end with this process; nobody else can give them orders."""
     found = LOCAL.fullmatch(address)
     workers = int(found[2]) if found and found[2] else cores()
-    with LocalCluster(
+    # Pages about the work, on ports that anybody may read, are left out.
+    quiet: Dict[str, List[str]] = {"distributed.scheduler.http.routes": [], "distributed.worker.http.routes": []}
+    with dask.config.set(quiet), LocalCluster(
         n_workers=workers,
         threads_per_worker=max(1, cores() // workers),
         dashboard_address=None,
+        scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # else a port that another cluster may have already
         silence_logs=logging.CRITICAL,  # what goes wrong is told by our own words
         security=Security.temporary(),  # or any user of this machine could connect, and run code as this one
     ) as cluster, Client(cluster, timeout=CONNECT) as client:

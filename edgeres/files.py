@@ -42,6 +42,11 @@ TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{16}")
 """The name of a file that :func:`write_atomic` has not finished; the group is what it is to become."""
 
 
+def is_url(source: str) -> bool:
+    """Return whether a source of samples is named by a URL, and not by a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(//|:)", source) is not None
+
+
 def model_file(precision: str) -> str:
     """Return the name of the ONNX file that holds the model in ``precision``."""
     return f"model.{precision}.onnx"

@@ -20,7 +20,7 @@ from edgeres.artifacts import Engine, Manifest, Report, from_data, from_json, su
 from edgeres.backends import Runner
 from edgeres.bundle import read_listed
 from edgeres.errors import BundleError, SampleError, first_line, numbered
-from edgeres.recipe import ValidationSection, locate
+from edgeres.recipe import ValidationSection, place_of
 from edgeres.runtime.loading import load_with
 from edgeres.samples import Samples, open_samples, samples_from_arrays
 from edgeres.signatures import Keys
@@ -317,4 +317,4 @@ def _samples(
     source = os.fspath(images) if images is not None else manifest.recipe.get("validation", {}).get("samples")
     if source is None:
         raise SampleError("this bundle was built without validation samples. Name some: --validation FOLDER")
-    return open_samples(locate(source), labelled=True)
+    return open_samples(place_of(source), labelled=True)

@@ -10,7 +10,7 @@ from typing import Callable, List, Optional, Tuple
 from edgeres.errors import MissingPackageError, RecipeError, SampleError
 from edgeres.files import LARGEST_WEIGHTS
 from edgeres.preprocess import problems as preprocessing_problems
-from edgeres.recipe import Recipe, locate
+from edgeres.recipe import Recipe, locate, place_of
 from edgeres.samples import Samples, open_samples
 from edgeres.targets import resolve
 
@@ -121,7 +121,7 @@ def _unreadable(path: Path) -> List[str]:
 def _open(section: str, source: str, count: Optional[int], look: Look, problems: List[str]) -> Optional[Samples]:
     """Return samples whose every file can be opened; add what is wrong to ``problems``."""
     try:
-        samples = open_samples(locate(source), count=count, labelled=section == "validation")
+        samples = open_samples(place_of(source), count=count, labelled=section == "validation")
         broken = look(samples)
     except SampleError as problem:
         problems.append(f"{section}.samples: {problem}")

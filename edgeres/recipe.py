@@ -20,7 +20,7 @@ from edgeres import OPTIONS
 from edgeres.architectures import ARCHITECTURES, Architecture
 from edgeres.artifacts import Preprocessing, to_data
 from edgeres.errors import RecipeError
-from edgeres.files import read_bounded
+from edgeres.files import is_url, read_bounded
 from edgeres.preprocess import PAD
 
 if sys.version_info >= (3, 11):
@@ -198,6 +198,11 @@ def locate(path: str, base: Optional[Path] = None) -> Path:
     return (base or Path.cwd()) / os.path.expanduser(path)
 
 
+def place_of(source: str) -> Union[str, Path]:
+    """Return where a recipe's samples are: the URL of a store, or a real place as :func:`locate` has it."""
+    return source if is_url(source) else locate(source)
+
+
 def load_recipe(source: Union[str, Path, None] = None, overrides: Optional[Mapping[str, Any]] = None) -> Recipe:
     """Return the recipe of a TOML file, with overrides on top; of the embedded default where neither names a model.
 
@@ -314,7 +319,7 @@ def _anchor(data: Dict[str, Any], base: Path) -> None:
 
 
 def _absolute(path: str, base: Path) -> str:
-    return path if not path or path.startswith(DOSSIER_PREFIX) else str(locate(path, base).absolute())
+    return path if not path or path.startswith(DOSSIER_PREFIX) or is_url(path) else str(locate(path, base).absolute())
 
 
 def _decode(data: Dict[str, Any], problems: List[str]) -> Optional[Recipe]:

@@ -14,7 +14,7 @@ from edgeres import files
 from edgeres.artifacts import Bundle, CalibrationTable, Manifest, QuantizedModel, Report, from_data, from_json, to_json
 from edgeres.bundle import read_listed, read_verified, verify
 from edgeres.errors import BundleError, EdgeresError, MissingPackageError, SampleError
-from edgeres.files import PAGE
+from edgeres.files import PAGE, is_url
 from edgeres.inspection import layer_errors, repairs
 from edgeres.judge import read_reference
 from edgeres.measurements import Benchmark
@@ -208,7 +208,7 @@ def judged_samples(manifest: Manifest) -> Optional[Samples]:
         return None
     section = manifest.recipe.get(manifest.report.samples_source, {})
     source = section.get("samples") if isinstance(section, dict) else None
-    if not isinstance(source, str):
+    if not isinstance(source, str) or is_url(source):  # a bundle does not choose what a page fetches over the network
         return None
     try:
         return open_samples(locate(source), labelled=manifest.report.samples_source == "validation")

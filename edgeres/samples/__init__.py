@@ -8,10 +8,13 @@ from typing import Optional, Tuple, Union
 import numpy as np
 
 from edgeres.errors import MissingPackageError, SampleError
+from edgeres.files import is_url
 from edgeres.samples.arrays import from_arrays, open_array
 from edgeres.samples.collection import Samples, Source
 from edgeres.samples.hygiene import examine
 from edgeres.samples.listing import IMAGE_ENDINGS, Listing, list_file, list_folder
+from edgeres.samples.stores import is_tar, list_tars, list_url, local_path
+from edgeres.samples.tars import expanded
 
 __all__ = ["Samples", "examine", "open_samples", "picture", "samples_from_arrays"]
 
@@ -27,6 +30,10 @@ def open_samples(source: Union[str, Path], *, count: Optional[int] = None, label
       subfolder have no labels.
     - A list file (.txt, .lst) names one image per line, relative to itself, with an integer label behind it or without;
       ``#`` begins a comment. Its order is kept.
+    - A ``.tar`` holds images as a folder does, or as WebDataset's shards do, with labels in ``.cls`` files beside them.
+      ``shard-{0000..0012}.tar`` stands for several, and so does a folder that holds tars and no images. Samples are
+      those that unpacking all into one folder would give.
+    - A URL (``s3://``, ``gs://``, …) names a folder or tars in a store that fsspec reaches.
     - ``.npy`` holds uint8 (N, H, W, 3), RGB; ``.npz`` holds such an array as ``images`` and, if any, ``labels``.
 
     Labels of list files and of ``.npz`` are read whether ``labelled`` is set or not.
@@ -36,10 +43,10 @@ def open_samples(source: Union[str, Path], *, count: Optional[int] = None, label
 
     Raises:
         SampleError: there is no such source, it holds no sample, or what it holds is ambiguous or malformed.
-        MissingPackageError: images need Pillow.
+        MissingPackageError: images need Pillow; URLs need fsspec, and many a package of the store's own.
     """
-    path = Path(source)
-    samples = Samples(str(source), _source(path, labelled))
+    source = _plain_url(source) if isinstance(source, str) and is_url(source) else source
+    samples = Samples(str(source), _source(source, labelled))
     return samples if count is None else samples.subset(count)
 
 
@@ -70,9 +77,20 @@ def picture(samples: Samples, index: int, side: int) -> Tuple[bytes, str, Tuple[
     return encoded(samples.glimpse(index, side), side)
 
 
-def _source(path: Path, labelled: bool) -> Source:
+def _plain_url(url: str) -> str:
+    """Return a URL without what ends it; a path of this machine where it names one."""
+    return local_path(url) or url.rstrip("/")
+
+
+def _source(source: Union[str, Path], labelled: bool) -> Source:
+    if isinstance(source, str) and is_url(source):
+        return _images(list_url(source, labelled))
+    path = Path(source)
     ending = path.suffix.lower()
     try:
+        if is_tar(path.name) and not path.is_dir():
+            tars = (str(path),) if path.exists() else expanded(str(path))
+            return _images(list_tars(tars, labelled, str(path)))
         if path.is_dir():
             return _images(list_folder(path, labelled))
         if not path.exists():

@@ -6,7 +6,7 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import FrozenSet, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import FrozenSet, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -54,6 +54,7 @@ class Piece(NamedTuple):
         return read_piece(self.file, self.offset, self.size)
 
 
+Classes = Optional[Tuple[str, ...]]
 Place = Union[Path, Piece]
 """Where an image is."""
 
@@ -73,31 +74,46 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_ENDINGS)
 
 
+def tars_in(folder: Path) -> Tuple[str, ...]:
+    """Return the paths of the tars that lie in a folder itself, sorted; none where it cannot be read."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(".tar"))
+    except OSError:
+        return ()
+    return tuple(str(folder / name) for name in names if is_visible(name))
+
+
 def list_folder(folder: Path, labelled: bool) -> Listing:
-    """Return the images under a folder, sorted by relative path; with ``labelled``, one class per subfolder.
+    """Return the images under a folder, sorted by relative path; with ``labelled``, one class per subfolder. A folder
+    without images gives those of the tars that lie in it.
 
     Raises:
         SampleError: there is no image, a folder cannot be read, or it is not clear what the classes are.
     """
     try:
         names = sorted(_Walk(folder).images(folder, "", frozenset()))
-        subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and _is_visible(entry.name))
+        subfolders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and is_visible(entry.name))
     except OSError as problem:
         raise SampleError(
             f"cannot read {problem.filename or folder}: {problem.strerror or problem}. Check its permissions."
         ) from None
+    tars = () if names else tars_in(folder)
+    if tars:
+        from edgeres.samples.stores import list_tars
+
+        return list_tars(tars, labelled, str(folder))
     if not names:
         raise SampleError(
             f"{folder} holds no image ({', '.join(ending[1:] for ending in IMAGE_ENDINGS)}). Name a folder that does."
         )
     paths = tuple(folder / name for name in names)
-    classes = _classes(folder, names, subfolders) if labelled else None
+    classes = class_folders(folder, names, subfolders) if labelled else None
     labels = None
     if classes is not None:
         number = {name: label for label, name in enumerate(classes)}
         labels = np.array([number[name.split("/")[0]] for name in names], np.int64)
-        classes = tuple(map(_printable, classes))
-    return Listing(paths, tuple(map(_printable, names)), labels, classes)
+        classes = tuple(map(shown, classes))
+    return Listing(paths, tuple(map(shown, names)), labels, classes)
 
 
 class _Walk:
@@ -116,7 +132,7 @@ class _Walk:
         with os.scandir(folder) as entries:
             for entry in entries:
                 self._count(entry.is_symlink() and entry.is_dir(), len(ancestors))
-                if not _is_visible(entry.name):
+                if not is_visible(entry.name):
                     continue
                 if entry.is_dir():
                     yield from self.images(Path(entry.path), f"{prefix}{entry.name}/", ancestors | {identity})
@@ -141,7 +157,7 @@ class _Walk:
                 )
 
 
-def _classes(folder: Path, names: List[str], subfolders: List[str]) -> Optional[Tuple[str, ...]]:
+def class_folders(folder: Union[str, Path], names: Sequence[str], subfolders: Sequence[str]) -> Classes:
     """Return the class folders, sorted, or None where the folder is flat.
 
     A label is a position among the folders' names, so one folder too many or too few would shift all labels behind it
@@ -165,7 +181,7 @@ def _classes(folder: Path, names: List[str], subfolders: List[str]) -> Optional[
     empty = [name for name in subfolders if name not in filled]
     if empty:
         raise SampleError(
-            f"{folder} should hold one folder per class, but {', '.join(map(_printable, empty[:SHOWN]))} "
+            f"{folder} should hold one folder per class, but {', '.join(map(shown, empty[:SHOWN]))} "
             f"hold{'s' if len(empty) == 1 else ''} no image, and labels are positions among the folders' names. Add an "
             "image, remove what is no class, or name a list file with labels."
         )
@@ -228,10 +244,11 @@ def _split(line: str) -> Tuple[str, Optional[str]]:
     return (found["path"], found["label"]) if is_number or is_image(found["path"]) else (line, None)
 
 
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".")
+def is_visible(name: str) -> bool:
+    """Return whether no part of a path is hidden."""
+    return not any(part.startswith(".") for part in name.split("/"))
 
 
-def _printable(name: str) -> str:
+def shown(name: str) -> str:
     """Return a file's name as text that JSON can hold, also where its bytes are not UTF-8."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

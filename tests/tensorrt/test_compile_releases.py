@@ -39,11 +39,11 @@ from edgeres.compilation import _ranges, compile_bundle, with_engine
 from edgeres.errors import BackendError, BundleError, IntegrityError, MissingPackageError, RecipeError
 from edgeres.exits import exit_code
 from edgeres.files import content_ref
-from edgeres.workforce import run_samples
 from edgeres.preprocess import prepare_batch
 from edgeres.recipe import dossier, engine_section
 from edgeres.runtime.engine import LoadedEngine
 from edgeres.samples import samples_from_arrays
+from edgeres.workforce import run_samples
 from edgeres.workspace import Workspace
 
 
