@@ -170,7 +170,7 @@ class Cluster:
             raise ClusterError(self._nobody("has no worker")) from None
         here = shards.facts()
         problems = [
-            f"worker {worker} {difference(here, told)}" if isinstance(told, dict) else f"worker {worker}: {told}"
+            f"worker {worker}: {difference(here, told)}" if isinstance(told, dict) else f"worker {worker}: {told}"
             for worker, told in self._everywhere(shards.facts)
             if not isinstance(told, dict) or difference(here, told)
         ]

@@ -83,7 +83,7 @@ def members(stream: BinaryIO, size: int) -> Iterator[Member]:
     while True:
         block = _read(stream, position, BLOCK)
         if not block.strip(b"\0"):
-            if position == 0:
+            if not block and position == 0:
                 raise SampleError("it is not a tar")
             return
         header = _header(block, position)
@@ -112,16 +112,6 @@ def members(stream: BinaryIO, size: int) -> Iterator[Member]:
         position += -(-header.size // BLOCK) * BLOCK
         if position > size:
             raise SampleError("it ends in the midst of a file; it was not copied whole")
-
-
-_WITHOUT_CONTENT = (
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
-    tarfile.CHRTYPE,
-    tarfile.BLKTYPE,
-    tarfile.DIRTYPE,
-    tarfile.FIFOTYPE,
-)
 
 
 def _header(block: bytes, position: int) -> tarfile.TarInfo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from xml.etree import ElementTree
 
 import msgspec
 import numpy as np
-from mutations import ARCHIVED, BINARY, TEXTUAL, Mutation, inside_png
+from mutations import ARCHIVED, BINARY, TEXTUAL, Mutation, inside_png, inside_tar
 
 from edgeres import files
 from edgeres.artifacts import Manifest, Preprocessing, to_json
@@ -30,7 +31,20 @@ from edgeres.samples import open_samples
 from edgeres.validation import against_baseline, compare
 from edgeres.validation.github import commands, summary
 from edgeres.validation.junit import junit
-from examples import COUNT, FRAMES, KINDS, LABELS, LOGITS, a_benchmark, a_report, example, png, saved, write_bundle
+from examples import (
+    COUNT,
+    FRAMES,
+    KINDS,
+    LABELS,
+    LOGITS,
+    a_benchmark,
+    a_report,
+    example,
+    png,
+    saved,
+    tarred,
+    write_bundle,
+)
 
 NO_HINTS: Hints = ((), "")
 
@@ -117,6 +131,11 @@ def _samples(path: Path) -> None:
     samples.sample_set()
 
 
+def _tar(path: Path) -> None:
+    open_samples(path, labelled=True)
+    _samples(path)
+
+
 def _list(path: Path) -> None:
     (path.parent / "a.png").write_bytes(png(FRAMES[0]))
     (path.parent / "b c.png").write_bytes(png(FRAMES[1]))
@@ -194,6 +213,12 @@ def base_doors(folder: Path) -> dict[str, Door]:
         "timing cache": Door(".bin", (_a_timing_cache(folder),), _timings, {**TEXTUAL, **BINARY}),
         "npy": Door(".npy", (saved(np.save, FRAMES),), _samples, {**BINARY, **TEXTUAL}),
         "npz": Door(".npz", (saved(np.savez, **named), saved(np.savez_compressed, **named)), _samples, ARCHIVED),
+        "tar": Door(
+            ".tar",
+            tuple(tarred(kind) for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)),
+            _tar,
+            {**BINARY, "changed inside, checksums right": inside_tar},
+        ),
         "reference logits": Door(
             ".npz",
             ((seed / files.REFERENCE).read_bytes(),),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -118,6 +119,26 @@ def png(frame: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
+
+
+def tar_header(name: str = "a.png", **fields: Any) -> bytes:
+    """Return the header of a member of a tar, with whatever fields are asked for."""
+    member = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def tarred(kind: int = tarfile.PAX_FORMAT) -> bytes:
+    """Return a tar of labelled images, as WebDataset writes them, with names that need all that a format has."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=kind) as archive:
+        for number, frame in enumerate(FRAMES):
+            for ending, content in (("png", png(frame)), ("cls", b"%d" % number)):
+                member = tarfile.TarInfo(f"{'long' * 20}/{'name' * 10}{number}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
 
 
 def saved(save: Callable[..., None], *arrays: np.ndarray, **named: np.ndarray) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples import FRAMES, LABELS, png, saved
+from examples import FRAMES, LABELS, png, saved, tar_header, tarred
 
 HUGE = 10 << 30  # bytes, of which no disk has any
 
@@ -157,8 +157,17 @@ BASE = (
     Hostile(ENDLESS, "timing cache", holding(b"edgeres timing cache 1\n" + b"[" * 200_000)),
     Hostile(ENDLESS, "folder", class_folders),
     Hostile(ENDLESS, "folder", deep_folders),
-    *(Hostile(NO_FILE, door, os.mkfifo) for door in (*TEXTS, *ARRAYS, "manifest", "image png")),
-    *(Hostile(NO_FILE, door, linked("/dev/zero")) for door in (*TEXTS, *ARRAYS, "manifest", "image png")),
+    Hostile(LARGE, "tar", sparse(tarred())),
+    Hostile(LARGE, "tar", sparse(tar_header(size=HUGE - 512))),
+    Hostile(LARGE, "tar", sparse(tar_header(type=tarfile.XHDTYPE, size=HUGE - 512))),
+    Hostile(LARGE, "tar", sparse(tar_header(type=tarfile.GNUTYPE_LONGNAME, size=HUGE - 512))),
+    Hostile(BOMB, "tar", holding(tar_header(size=1 << 62))),
+    Hostile(BOMB, "tar", holding(tar_header(size=-512))),
+    Hostile(BOMB, "tar", holding(tar_header(type=tarfile.GNUTYPE_SPARSE) + bytes(512))),
+    Hostile(BOMB, "tar", holding(tar_header("../owned.png") + bytes(1024))),
+    Hostile(NO_FILE, "tar", holding(tar_header(type=tarfile.SYMTYPE, linkname="/dev/zero") + bytes(1024))),
+    *(Hostile(NO_FILE, door, os.mkfifo) for door in (*TEXTS, *ARRAYS, "tar", "manifest", "image png")),
+    *(Hostile(NO_FILE, door, linked("/dev/zero")) for door in (*TEXTS, *ARRAYS, "tar", "manifest", "image png")),
     *(Hostile(NO_FILE, door, Path.mkdir) for door in (*TEXTS[1:], *ARRAYS)),
     Hostile(CODE, "npy", holding(saved(np.save, np.array([Commands()], object)))),
     Hostile(CODE, "npz", holding(saved(np.savez, images=np.array([Commands()], object), labels=LABELS))),

@@ -147,6 +147,14 @@ def inside_zip(content: bytes, random: Random) -> bytes:
     return stream.getvalue()
 
 
+def inside_tar(content: bytes, random: Random) -> bytes:
+    """Change one header, and give it the right checksum."""
+    at = 512 * random.randrange(max(1, len(content) // 512))
+    block = random.choice(list(BINARY.values()))(content[at : at + 512], random)[:512].ljust(512, b"\0")
+    total = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
+    return content[:at] + block[:148] + b"%06o\0 " % total + block[156:] + content[at + 512 :]
+
+
 def inside_safetensors(content: bytes, random: Random) -> bytes:
     """Change the header, and say its right length."""
     length = int.from_bytes(content[:8], "little")
