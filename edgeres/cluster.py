@@ -13,7 +13,10 @@ import contextlib
 import logging
 import queue
 import re
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import dask.config
@@ -106,15 +109,34 @@ def _started(address: str) -> Iterator[Client]:
     workers = int(found[2]) if found and found[2] else cores()
     # Pages about the work, on ports that anybody may read, are left out.
     quiet: Dict[str, List[str]] = {"distributed.scheduler.http.routes": [], "distributed.worker.http.routes": []}
-    with dask.config.set(quiet), LocalCluster(
-        n_workers=workers,
-        threads_per_worker=max(1, cores() // workers),
-        dashboard_address=None,
-        scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # else a port that another cluster may have already
-        silence_logs=logging.CRITICAL,  # what goes wrong is told by our own words
-        security=Security.temporary(),  # or any user of this machine could connect, and run code as this one
-    ) as cluster, Client(cluster, timeout=CONNECT) as client:
+    with contextlib.ExitStack() as held:
+        held.enter_context(dask.config.set(quiet))
+        cluster = LocalCluster(
+            n_workers=0,
+            threads_per_worker=max(1, cores() // workers),
+            dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # else a port that others may have
+            silence_logs=logging.CRITICAL,  # what goes wrong is told by our own words
+            security=Security.temporary(),  # or any user of this machine could connect, and run code as this one
+        )
+        held.callback(_closed, cluster)
+        cluster.sync(_deafen)
+        cluster.scale(workers)
+        # In a thread, which no Ctrl-C leaves half-way: of half a client there is nothing to close.
+        started = held.enter_context(ThreadPoolExecutor(1)).submit(
+            Client, cluster, timeout=CONNECT, set_as_default=False
+        )
+        held.callback(lambda: _closed(started.result()))
+        client = started.result()
+        client.wait_for_workers(workers, timeout=PATIENCE)
         yield client
+
+
+async def _deafen() -> None:
+    """Keep Ctrl-C, which a terminal sends to all of a program's processes, from the workers, which this thread starts:
+    they are ended by this process, and not in the midst of an import, with a traceback."""
+    resource_tracker.ensure_running()  # which lets it through again where it starts, as the first worker would have it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 @contextlib.contextmanager
@@ -124,14 +146,22 @@ def _connected(address: str) -> Iterator[Client]:
             f"{address!r} is no cluster. Name a Dask scheduler (tcp://HOST:8786, tls://HOST:8786), or local, or local:4"
         )
     try:
-        client = Client(address, timeout=CONNECT)
+        client = Client(address, timeout=CONNECT, set_as_default=False)
     except (OSError, ValueError, RuntimeError, TypeError) as problem:  # as many kinds as there are ways to fail
         raise ClusterError(
             f"no Dask scheduler answers at {address} within {CONNECT:.0f} s ({first_line(problem)}). Start one: "
             "dask scheduler; and workers: dask worker ADDRESS"
         ) from None
-    with client:
+    try:
         yield client
+    finally:
+        _closed(client)
+
+
+def _closed(one: Any) -> None:
+    """Close what may just be starting, or be gone already; why the block ended is what is to be told."""
+    with contextlib.suppress(Exception):
+        one.close()
 
 
 class Cluster:

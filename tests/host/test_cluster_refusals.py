@@ -192,8 +192,8 @@ def test_a_worker_that_cannot_read_the_samples_is_refused_and_what_ends_is_told(
 def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "edgeres", "calibrate", "--out", str(tmp_path / "out"), "--cluster", "local:2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path])}
-    with open(tmp_path / "said", "wb") as said:
-        child = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
+    with open(tmp_path / "said", "wb") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     try:
         own = psutil.Process(child.pid)
         deadline, family = time.monotonic() + 120, []
@@ -207,7 +207,9 @@ def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
         assert child.wait(timeout=60) == 130, (tmp_path / "said").read_text()
         _, alive = psutil.wait_procs(family, timeout=20)
         assert alive == []
-        assert "Traceback" not in (tmp_path / "said").read_text()
+        said = (tmp_path / "said").read_text()
+        assert "interrupted; an earlier bundle is untouched" in said
+        assert "Traceback" not in said
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
