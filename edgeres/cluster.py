@@ -43,7 +43,8 @@ TICK = 0.5  # seconds between looks at the workers, and at a Ctrl-C
 RETRIES = 2  # of a shard that failed without a word of ours: a store that answers the third time has answered
 AHEAD = 3  # shards for each worker that are out, or back before their turn
 SHARDS = 8  # for each worker at least, so that the last ones end together
-MOST = 1024  # samples of a shard: what a death costs, and of how many frames a message is
+MOST = 4096  # samples of a shard: what a death costs
+LARGEST_PART = 32 << 20  # bytes of a shard on its way out: frames, where these are sent
 LOOKED_AT = 256  # samples of a shard that are only read
 
 
@@ -311,7 +312,7 @@ class Cluster:
             statistics.merge(earlier)
         content = wanted.model.read_bytes()
         work = self._work(content, shards.Work(sha256_bytes(content), wanted.preprocessing, wanted.tensors))
-        cuts = self._cut(statistics.samples, len(samples), wanted.preprocessing.batch_size, MOST)
+        cuts = self._cut(statistics.samples, samples, wanted.preprocessing.batch_size, MOST)
         for (start, stop), result in self._in_order(shards.count, (work,), samples, cuts):
             found = Statistics.from_bytes(result, f"what came back of samples {start} to {stop}")
             if found.samples != stop - start:
@@ -336,7 +337,7 @@ class Cluster:
             return self._alone.answer(content, record, samples, preprocessing, watch, run)
         work = self._work(content, shards.Work(sha256_bytes(content), preprocessing, (), record))
         logits = np.empty((0, 0), np.float32)
-        cuts = self._cut(0, len(samples), preprocessing.batch_size, MOST)
+        cuts = self._cut(0, samples, preprocessing.batch_size, MOST)
         for (start, stop), found in self._in_order(shards.answer, (work,), samples, cuts):
             if not start:
                 logits = np.empty((len(samples), *found.shape[1:]), np.float32)
@@ -365,10 +366,10 @@ class Cluster:
             raise ClusterError(numbered(f"the cluster at {self._address} would not give the same bits", refused))
         return work
 
-    def _cut(self, start: int, total: int, batch: int, most: int) -> List[Tuple[int, int]]:
-        """Return shards: some for each worker, but none larger than ``most`` samples."""
-        shares = SHARDS * max(1, len(self._known))
-        return shards.cut(start, total, batch, min(most, -(-(total - start) // shares)))
+    def _cut(self, start: int, samples: Samples, batch: int, most: int) -> List[Tuple[int, int]]:
+        """Return shards: some for each worker, but none larger than ``most`` samples, or than what is sent at once."""
+        share = -(-(len(samples) - start) // (SHARDS * max(1, len(self._known))))
+        return shards.cut(start, len(samples), batch, min(most, share, max(1, LARGEST_PART // samples.weight)))
 
     def _in_order(
         self, work: Callable[..., Any], arguments: Tuple[Any, ...], samples: Samples, cuts: Sequence[Tuple[int, int]]

@@ -16,6 +16,11 @@ ABILITIES = (
     ("read image folders", ("PIL",), "images"),
     ("write report.html", ("jinja2",), "report"),
     ("sign bundles, and check signatures", ("cryptography",), "sign"),
+    (
+        "run samples on a cluster, and read them from object stores",
+        ("distributed", "fsspec", "cryptography"),
+        "cluster",
+    ),
     ("build bundles", ("torch", "onnx", "onnxruntime", "safetensors", "numba", "PIL", "tomli_w"), "host"),
 )
 DISTRIBUTIONS = {"PIL": "pillow", "tomli_w": "tomli-w"}

@@ -135,7 +135,9 @@ BUILD_OPTIONS = (
     click.option("--num-classes", type=int, help="Outputs of the classifier."),
     click.option("--seed", type=int, help="Of random weights, where none are given."),
     click.option(
-        "--calibration", metavar="PATH", help="A folder of images, a list file, or a .npy/.npz of uint8 (N, H, W, 3)."
+        "--calibration",
+        metavar="PATH",
+        help="A folder of images, a list file, a .tar, a .npy/.npz of uint8 (N, H, W, 3), or a URL such as s3://…",
     ),
     click.option(
         "--calibration-count", type=int, help="How many samples to calibrate on, spread evenly. Default: 512."

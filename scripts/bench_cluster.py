@@ -4,8 +4,8 @@
 
     python scripts/bench_cluster.py [--images FOLDER] [--model resnet50] [--count 192] [--workers 1 2 4] [--size 224]
 
-FOLDER is by default data/imagenet-samples in $EDGERES_SHARED or in ../shared beside the checkout. Weights are random: the
-work is the same. The exit code is 1 where any table is not the one of this machine alone, byte for byte.
+FOLDER is by default data/imagenet-samples in $EDGERES_SHARED or in ../shared beside the checkout. Weights are random:
+the work is the same. The exit code is 1 where any table is not the one of this machine alone, byte for byte.
 
 `start` is the time until all workers are there; `look` is reading and hashing all samples by the workers; `pass` is the
 calibration pass, whose speed-up is told against the one worker. `results` is what came back, `wire` all that went over
@@ -61,7 +61,7 @@ def export(name: str, size: int, folder: Path) -> Observation:
     exported = export_module(models.create(name), (size, size))
     path = folder / files.FP32_MODEL
     path.write_bytes(exported.content)
-    tensors = tuple(sorted(plan_file(path, exported.modules).tensors))
+    tensors = tuple(sorted(plan_file(path, exported.modules, ()).tensors))
     return Observation(path, tensors, Preprocessing((size, size), size * 256 // 224))
 
 

@@ -26,6 +26,7 @@ class ArraySource:
     def __init__(self, name: str, images: np.ndarray, labels: Optional[np.ndarray]) -> None:
         self.names = tuple(f"{name}[{index}]" for index in range(len(images)))
         self.labels = labels
+        self.weight = int(images[0].nbytes)
         self._images = images
 
     def frame(self, index: int) -> np.ndarray:

@@ -26,6 +26,8 @@ class Source(Protocol):
     names: Tuple[str, ...]
     labels: Optional[np.ndarray]
     classes: Optional[Tuple[str, ...]]
+    weight: int
+    """Bytes that each sample brings along where :meth:`part` is sent."""
 
     def frame(self, index: int) -> np.ndarray:
         """Return uint8 (H, W, 3), RGB."""
@@ -48,7 +50,8 @@ class Source(Protocol):
 class Samples:
     """Samples in a fixed order; nothing is decoded until it is asked for.
 
-    ``source`` is what they were opened from; ``available`` is how many there are, of which these are the ones taken.
+    ``source`` is what they were opened from; ``available`` is how many there are, of which these are the ones taken;
+    ``weight`` is how many bytes each brings along where a part is sent.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Samples:
         self.source = source
         self.available = len(content.names)
         self.classes = content.classes
+        self.weight = content.weight
         self._content = content
         self._taken = tuple(range(self.available)) if taken is None else tuple(taken)
         # Shared with every subset: dict operations on distinct keys are safe between threads.

@@ -27,6 +27,8 @@ QUALITY = 80  # of a JPEG; 160 pixels of a photograph take some 5 kB
 class ImageSource:
     """Frames of image files."""
 
+    weight = 256  # a path and a hash
+
     def __init__(self, listing: Listing, known: Optional[Dict[int, str]] = None) -> None:
         """``known`` are hashes of files that must be the same when they are decoded."""
         self.names = listing.names
