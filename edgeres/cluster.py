@@ -273,7 +273,7 @@ class Cluster:
         self._check_reach(samples)
         problems: List[str] = []
         for (start, _), (wrong, hashes) in self._in_order(
-            shards.look, (), samples, self._cut(0, len(samples), 1, LOOKED_AT)
+            shards.look, (), samples, self._cut(0, samples, 1, LOOKED_AT)
         ):
             problems += wrong
             samples.learn(start, hashes)

@@ -137,7 +137,7 @@ BUILD_OPTIONS = (
     click.option(
         "--calibration",
         metavar="PATH",
-        help="A folder of images, a list file, a .tar, a .npy/.npz of uint8 (N, H, W, 3), or a URL such as s3://…",
+        help="A folder of images, a list, .tar, or .npy/.npz of uint8 (N, H, W, 3); or a URL of a folder or .tar.",
     ),
     click.option(
         "--calibration-count", type=int, help="How many samples to calibrate on, spread evenly. Default: 512."
