@@ -184,8 +184,9 @@ def test_a_builds_report_is_a_baseline_on_the_same_labels_alone(
     samples = open_samples(folder_of(tmp_path / "built"), labelled=True)
     engine = Double()
     built = judge(reference_content(RIGHT, samples), RIGHT, engine.record, (50.0, "ci"))
-    monkeypatch.setattr("edgeres.judge.load_with", lambda *told: (engine, {files.FP32_MODEL: b""}))
-    monkeypatch.setattr("edgeres.judge.open_record", lambda *told: engine)
+    contents = {files.FP32_MODEL: b"", engine.record.file.path: b""}
+    monkeypatch.setattr("edgeres.judge.load_with", lambda *told: (engine, dict(contents)))
+    monkeypatch.setattr("edgeres.workforce.open_record", lambda *told: engine)
     monkeypatch.setattr("edgeres.workforce.run_samples", lambda *told: RIGHT)
 
     def against(place: Path) -> Report:

@@ -66,6 +66,7 @@ def test_no_more_than_512_of_each_are_decoded() -> None:
         labels: Optional[np.ndarray] = None
         classes: Optional[Tuple[str, ...]] = None
         names = tuple(map(str, range(5000)))
+        weight = 0
 
         def __init__(self) -> None:
             self.asked: List[int] = []

@@ -619,6 +619,8 @@ class Counting:
     labels: Optional[np.ndarray] = None
     classes: Optional[Tuple[str, ...]] = None
 
+    weight = 0
+
     def __init__(self, count: int) -> None:
         self.names = tuple(str(index) for index in range(count))
         self.asked: List[int] = []
