@@ -8,8 +8,10 @@ FOLDER is by default data/imagenet-samples in $EDGERES_SHARED or in ../shared be
 the work is the same. The exit code is 1 where any table is not the one of this machine alone, byte for byte.
 
 `start` is the time until all workers are there; `look` is reading and hashing all samples by the workers; `pass` is the
-calibration pass, whose speed-up is told against the one worker. `results` is what came back, `wire` all that went over
-the loopback device meanwhile, Dask's own messages and the model included (in MB, 10⁶ bytes).
+calibration pass, whose speed-up is told against the one worker. `wire` is all that went over the
+loopback device meanwhile, Dask's own messages and the model included (in MB, 10⁶ bytes). `CPU s` are seconds of
+processors, here and in the workers, of which other programs do not make many more, as they do of all others. Below stand
+the numbers of the cost model of docs/how-to/cluster.md, and what it says of a million samples.
 """
 
 from __future__ import annotations
@@ -38,7 +40,18 @@ from edgeres.shards import processor
 from edgeres.workforce import Alone, Observation, Workforce
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-COLUMNS = ("calibration", "start s", "look s", "pass s", "speed-up", "shards", "kB per shard", "wire MB", "same table")
+COLUMNS = (
+    "calibration",
+    "start s",
+    "look s",
+    "pass s",
+    "CPU s",
+    "speed-up",
+    "shards",
+    "kB per shard",
+    "wire MB",
+    "same table",
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -84,13 +97,43 @@ def workers(count: int, lost: list[str]) -> Iterator[tuple[room.Cluster, float]]
         yield cluster, time.perf_counter() - begun
 
 
+def cpu_seconds() -> float:
+    """Return what this process and its workers have spent of processors so far; of dead workers nothing is known."""
+    own = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(one.cpu_times()[:2]) for one in own)
+
+
+def model_on_paper(wanted: Observation, samples: Samples, images: Path, statistics: Statistics, seconds: float) -> None:
+    """Print what the model on paper is computed from, and what it says; ``seconds`` of a core a sample takes."""
+    begun = time.process_time()
+    content = statistics.to_bytes()
+    written = time.process_time()
+    statistics.merge(Statistics.from_bytes(content, "a shard"))
+    added = time.process_time() - written
+    model = wanted.model.stat().st_size
+    stored = sum(Path(images, name).stat().st_size for name in samples.names) / len(samples)
+    print(f"\nc = {seconds:.3f} s of a core for a sample, b = {stored / 1e3:.0f} kB, model {model / 1e6:.0f} MB; a shard: "
+          f"R = {len(content) / 1e6:.1f} MB, m = {added:.2f} s to add it here, {written - begun:.2f} s to write it there\n")  # fmt: skip
+    print(
+        "| workers of 8 cores | pass of a million samples, s | of it waiting for this machine, s | MB/s from storage |"
+    )
+    print("| --- | --- | --- | --- |")
+    for workers in (1, 4, 16, 64, 256):
+        share = min(room.MOST, -(-1_000_000 // (room.SHARDS * workers)))
+        counting, adding = 1e6 * seconds / (8 * workers), 1e6 / share * added
+        both = max(counting, adding)
+        print(f"| {workers} | {both:.0f} | {both - counting:.0f} | {1e6 * stored / both / 1e6:.1f} |")
+
+
 def wire() -> int:
     """Return the bytes that have gone over the loopback device since the machine was started."""
     return psutil.net_io_counters(pernic=True)["lo"].bytes_sent
 
 
-def one_pass(wanted: Observation, samples: Samples, workforce: Workforce, kill: bool = False) -> tuple[float, bytes]:
-    """Return the seconds of a pass and the table that comes of it; ``kill``: a worker, once a third is done."""
+def one_pass(
+    wanted: Observation, samples: Samples, workforce: Workforce, kill: bool = False
+) -> tuple[float, float, Statistics]:
+    """Return the seconds of a pass, those of processors, and what was counted; ``kill``: a worker, after a third."""
     struck: list[int] = []
 
     def watch(done: int, total: int) -> None:
@@ -99,12 +142,12 @@ def one_pass(wanted: Observation, samples: Samples, workforce: Workforce, kill: 
             struck.extend(one.pid for one in own if "spawn_main" in " ".join(one.cmdline()))
             os.kill(struck[0], signal.SIGKILL)
 
-    begun = time.perf_counter()
+    begun, spent = time.perf_counter(), cpu_seconds()
     statistics = workforce.observe(wanted, samples, watch, None, lambda statistics: None)
     seconds = time.perf_counter() - begun
     if kill and not struck:
         raise SystemExit("no worker could be killed half-way: take more samples, --count")
-    return seconds, table_of(statistics)
+    return seconds, cpu_seconds() - spent, statistics
 
 
 def main() -> int:
@@ -120,8 +163,10 @@ def main() -> int:
         samples.check()
         samples.sha256()
         looked = time.perf_counter() - begun
-        seconds, table = one_pass(wanted, samples, Alone())
-        print(f"| this machine alone, {cores()} cores | | {looked:.1f} | {seconds:.1f} | | | | | |", flush=True)
+        seconds, spent, statistics = one_pass(wanted, samples, Alone())
+        table = table_of(statistics)
+        name = f"this machine alone, {cores()} cores"
+        print(f"| {name} | | {looked:.1f} | {seconds:.1f} | {spent:.1f} | | | | | |", flush=True)
         base = None
         for count, kill in [*((count, False) for count in given.workers), (2, True)]:
             lost: list[str] = []
@@ -130,16 +175,19 @@ def main() -> int:
                 before, begun = wire(), time.perf_counter()
                 cluster.look(again)
                 looked, done, received = time.perf_counter() - begun, cluster.shards, cluster.received
-                seconds, found = one_pass(wanted, again, cluster, kill)
+                seconds, used, counts = one_pass(wanted, again, cluster, kill)
+                found = table_of(counts)
                 done, received, sent = cluster.shards - done, cluster.received - received, wire() - before
             base = base or seconds
             different += found != table
             name = f"{count} worker{'s' * (count > 1)}" + (", one killed" if kill else "")
             print(
-                f"| {name} | {start:.1f} | {looked:.1f} | {seconds:.1f} | {base / seconds:.2f} | {done} | "
+                f"| {name} | {start:.1f} | {looked:.1f} | {seconds:.1f} | "
+                f"{'' if kill else f'{used:.1f}'} | {base / seconds:.2f} | {done} | "
                 f"{received / done / 1e3:.0f} | {sent / 1e6:.1f} | {'yes' if found == table else 'NO'} |",
                 flush=True,
             )
+        model_on_paper(wanted, samples, given.images, statistics, spent / given.count)
     return 1 if different else 0
 
 
