@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgeres.artifacts import Bundle, Report
+    from edgeres.packing import Packed
     from edgeres.progress import Progress
     from edgeres.runtime import LoadedEngine
     from edgeres.signatures import Keys
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
-__all__ = ["EdgeresError", "__version__", "build", "load", "models", "validate"]
+__all__ = ["EdgeresError", "__version__", "build", "load", "models", "pack", "unpack", "validate"]
 
 OPTIONS = {
     "model": "model.source",
@@ -164,6 +165,22 @@ def validate(
         baseline=baseline,
         trusted_keys=key_list(trusted_keys),
     )
+
+
+def pack(bundle: Path, file: Optional[Path] = None, *, trusted_keys: Optional[Keys] = None) -> Packed:
+    """Write a bundle into one file to ship, and return what was packed; see :func:`edgeres.packing.pack`."""
+    from edgeres.packing import pack as run
+    from edgeres.signatures import key_list
+
+    return run(bundle, file, key_list(trusted_keys))
+
+
+def unpack(file: Path, out: Optional[Path] = None, *, trusted_keys: Optional[Keys] = None) -> Bundle:
+    """Return the bundle of a packed one, checked and put in place whole; see :func:`edgeres.packing.unpack`."""
+    from edgeres.packing import unpack as run
+    from edgeres.signatures import key_list
+
+    return run(file, out, key_list(trusted_keys))[0]
 
 
 def _plain(value: Any) -> Any:

@@ -6,21 +6,21 @@ What the codes mean stands in :mod:`edgeres.exits`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 import click
-import msgspec
 
 import edgeres
+from edgeres.answers import answered, print_json
 from edgeres.errors import BundleError, EdgeresError, SigningKeyError, printable
 from edgeres.exits import FAILED, OK, UNDECIDED, exit_code
 from edgeres.options import Seconds, Size, Sizes, build_options, engine_options, key_option, latency_options
-from edgeres.streams import guard, on_github, order
+from edgeres.shipping import pack, unpack
+from edgeres.streams import guard, order
 
 PASSPHRASE = "EDGERES_PASSPHRASE"
 VERDICT_CODES = {"pass": OK, "fail": FAILED, "inconclusive": UNDECIDED, "unlabelled": UNDECIDED, "error": FAILED}
@@ -102,9 +102,9 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 
     if list_targets:
         found = targets.list_targets()
-        with _answered():
+        with answered():
             if as_json:
-                _print_json(found)
+                print_json(found)
             else:
                 rows = [[x["target"], x["backend"], x["what"], targets.here(x)] for x in found]
                 show_rows(["target", "backend", "what", "here"], rows)
@@ -161,9 +161,9 @@ def validate(bundle: str, baseline: Optional[Path], as_json: bool, **options: An
     hints: Hints = ((), "")
     with contextlib.suppress(EdgeresError):  # of a bundle that was changed meanwhile there are none, but a verdict
         hints = repairs(Path(bundle), read_manifest(bundle, options["trusted_keys"]))
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(_report_json(report))
+            print_json(_report_json(report))
         else:
             show_report(report, *hints)
     _annotate(ci.judged(report, bundle, hints), as_json)
@@ -212,7 +212,7 @@ def _accept(report: Report, baseline: Path) -> None:
 
 def _annotate(lines: List[str], as_json: bool) -> None:
     """Print commands for GitHub, whose runner reads both streams."""
-    with _answered():
+    with answered():
         for line in lines:
             order(sys.stderr if as_json else sys.stdout, line)
 
@@ -286,9 +286,9 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
         measured = bench_bundle(bundle, settings, progress.advance)
     finally:
         progress.stop()
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(to_data(measured))
+            print_json(to_data(measured))
         else:
             show_benchmark(measured)
     if out is not None:
@@ -325,7 +325,7 @@ def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool,
     else:
         write_atomic(out, page_of(bundle, bench, limits, keys))
     place = (out or bundle / PAGE).absolute()
-    with _answered():
+    with answered():
         click.echo(printable(str(place)))
     if show and click.launch(str(place)):
         click.echo("there is no browser that this machine can open it with", err=True)
@@ -349,9 +349,9 @@ def diff(first: Path, second: Path, trusted_keys: Optional[Tuple[str, ...]], as_
     from edgeres.validation.cases import one_line
 
     found = difference(first, second, trusted_keys)
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(found)
+            print_json(found)
             return OK
         click.echo(f"first:  {one_line(str(first))}\nsecond: {one_line(str(second))}")
         for table in tables(found):
@@ -370,19 +370,22 @@ def inspect(path: Path, as_json: bool, sbom: bool, trusted_keys: Optional[Tuple[
     """What is inside: layers and the reason for each, ranges, engines, provenance."""
     if sbom:
         return _bill(path, trusted_keys)
-    from edgeres.inspection import inspect_file, read_and_inspect
+    from edgeres.inspection import inspect_file, inspect_packed, read_and_inspect
+    from edgeres.packed import is_packed
     from edgeres.tables import show_inside
 
     manifest = None
-    if path.is_file() or path.suffix.lower() == ".onnx":
+    if is_packed(path):
+        manifest, facts = inspect_packed(path, trusted_keys)
+    elif path.is_file() or path.suffix.lower() == ".onnx":
         if trusted_keys:
             raise click.UsageError(f"--key is for bundles: nobody signs a file such as {path}")
         facts = inspect_file(path)
     else:
         manifest, facts = read_and_inspect(path, trusted_keys)
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(facts)
+            print_json(facts)
         else:
             show_inside(path, manifest, facts)
     return OK
@@ -393,8 +396,8 @@ def _bill(bundle: Path, trusted_keys: Optional[Tuple[str, ...]]) -> int:
     from edgeres.sbom import bill_of_materials
 
     bill = bill_of_materials(verify(bundle, trusted_keys))
-    with _answered():
-        _print_json(bill)
+    with answered():
+        print_json(bill)
     return OK
 
 
@@ -410,25 +413,10 @@ def verify(bundle: Path, trusted_keys: Optional[Tuple[str, ...]], as_json: bool)
     the key of whom you trust. Exit code 0 says that the files are as they were built (with --key: by whom you trust),
     also where an engine is for another machine.
     """
-    from edgeres.inspection import signature_words, verify_bundle
-    from edgeres.targets import misfits
-    from edgeres.validation.cases import one_line
+    from edgeres.inspection import verify_bundle
+    from edgeres.shipping import show_verified
 
-    manifest, facts = verify_bundle(bundle, trusted_keys)
-    fits = [(engine, misfits(engine, str(bundle))) for engine in manifest.engines]
-    with _answered():
-        if as_json:
-            engines = [{"target": x.target, "backend": x.backend, "fits": not why, "problems": why} for x, why in fits]
-            _print_json({**facts, "engines": engines})
-            return OK
-        click.echo(f"{one_line(str(bundle))}: all {len(manifest.files)} files are as they were built")
-        for words in [signature_words(one) for one in facts["signatures"]] or ["not signed"]:
-            click.echo(words)
-        for engine, why in fits:
-            said = f"does not run here: {'; '.join(why)}" if why else "fits this machine"
-            click.echo(one_line(f"the engine for {engine.target} {said}"))
-        for path in facts["unlisted"]:
-            click.echo(one_line(f"not part of the bundle, not checked: {path}"))
+    show_verified(*verify_bundle(bundle, trusted_keys), as_json)
     return OK
 
 
@@ -443,7 +431,7 @@ def keygen(path: Path, passphrase: bool) -> int:
     from edgeres.signing import make_pair
 
     public, key = make_pair(path, _passphrase(new=True) if passphrase else None)
-    with _answered():
+    with answered():
         click.echo(printable(f"private key, for nobody else: {path}\npublic key, for every robot: {public}\nid: {key}"))
     return OK
 
@@ -464,7 +452,7 @@ def sign(bundle: Path, key: Path) -> int:
     signed = sign_bundle(bundle, key, _passphrase)
     for text in signed.warnings:
         click.echo(printable(f"warning: {text}"), err=True)
-    with _answered():
+    with answered():
         click.echo(printable(f"{bundle}: signed by {signed.key}"))
     return OK
 
@@ -493,9 +481,9 @@ def init(folder: Path, ci: str, as_json: bool) -> int:
     from edgeres.starter import begin
 
     written = begin(folder, ci)
-    with _answered():
+    with answered():
         if as_json:
-            _print_json([str(path) for path in written])
+            print_json([str(path) for path in written])
             return OK
         for path in written:
             click.echo(printable(f"written: {path}"))
@@ -522,9 +510,9 @@ def models(as_json: bool) -> int:
         ]
         for x in entries
     ]
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(entries)
+            print_json(entries)
         else:
             show_rows(["model", "parameters", "MACs", "input", "classes", "source"], rows)
     return OK
@@ -538,9 +526,9 @@ def doctor(as_json: bool) -> int:
     from edgeres.tables import show_health
 
     facts = examine()
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(facts)
+            print_json(facts)
         else:
             show_health(facts)
     return OK
@@ -562,9 +550,9 @@ def _run(source: Optional[str], out: Optional[Path], as_json: bool, until: str, 
             bundle = run(recipe, out, until, progress)
     finally:
         progress.stop()
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(_build_json(bundle, progress.lines))
+            print_json(_build_json(bundle, progress.lines))
         else:
             show_build(bundle, progress.lines)
     return bundle
@@ -588,9 +576,9 @@ def _check(source: Optional[str], out: Optional[Path], as_json: bool, options: D
             found = reproduce(bundle, recipe, progress)
     finally:
         progress.stop()
-    with _answered():
+    with answered():
         if as_json:
-            _print_json({"bundle": str(bundle), "same": found.same, **found._asdict()})
+            print_json({"bundle": str(bundle), "same": found.same, **found._asdict()})
         else:
             show_rows(["", "then", "now"], rows(found), f"{bundle}, built again")
             click.echo("all that was compared is the same" if found.same else "NOT the same")
@@ -623,9 +611,9 @@ def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
         progress.stop()
     for text in warnings:
         progress.warn(text)
-    with _answered():
+    with answered():
         if as_json:
-            _print_json({"bundle": made.path, **to_data(engine), "warnings": list(warnings)})
+            print_json({"bundle": made.path, **to_data(engine), "warnings": list(warnings)})
         else:
             show_engine(made.path, engine, engine_words(engine))
     return OK
@@ -665,24 +653,8 @@ def _absolute(path: Optional[str]) -> Optional[str]:
     return None if path is None else str(Path(path).absolute())
 
 
-def _print_json(data: Any) -> None:
-    finite = msgspec.json.decode(msgspec.json.encode(data))  # JSON has no NaN and no infinity: they are null
-    text = json.dumps(finite, indent=2, ensure_ascii=False)
-    click.echo(text.replace("##[", r"#\u0023[") if on_github() else text)  # the same JSON, and no command: see streams
-
-
-@contextlib.contextmanager
-def _answered() -> Iterator[None]:
-    """Let a command that has done its work keep its exit code when nobody reads its answer: a gate piped into `head`
-    must not change its verdict. A full disk behind stdout is told, and nothing more."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except OSError as problem:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        click.echo(f"warning: the answer could not be written: {problem.strerror or problem}", err=True)
+for _command in (pack, unpack):
+    cli.add_command(_command)
 
 
 def main(arguments: Optional[List[str]] = None) -> None:

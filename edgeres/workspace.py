@@ -232,8 +232,11 @@ class Workspace:
                 return read_signatures(self.out)
         return ()
 
-    def commit(self, manifest: Manifest) -> None:
+    def commit(self, manifest: Manifest, received: Optional[Tuple[bytes, Tuple[Signature, ...]]] = None) -> None:
         """Write the manifest, drop what is not in it, take over the user's own files, and exchange the folders.
+
+        Args:
+            received: the manifest's bytes and its signatures where it was made elsewhere, and is to stay as it is.
 
         Raises:
             BundleError: a file cannot be taken over, or the exchange failed; the earlier bundle is whole.
@@ -241,10 +244,13 @@ class Workspace:
         try:
             for path in unlisted(self.folder, manifest):
                 os.unlink(self.folder / path)
-            self.write(MANIFEST, to_json(manifest))
-            signatures = self._kept_signatures(manifest)
+            content, signatures = received or (to_json(manifest), self._kept_signatures(manifest))
+            self.write(MANIFEST, content)
             if signatures:
                 self.write(SIGNATURES, signatures_content(signatures))
+            else:
+                with contextlib.suppress(FileNotFoundError):  # of a commit that was killed here
+                    os.unlink(self.folder / SIGNATURES)
             for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
