@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import click
 
@@ -29,6 +29,7 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 if TYPE_CHECKING:
     from edgeres.artifacts import Bundle, Report
     from edgeres.ci import Hints, Outputs
+    from edgeres.rows import Planned
     from edgeres.validation import Limits
 
 
@@ -60,6 +61,11 @@ def build(recipe: Optional[str], out: Optional[Path], as_json: bool, check: bool
     """
     if check:
         return _check(recipe, out, as_json, options)
+    from edgeres.rows import load_rows
+
+    rows = load_rows(recipe, _overrides(options))
+    if rows is not None:
+        return _matrix(rows, out, as_json)
     report = _run(recipe, out, as_json, "validate", options).report
     return FAILED if report is not None and report.verdict == "fail" else OK
 
@@ -556,6 +562,27 @@ def _run(source: Optional[str], out: Optional[Path], as_json: bool, until: str, 
         else:
             show_build(bundle, progress.lines)
     return bundle
+
+
+def _matrix(rows: Sequence[Planned], out: Optional[Path], as_json: bool) -> int:
+    """Build the bundles of a matrix, and show one table of them."""
+    from edgeres.artifacts import to_data
+    from edgeres.matrix import build_rows
+    from edgeres.tables import show_matrix
+    from edgeres.terminal import TerminalProgress
+
+    progress = TerminalProgress()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            matrix = build_rows(rows, out, progress)
+    finally:
+        progress.stop()
+    with answered():
+        if as_json:
+            print_json(to_data(matrix))
+        else:
+            show_matrix(matrix)
+    return OK if matrix.good else FAILED
 
 
 def _check(source: Optional[str], out: Optional[Path], as_json: bool, options: Dict[str, Any]) -> int:
