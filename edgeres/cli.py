@@ -16,13 +16,14 @@ import click
 
 import edgeres
 from edgeres.answers import answered, print_json
-from edgeres.errors import BundleError, EdgeresError, SigningKeyError, printable
+from edgeres.completion import paths, targets
+from edgeres.errors import BundleError, EdgeresError, printable
 from edgeres.exits import FAILED, OK, UNDECIDED, exit_code
+from edgeres.guide import Taught, completion, manual
 from edgeres.options import Seconds, Size, Sizes, build_options, engine_options, key_option, latency_options
-from edgeres.shipping import pack, unpack
+from edgeres.shipping import keygen, pack, sign, unpack, verify
 from edgeres.streams import guard, order
 
-PASSPHRASE = "EDGERES_PASSPHRASE"
 VERDICT_CODES = {"pass": OK, "fail": FAILED, "inconclusive": UNDECIDED, "unlabelled": UNDECIDED, "error": FAILED}
 OUTPUT = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from edgeres.validation import Limits
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Taught, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(edgeres.__version__, prog_name="edgeres")
 def cli() -> None:
     """From a PyTorch ResNet to a verified INT8 bundle, and onto the robot.
@@ -42,11 +43,12 @@ def cli() -> None:
     edgeres build                                    the embedded default: handwritten digits
     edgeres build --model resnet50 --weights w.pth --calibration images/ --validation labelled/
     edgeres validate build/resnet50-int8             the gate: exit code 0, 1 or 3
+    edgeres COMMAND --help                           what it does, with examples
     """
 
 
 @cli.command()
-@click.argument("recipe", required=False)
+@click.argument("recipe", required=False, shell_complete=paths(".toml"))
 @build_options
 @click.option("--check", is_flag=True, help="Build the bundle at --out anew, beside it, and compare: is it the same?")
 def build(recipe: Optional[str], out: Optional[Path], as_json: bool, check: bool, **options: Any) -> int:
@@ -74,7 +76,7 @@ def _stage(name: str, until: str, text: str) -> None:
     """Add a command that runs the pipeline up to one stage."""
 
     @cli.command(name, help=text, short_help=text.split(".")[0] + ".")
-    @click.argument("recipe", metavar="[RECIPE|BUNDLE]", required=False)
+    @click.argument("recipe", metavar="[RECIPE|BUNDLE]", required=False, shell_complete=paths(".toml"))
     @build_options
     def command(recipe: Optional[str], out: Optional[Path], as_json: bool, **options: Any) -> int:
         _run(recipe, out, as_json, until, options)
@@ -88,7 +90,7 @@ _stage("quantize", "quantize", "Write the model in the wanted precision." + _BUN
 
 
 @cli.command("compile")
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, type=click.Path(path_type=Path), shell_complete=paths())
 @engine_options
 @key_option
 @click.option(
@@ -121,8 +123,13 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 
 
 @cli.command()
-@click.argument("bundle")
-@click.option("--backend", default="auto", help="Which of the bundle's engines, or its target; default: the first.")
+@click.argument("bundle", shell_complete=paths())
+@click.option(
+    "--backend",
+    default="auto",
+    shell_complete=targets,
+    help="Which of the bundle's engines, or its target; default: the first.",
+)
 @click.option("--validation", metavar="PATH", help="Other samples than the bundle was built with.")
 @click.option(
     "--max-drop", type=click.FloatRange(0, 100), metavar="PP", help="Accuracy budget; default: the bundle's own."
@@ -256,15 +263,25 @@ def _check_baseline(baseline: Optional[Path], bundle: Path, update: bool) -> Non
 
 
 @cli.command()
-@click.argument("bundle")
-@click.option("--backend", default="auto", help="Which of the bundle's engines, or its target; default: the first.")
+@click.argument("bundle", shell_complete=paths())
+@click.option(
+    "--backend",
+    default="auto",
+    shell_complete=targets,
+    help="Which of the bundle's engines, or its target; default: the first.",
+)
 @click.option("--batch", "batches", type=Sizes(), help="Batch sizes. Default: 1,8,32, as far as the engine takes them.")
 @click.option("--seconds", type=Seconds(0, min_open=True), default=5.0, help="For each batch size. Default: 5.")
 @click.option("--runs", type=click.IntRange(1), help="Calls of each model that count, in place of --seconds.")
 @click.option("--warmup", type=Seconds(0), default=0.5, help="Seconds for each model and batch size. Default: 0.5.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of the CPU's engines. Default: one per core.")
 @click.option("--frames", type=Size(), help="Also from uint8 camera frames of this size, with preprocessing.")
-@click.option("--against", metavar="BUNDLE", help="Another bundle's engine for the same backend, to compare with.")
+@click.option(
+    "--against",
+    metavar="BUNDLE",
+    shell_complete=paths(),
+    help="Another bundle's engine for the same backend, to compare with.",
+)
 @click.option("--cuda-graphs", is_flag=True, help="On a GPU: record each engine's work, and launch it in one piece.")
 @key_option
 @click.option("--alone", is_flag=True, help="Without the float twin: clocks and power are then the engine's alone.")
@@ -303,7 +320,7 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path), shell_complete=paths())
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it there; the bundle stays as it is."
 )
@@ -339,8 +356,8 @@ def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool,
 
 
 @cli.command()
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("first", type=click.Path(path_type=Path), shell_complete=paths())
+@click.argument("second", type=click.Path(path_type=Path), shell_complete=paths())
 @key_option
 @click.option(
     "--json", "as_json", is_flag=True, help="As one JSON object on stdout, with every tensor, layer and sample."
@@ -368,7 +385,9 @@ def diff(first: Path, second: Path, trusted_keys: Optional[Tuple[str, ...]], as_
 
 
 @cli.command()
-@click.argument("path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
+@click.argument(
+    "path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path), shell_complete=paths(".onnx", ".edgeres")
+)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
 @click.option("--sbom", is_flag=True, help="A bundle's files and the tools that made it, as CycloneDX 1.5 (JSON).")
 @key_option
@@ -405,72 +424,6 @@ def _bill(bundle: Path, trusted_keys: Optional[Tuple[str, ...]]) -> int:
     with answered():
         print_json(bill)
     return OK
-
-
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@key_option
-@click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
-def verify(bundle: Path, trusted_keys: Optional[Tuple[str, ...]], as_json: bool) -> int:
-    """Check the hash of every file of a bundle, its signatures, and which engines fit this machine. Nothing is
-    deserialized or run.
-
-    Hashes find damage, not forgery: whoever can change a file can change the manifest. Forgery is found where you name
-    the key of whom you trust. Exit code 0 says that the files are as they were built (with --key: by whom you trust),
-    also where an engine is for another machine.
-    """
-    from edgeres.inspection import verify_bundle
-    from edgeres.shipping import show_verified
-
-    show_verified(*verify_bundle(bundle, trusted_keys), as_json)
-    return OK
-
-
-@cli.command()
-@click.argument("path", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--passphrase", is_flag=True, help=f"Lock the private key; asks, or takes {PASSPHRASE}.")
-def keygen(path: Path, passphrase: bool) -> int:
-    """A new pair of Ed25519 keys: FILE, the private one, to sign with, and FILE.pub for robots and everybody else.
-
-    Nothing is overwritten. Whoever has the private key can sign in your name: it stays where bundles are built.
-    """
-    from edgeres.signing import make_pair
-
-    public, key = make_pair(path, _passphrase(new=True) if passphrase else None)
-    with answered():
-        click.echo(printable(f"private key, for nobody else: {path}\npublic key, for every robot: {public}\nid: {key}"))
-    return OK
-
-
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--key", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="PRIVATE", help="See keygen."
-)
-def sign(bundle: Path, key: Path) -> int:
-    """Sign a bundle, after checking all of it: its manifest.sig then holds a signature of the manifest.
-
-    Several keys may sign one bundle; the same one again replaces its signature. Whatever changes the bundle later
-    (build, compile, report) takes the signatures away.
-    """
-    from edgeres.signing import sign_bundle
-
-    signed = sign_bundle(bundle, key, _passphrase)
-    for text in signed.warnings:
-        click.echo(printable(f"warning: {text}"), err=True)
-    with answered():
-        click.echo(printable(f"{bundle}: signed by {signed.key}"))
-    return OK
-
-
-def _passphrase(new: bool = False) -> bytes:
-    """Return the passphrase of a private key, asked for where the environment does not tell it."""
-    told = os.environ.get(PASSPHRASE)
-    if not told and not sys.stdin.isatty():
-        why = "a new passphrase is to be set" if new else "the private key is locked"
-        raise SigningKeyError(f"{why}, and there is nobody to ask: set {PASSPHRASE}")
-    # As bytes of the environment, which need not be UTF-8.
-    return os.fsencode(told or str(click.prompt("passphrase", hide_input=True, confirmation_prompt=new, err=True)))
 
 
 @cli.command()
@@ -680,7 +633,7 @@ def _absolute(path: Optional[str]) -> Optional[str]:
     return None if path is None else str(Path(path).absolute())
 
 
-for _command in (pack, unpack):
+for _command in (verify, keygen, sign, pack, unpack, completion, manual):
     cli.add_command(_command)
 
 

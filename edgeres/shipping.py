@@ -1,23 +1,28 @@
-"""The commands that ship a bundle, into one file and out of it again; and what is told of one that was checked."""
+"""The commands that let a bundle be trusted elsewhere: verify, keys and signatures, and one file to ship."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple
 
 import click
 
 from edgeres.answers import answered, print_json
-from edgeres.errors import printable
+from edgeres.completion import paths
+from edgeres.errors import SigningKeyError, printable
 from edgeres.exits import OK
 from edgeres.options import key_option
 
 if TYPE_CHECKING:
     from edgeres.artifacts import Manifest
 
+PASSPHRASE = "EDGERES_PASSPHRASE"
+
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path), shell_complete=paths())
 @click.option(
     "-o",
     "--out",
@@ -50,7 +55,9 @@ def pack(bundle: Path, out: Optional[Path], trusted_keys: Optional[Tuple[str, ..
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument(
+    "file", type=click.Path(path_type=Path, dir_okay=False), shell_complete=paths(".edgeres", bundles=False)
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -75,6 +82,71 @@ def unpack(file: Path, out: Optional[Path], trusted_keys: Optional[Tuple[str, ..
         click.echo(printable(f"warning: {text}"), err=True)
     show_verified(bundle.manifest, signatures_found(bundle.path, contents, trusted_keys is not None), as_json)
     return OK
+
+
+@click.command()
+@click.argument("bundle", metavar="BUNDLE|FILE", type=click.Path(path_type=Path), shell_complete=paths(".edgeres"))
+@key_option
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
+def verify(bundle: Path, trusted_keys: Optional[Tuple[str, ...]], as_json: bool) -> int:
+    """Check the hash of every file of a bundle, its signatures, and which engines fit this machine. Nothing is
+    deserialized or run.
+
+    Hashes find damage, not forgery: whoever can change a file can change the manifest. Forgery is found where you name
+    the key of whom you trust. Exit code 0 says that the files are as they were built (with --key: by whom you trust),
+    also where an engine is for another machine.
+    """
+    from edgeres.inspection import verify_bundle
+
+    show_verified(*verify_bundle(bundle, trusted_keys), as_json)
+    return OK
+
+
+@click.command()
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--passphrase", is_flag=True, help=f"Lock the private key; asks, or takes {PASSPHRASE}.")
+def keygen(path: Path, passphrase: bool) -> int:
+    """A new pair of Ed25519 keys: FILE, the private one, to sign with, and FILE.pub for robots and everybody else.
+
+    Nothing is overwritten. Whoever has the private key can sign in your name: it stays where bundles are built.
+    """
+    from edgeres.signing import make_pair
+
+    public, key = make_pair(path, _passphrase(new=True) if passphrase else None)
+    with answered():
+        click.echo(printable(f"private key, for nobody else: {path}\npublic key, for every robot: {public}\nid: {key}"))
+    return OK
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path), shell_complete=paths())
+@click.option(
+    "--key", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="PRIVATE", help="See keygen."
+)
+def sign(bundle: Path, key: Path) -> int:
+    """Sign a bundle, after checking all of it: its manifest.sig then holds a signature of the manifest.
+
+    Several keys may sign one bundle; the same one again replaces its signature. Whatever changes the bundle later
+    (build, compile, report) takes the signatures away.
+    """
+    from edgeres.signing import sign_bundle
+
+    signed = sign_bundle(bundle, key, _passphrase)
+    for text in signed.warnings:
+        click.echo(printable(f"warning: {text}"), err=True)
+    with answered():
+        click.echo(printable(f"{bundle}: signed by {signed.key}"))
+    return OK
+
+
+def _passphrase(new: bool = False) -> bytes:
+    """Return the passphrase of a private key, asked for where the environment does not tell it."""
+    told = os.environ.get(PASSPHRASE)
+    if not told and not sys.stdin.isatty():
+        why = "a new passphrase is to be set" if new else "the private key is locked"
+        raise SigningKeyError(f"{why}, and there is nobody to ask: set {PASSPHRASE}")
+    # As bytes of the environment, which need not be UTF-8.
+    return os.fsencode(told or str(click.prompt("passphrase", hide_input=True, confirmation_prompt=new, err=True)))
 
 
 def show_verified(manifest: Manifest, facts: Dict[str, Any], as_json: bool) -> None:
