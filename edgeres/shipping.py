@@ -153,11 +153,13 @@ def show_verified(manifest: Manifest, facts: Dict[str, Any], as_json: bool) -> N
     """Print what was verified of a bundle, ``facts`` as of :func:`edgeres.inspection.verify_bundle`, and which of its
     engines fit this machine."""
     from edgeres.inspection import signature_words
+    from edgeres.packed import unpacked_name
     from edgeres.targets import misfits
     from edgeres.validation.cases import one_line
 
     place = facts["bundle"]
-    fits = [(engine, misfits(engine, place)) for engine in manifest.engines]
+    folder = unpacked_name(place) if os.path.isfile(place) else place  # for what is advised
+    fits = [(engine, misfits(engine, folder)) for engine in manifest.engines]
     with answered():
         if as_json:
             engines = [{"target": x.target, "backend": x.backend, "fits": not why, "problems": why} for x, why in fits]
@@ -170,6 +172,6 @@ def show_verified(manifest: Manifest, facts: Dict[str, Any], as_json: bool) -> N
             said = f"does not run here: {'; '.join(why)}" if why else "fits this machine"
             click.echo(one_line(f"the engine for {engine.target} {said}"))
         if not manifest.engines:
-            click.echo(one_line(f"it has no engine yet. Make one for this machine: edgeres compile {place}"))
+            click.echo(one_line(f"it has no engine yet. Make one for this machine: edgeres compile {folder}"))
         for path in facts["unlisted"]:
             click.echo(one_line(f"not part of the bundle, not checked: {path}"))
