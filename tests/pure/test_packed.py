@@ -6,11 +6,13 @@ import io
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tarfile
 import tracemalloc
+import warnings
 from collections import namedtuple
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -24,6 +26,7 @@ import edgeres
 from edgeres import files as files_module
 from edgeres import packed as packed_module
 from edgeres import packing
+from edgeres import workspace as workspace_module
 from edgeres.artifacts import Engine, Manifest, Preprocessing, to_json
 from edgeres.bundle import verify
 from edgeres.cli import cli
@@ -468,6 +471,56 @@ def test_a_full_disk_is_told_and_leaves_nothing(file: Path, tmp_path: Path, monk
     with pytest.raises(BundleError, match="No space left"):
         packing.unpack(file, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == [".out.lock"]
+
+
+STEPS = ("open", "replace", "rename", "unlink", "rmdir", "mkdir", "fsync")
+
+
+def killed_before(step: int, work: Callable[[], Any]) -> bool:
+    """Run ``work`` in a child that is killed right before so many steps on files; return whether it came to that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, which the child does not need
+        child = os.fork()
+    if child == 0:
+        left = step
+
+        def counting(call: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*told: Any, **named: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                return call(*told, **named)
+
+            return counted
+
+        for name in STEPS:
+            setattr(os, name, counting(getattr(os, name)))
+        workspace_module.exchange = counting(workspace_module.exchange)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_a_kill_at_any_step_leaves_a_whole_bundle_and_the_next_unpacking_is_good(file: Path, tmp_path: Path) -> None:
+    make(tmp_path / "kept", {"old": b"old"}, "older")
+    old, new = tree(tmp_path / "kept"), tree(tmp_path / "bundle")
+    out, steps = tmp_path / "place" / "out", 0
+    while True:
+        shutil.rmtree(str(tmp_path / "place"), ignore_errors=True)
+        shutil.copytree(str(tmp_path / "kept"), str(out))
+        struck = killed_before(steps, lambda: packing.unpack(file, out))
+        assert tree(out) in (old, new)
+        verify(out)
+        packing.unpack(file, out)
+        assert tree(out) == new
+        assert sorted(path.name for path in out.parent.iterdir()) == [".out.lock", "out"]
+        if not struck:
+            break
+        steps += 1
+    assert steps > 30  # or nothing was tried
 
 
 def test_what_cannot_be_read_is_not_blamed_on_the_place(
