@@ -21,11 +21,13 @@ from edgeres.errors import EdgeresError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import ModuleType
-    from typing import Any, Optional, Union
+    from typing import Any, Dict, Optional, Union
 
     import numpy as np
 
     from edgeres.artifacts import Bundle, Report
+    from edgeres.matrix import Matrix
+    from edgeres.packing import Packed
     from edgeres.progress import Progress
     from edgeres.runtime import LoadedEngine
     from edgeres.signatures import Keys
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
-__all__ = ["EdgeresError", "__version__", "build", "load", "models", "validate"]
+__all__ = ["EdgeresError", "__version__", "build", "build_matrix", "load", "models", "pack", "unpack", "validate"]
 
 OPTIONS = {
     "model": "model.source",
@@ -110,14 +112,46 @@ def build(
     from edgeres.pipeline import build as run
     from edgeres.recipe import load_recipe
 
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise TypeError(f"build() has no option {unknown[0]!r}; it has {', '.join(OPTIONS)}")
-    overrides = {OPTIONS[name]: _plain(value) for name, value in options.items()}
-    wanted = load_recipe(None if recipe is None else os.fspath(recipe), overrides)
+    wanted = load_recipe(None if recipe is None else os.fspath(recipe), _overrides("build", options))
     if out is None and recipe is not None and os.path.isdir(recipe):
         out = recipe  # a bundle is continued where it is
     return run(wanted, None if out is None else FilePath(out), progress=progress, cluster=cluster)
+
+
+def build_matrix(
+    recipe: Path,
+    *,
+    out: Optional[Path] = None,
+    progress: Optional[Progress] = None,
+    cluster: Optional[str] = None,
+    **options: Any,
+) -> Matrix:
+    """Build the bundles of a recipe with ``[[targets]]``, and return what became of each row, in the recipe's order.
+
+    A row that fails is told of in its ``message``, and stops no other: look at ``good``, of a row and of all.
+
+    Args:
+        recipe: a TOML file; one without ``[[targets]]`` is a matrix of one row.
+        out: the folder that the bundles go to, each in one of its own; by default ``build``.
+        progress, cluster, options: as of :func:`build`; what rows say themselves cannot be an option.
+
+    Raises:
+        RecipeError: with everything that is wrong with the recipe; nothing is built.
+        BundleError: ``out`` is a bundle itself.
+        TypeError: there is no such option.
+    """
+    from pathlib import Path as FilePath
+
+    from edgeres.matrix import build_rows
+    from edgeres.recipe import load_recipe
+    from edgeres.rows import Planned, load_rows
+
+    overrides = _overrides("build_matrix", options)
+    rows = load_rows(os.fspath(recipe), overrides)
+    if rows is None:
+        wanted = load_recipe(os.fspath(recipe), overrides)
+        rows = (Planned(wanted.precision, wanted),)
+    return build_rows(rows, None if out is None else FilePath(out), progress, cluster)
 
 
 def load(
@@ -174,6 +208,34 @@ def validate(
         trusted_keys=key_list(trusted_keys),
         cluster=cluster,
     )
+
+
+def pack(bundle: Path, file: Optional[Path] = None, *, trusted_keys: Optional[Keys] = None) -> Packed:
+    """Write a bundle into one file to ship, and return what was packed; see :func:`edgeres.packing.pack`."""
+    from edgeres.packing import pack as run
+    from edgeres.signatures import key_list
+
+    return run(bundle, file, key_list(trusted_keys))
+
+
+def unpack(file: Path, out: Optional[Path] = None, *, trusted_keys: Optional[Keys] = None) -> Bundle:
+    """Return the bundle of a packed one, checked and put in place whole; see :func:`edgeres.packing.unpack`."""
+    from edgeres.packing import unpack as run
+    from edgeres.signatures import key_list
+
+    return run(file, out, key_list(trusted_keys))[0]
+
+
+def _overrides(function: str, options: Dict[str, Any]) -> Dict[str, Any]:
+    """Return a function's options as keys of the recipe.
+
+    Raises:
+        TypeError: there is no such option.
+    """
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise TypeError(f"{function}() has no option {unknown[0]!r}; it has {', '.join(OPTIONS)}")
+    return {OPTIONS[name]: _plain(value) for name, value in options.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -72,6 +72,8 @@ def manifest_bytes(folder: Folder) -> bytes:
     path = Path(folder) / MANIFEST
     how = f"Build one: edgeres build --out {folder}"
     try:
+        if Path(folder).is_file():
+            raise BundleError(f"{folder} is a file, not a bundle. If it is a packed one: edgeres unpack {folder}")
         if not Path(folder).is_dir():
             raise BundleError(f"there is no bundle at {folder}. {how}")
         with open_inside(folder, MANIFEST) as stream:
@@ -184,7 +186,7 @@ def check_files(folder: Folder, manifest: Manifest, wanted: Tuple[str, ...] = ()
     Raises:
         IntegrityError: with every file that is missing, changed or outside the bundle.
     """
-    problems = _contradictions(manifest)
+    problems = contradictions(manifest)
     contents: Dict[str, bytes] = {}
 
     def examined(ref: FileRef) -> Tuple[bytes, str]:
@@ -233,7 +235,7 @@ def _identity(folder: Folder) -> Optional[Tuple[int, int, int]]:
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-def _contradictions(manifest: Manifest) -> List[str]:
+def contradictions(manifest: Manifest) -> List[str]:
     """Return what a manifest says that no build would write."""
     problems = []
     if manifest.format != FORMAT:
@@ -251,11 +253,18 @@ def _contradictions(manifest: Manifest) -> List[str]:
     return problems
 
 
+def misplaced(ref: FileRef) -> str:
+    """Return what is to be said of a file whose path does not lie in the bundle for certain; else nothing."""
+    if ref.path.lower() in (MANIFEST, SIGNATURES) or not all(map(INSIDE.fullmatch, ref.path.split("/"))):
+        return f"the manifest names {ref.path!r}, which is not a path inside the bundle"
+    return ""
+
+
 def _examine(folder: Folder, ref: FileRef, keep: bool) -> Tuple[bytes, str]:
     """Return a file's bytes, where they are to be kept, and what is wrong with the file (empty: nothing)."""
-    parts = ref.path.split("/")
-    if ref.path.lower() in (MANIFEST, SIGNATURES) or not all(map(INSIDE.fullmatch, parts)):
-        return b"", f"the manifest names {ref.path!r}, which is not a path inside the bundle"
+    outside = misplaced(ref)
+    if outside:
+        return b"", outside
     try:
         with open_inside(folder, ref.path) as stream:
             size = os.fstat(stream.fileno()).st_size

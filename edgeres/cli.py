@@ -6,19 +6,20 @@ What the codes mean stands in :mod:`edgeres.exits`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import click
-import msgspec
 
 import edgeres
-from edgeres.errors import BundleError, EdgeresError, SigningKeyError, printable
+from edgeres.answers import answered, print_json
+from edgeres.completion import paths, targets
+from edgeres.errors import BundleError, EdgeresError, printable
 from edgeres.exits import FAILED, OK, UNDECIDED, exit_code
+from edgeres.guide import Taught, completion, manual
 from edgeres.options import (
     Seconds,
     Size,
@@ -29,19 +30,20 @@ from edgeres.options import (
     key_option,
     latency_options,
 )
-from edgeres.streams import guard, on_github, order
+from edgeres.shipping import keygen, pack, sign, unpack, verify
+from edgeres.streams import guard, order
 
-PASSPHRASE = "EDGERES_PASSPHRASE"
 VERDICT_CODES = {"pass": OK, "fail": FAILED, "inconclusive": UNDECIDED, "unlabelled": UNDECIDED, "error": FAILED}
 OUTPUT = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
 if TYPE_CHECKING:
     from edgeres.artifacts import Bundle, Report
     from edgeres.ci import Hints, Outputs
+    from edgeres.rows import Planned
     from edgeres.validation import Limits
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Taught, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(edgeres.__version__, prog_name="edgeres")
 def cli() -> None:
     """From a PyTorch ResNet to a verified INT8 bundle, and onto the robot.
@@ -50,11 +52,12 @@ def cli() -> None:
     edgeres build                                    the embedded default: handwritten digits
     edgeres build --model resnet50 --weights w.pth --calibration images/ --validation labelled/
     edgeres validate build/resnet50-int8             the gate: exit code 0, 1 or 3
+    edgeres COMMAND --help                           what it does, with examples
     """
 
 
 @cli.command()
-@click.argument("recipe", required=False)
+@click.argument("recipe", required=False, shell_complete=paths(".toml"))
 @build_options
 @cluster_option
 @click.option("--check", is_flag=True, help="Build the bundle at --out anew, beside it, and compare: is it the same?")
@@ -70,6 +73,11 @@ def build(recipe: Optional[str], out: Optional[Path], as_json: bool, check: bool
     """
     if check:
         return _check(recipe, out, as_json, options)
+    from edgeres.rows import load_rows
+
+    rows = load_rows(recipe, _overrides(options))
+    if rows is not None:
+        return _matrix(rows, out, as_json, options["cluster"])
     report = _run(recipe, out, as_json, "validate", options).report
     return FAILED if report is not None and report.verdict == "fail" else OK
 
@@ -78,7 +86,7 @@ def _stage(name: str, until: str, text: str) -> None:
     """Add a command that runs the pipeline up to one stage."""
 
     @cli.command(name, help=text, short_help=text.split(".")[0] + ".")
-    @click.argument("recipe", metavar="[RECIPE|BUNDLE]", required=False)
+    @click.argument("recipe", metavar="[RECIPE|BUNDLE]", required=False, shell_complete=paths(".toml"))
     @build_options
     @cluster_option
     def command(recipe: Optional[str], out: Optional[Path], as_json: bool, **options: Any) -> int:
@@ -93,7 +101,7 @@ _stage("quantize", "quantize", "Write the model in the wanted precision." + _BUN
 
 
 @cli.command("compile")
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.argument("bundle", required=False, type=click.Path(path_type=Path), shell_complete=paths())
 @engine_options
 @key_option
 @click.option(
@@ -113,9 +121,9 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 
     if list_targets:
         found = targets.list_targets()
-        with _answered():
+        with answered():
             if as_json:
-                _print_json(found)
+                print_json(found)
             else:
                 rows = [[x["target"], x["backend"], x["what"], targets.here(x)] for x in found]
                 show_rows(["target", "backend", "what", "here"], rows)
@@ -126,8 +134,13 @@ def compile_(bundle: Optional[Path], list_targets: bool, as_json: bool, **option
 
 
 @cli.command()
-@click.argument("bundle")
-@click.option("--backend", default="auto", help="Which of the bundle's engines, or its target; default: the first.")
+@click.argument("bundle", shell_complete=paths())
+@click.option(
+    "--backend",
+    default="auto",
+    shell_complete=targets,
+    help="Which of the bundle's engines, or its target; default: the first.",
+)
 @click.option("--validation", metavar="PATH", help="Other samples than the bundle was built with.")
 @click.option(
     "--max-drop", type=click.FloatRange(0, 100), metavar="PP", help="Accuracy budget; default: the bundle's own."
@@ -173,9 +186,9 @@ def validate(bundle: str, baseline: Optional[Path], as_json: bool, **options: An
     hints: Hints = ((), "")
     with contextlib.suppress(EdgeresError):  # of a bundle that was changed meanwhile there are none, but a verdict
         hints = repairs(Path(bundle), read_manifest(bundle, options["trusted_keys"]))
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(_report_json(report))
+            print_json(_report_json(report))
         else:
             show_report(report, *hints)
     _annotate(ci.judged(report, bundle, hints), as_json)
@@ -225,7 +238,7 @@ def _accept(report: Report, baseline: Path) -> None:
 
 def _annotate(lines: List[str], as_json: bool) -> None:
     """Print commands for GitHub, whose runner reads both streams."""
-    with _answered():
+    with answered():
         for line in lines:
             order(sys.stderr if as_json else sys.stdout, line)
 
@@ -263,15 +276,25 @@ def _check_baseline(baseline: Optional[Path], bundle: Path, update: bool) -> Non
 
 
 @cli.command()
-@click.argument("bundle")
-@click.option("--backend", default="auto", help="Which of the bundle's engines, or its target; default: the first.")
+@click.argument("bundle", shell_complete=paths())
+@click.option(
+    "--backend",
+    default="auto",
+    shell_complete=targets,
+    help="Which of the bundle's engines, or its target; default: the first.",
+)
 @click.option("--batch", "batches", type=Sizes(), help="Batch sizes. Default: 1,8,32, as far as the engine takes them.")
 @click.option("--seconds", type=Seconds(0, min_open=True), default=5.0, help="For each batch size. Default: 5.")
 @click.option("--runs", type=click.IntRange(1), help="Calls of each model that count, in place of --seconds.")
 @click.option("--warmup", type=Seconds(0), default=0.5, help="Seconds for each model and batch size. Default: 0.5.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of the CPU's engines. Default: one per core.")
 @click.option("--frames", type=Size(), help="Also from uint8 camera frames of this size, with preprocessing.")
-@click.option("--against", metavar="BUNDLE", help="Another bundle's engine for the same backend, to compare with.")
+@click.option(
+    "--against",
+    metavar="BUNDLE",
+    shell_complete=paths(),
+    help="Another bundle's engine for the same backend, to compare with.",
+)
 @click.option("--cuda-graphs", is_flag=True, help="On a GPU: record each engine's work, and launch it in one piece.")
 @key_option
 @click.option("--alone", is_flag=True, help="Without the float twin: clocks and power are then the engine's alone.")
@@ -299,9 +322,9 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
         measured = bench_bundle(bundle, settings, progress.advance)
     finally:
         progress.stop()
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(to_data(measured))
+            print_json(to_data(measured))
         else:
             show_benchmark(measured)
     if out is not None:
@@ -310,7 +333,7 @@ def bench(bundle: str, frames: Optional[List[int]], out: Optional[Path], as_json
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path), shell_complete=paths())
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write it there; the bundle stays as it is."
 )
@@ -338,7 +361,7 @@ def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool,
     else:
         write_atomic(out, page_of(bundle, bench, limits, keys))
     place = (out or bundle / PAGE).absolute()
-    with _answered():
+    with answered():
         click.echo(printable(str(place)))
     if show and click.launch(str(place)):
         click.echo("there is no browser that this machine can open it with", err=True)
@@ -346,8 +369,8 @@ def report(bundle: Path, out: Optional[Path], bench: Optional[Path], show: bool,
 
 
 @cli.command()
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("first", type=click.Path(path_type=Path), shell_complete=paths())
+@click.argument("second", type=click.Path(path_type=Path), shell_complete=paths())
 @key_option
 @click.option(
     "--json", "as_json", is_flag=True, help="As one JSON object on stdout, with every tensor, layer and sample."
@@ -362,9 +385,9 @@ def diff(first: Path, second: Path, trusted_keys: Optional[Tuple[str, ...]], as_
     from edgeres.validation.cases import one_line
 
     found = difference(first, second, trusted_keys)
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(found)
+            print_json(found)
             return OK
         click.echo(f"first:  {one_line(str(first))}\nsecond: {one_line(str(second))}")
         for table in tables(found):
@@ -375,7 +398,9 @@ def diff(first: Path, second: Path, trusted_keys: Optional[Tuple[str, ...]], as_
 
 
 @cli.command()
-@click.argument("path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path))
+@click.argument(
+    "path", metavar="FILE|BUNDLE", type=click.Path(path_type=Path), shell_complete=paths(".onnx", ".edgeres")
+)
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
 @click.option("--sbom", is_flag=True, help="A bundle's files and the tools that made it, as CycloneDX 1.5 (JSON).")
 @key_option
@@ -383,19 +408,22 @@ def inspect(path: Path, as_json: bool, sbom: bool, trusted_keys: Optional[Tuple[
     """What is inside: layers and the reason for each, ranges, engines, provenance."""
     if sbom:
         return _bill(path, trusted_keys)
-    from edgeres.inspection import inspect_file, read_and_inspect
+    from edgeres.inspection import inspect_file, inspect_packed, read_and_inspect
+    from edgeres.packed import is_packed
     from edgeres.tables import show_inside
 
     manifest = None
-    if path.is_file() or path.suffix.lower() == ".onnx":
+    if is_packed(path):
+        manifest, facts = inspect_packed(path, trusted_keys)
+    elif path.is_file() or path.suffix.lower() == ".onnx":
         if trusted_keys:
             raise click.UsageError(f"--key is for bundles: nobody signs a file such as {path}")
         facts = inspect_file(path)
     else:
         manifest, facts = read_and_inspect(path, trusted_keys)
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(facts)
+            print_json(facts)
         else:
             show_inside(path, manifest, facts)
     return OK
@@ -406,90 +434,9 @@ def _bill(bundle: Path, trusted_keys: Optional[Tuple[str, ...]]) -> int:
     from edgeres.sbom import bill_of_materials
 
     bill = bill_of_materials(verify(bundle, trusted_keys))
-    with _answered():
-        _print_json(bill)
+    with answered():
+        print_json(bill)
     return OK
-
-
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@key_option
-@click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
-def verify(bundle: Path, trusted_keys: Optional[Tuple[str, ...]], as_json: bool) -> int:
-    """Check the hash of every file of a bundle, its signatures, and which engines fit this machine. Nothing is
-    deserialized or run.
-
-    Hashes find damage, not forgery: whoever can change a file can change the manifest. Forgery is found where you name
-    the key of whom you trust. Exit code 0 says that the files are as they were built (with --key: by whom you trust),
-    also where an engine is for another machine.
-    """
-    from edgeres.inspection import signature_words, verify_bundle
-    from edgeres.targets import misfits
-    from edgeres.validation.cases import one_line
-
-    manifest, facts = verify_bundle(bundle, trusted_keys)
-    fits = [(engine, misfits(engine, str(bundle))) for engine in manifest.engines]
-    with _answered():
-        if as_json:
-            engines = [{"target": x.target, "backend": x.backend, "fits": not why, "problems": why} for x, why in fits]
-            _print_json({**facts, "engines": engines})
-            return OK
-        click.echo(f"{one_line(str(bundle))}: all {len(manifest.files)} files are as they were built")
-        for words in [signature_words(one) for one in facts["signatures"]] or ["not signed"]:
-            click.echo(words)
-        for engine, why in fits:
-            said = f"does not run here: {'; '.join(why)}" if why else "fits this machine"
-            click.echo(one_line(f"the engine for {engine.target} {said}"))
-        for path in facts["unlisted"]:
-            click.echo(one_line(f"not part of the bundle, not checked: {path}"))
-    return OK
-
-
-@cli.command()
-@click.argument("path", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--passphrase", is_flag=True, help=f"Lock the private key; asks, or takes {PASSPHRASE}.")
-def keygen(path: Path, passphrase: bool) -> int:
-    """A new pair of Ed25519 keys: FILE, the private one, to sign with, and FILE.pub for robots and everybody else.
-
-    Nothing is overwritten. Whoever has the private key can sign in your name: it stays where bundles are built.
-    """
-    from edgeres.signing import make_pair
-
-    public, key = make_pair(path, _passphrase(new=True) if passphrase else None)
-    with _answered():
-        click.echo(printable(f"private key, for nobody else: {path}\npublic key, for every robot: {public}\nid: {key}"))
-    return OK
-
-
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--key", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="PRIVATE", help="See keygen."
-)
-def sign(bundle: Path, key: Path) -> int:
-    """Sign a bundle, after checking all of it: its manifest.sig then holds a signature of the manifest.
-
-    Several keys may sign one bundle; the same one again replaces its signature. Whatever changes the bundle later
-    (build, compile, report) takes the signatures away.
-    """
-    from edgeres.signing import sign_bundle
-
-    signed = sign_bundle(bundle, key, _passphrase)
-    for text in signed.warnings:
-        click.echo(printable(f"warning: {text}"), err=True)
-    with _answered():
-        click.echo(printable(f"{bundle}: signed by {signed.key}"))
-    return OK
-
-
-def _passphrase(new: bool = False) -> bytes:
-    """Return the passphrase of a private key, asked for where the environment does not tell it."""
-    told = os.environ.get(PASSPHRASE)
-    if not told and not sys.stdin.isatty():
-        why = "a new passphrase is to be set" if new else "the private key is locked"
-        raise SigningKeyError(f"{why}, and there is nobody to ask: set {PASSPHRASE}")
-    # As bytes of the environment, which need not be UTF-8.
-    return os.fsencode(told or str(click.prompt("passphrase", hide_input=True, confirmation_prompt=new, err=True)))
 
 
 @cli.command()
@@ -506,9 +453,9 @@ def init(folder: Path, ci: str, as_json: bool) -> int:
     from edgeres.starter import begin
 
     written = begin(folder, ci)
-    with _answered():
+    with answered():
         if as_json:
-            _print_json([str(path) for path in written])
+            print_json([str(path) for path in written])
             return OK
         for path in written:
             click.echo(printable(f"written: {path}"))
@@ -535,9 +482,9 @@ def models(as_json: bool) -> int:
         ]
         for x in entries
     ]
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(entries)
+            print_json(entries)
         else:
             show_rows(["model", "parameters", "MACs", "input", "classes", "source"], rows)
     return OK
@@ -551,9 +498,9 @@ def doctor(as_json: bool) -> int:
     from edgeres.tables import show_health
 
     facts = examine()
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(facts)
+            print_json(facts)
         else:
             show_health(facts)
     return OK
@@ -565,7 +512,6 @@ def _run(source: Optional[str], out: Optional[Path], as_json: bool, until: str, 
     from edgeres.recipe import load_recipe
     from edgeres.terminal import TerminalProgress, show_build
 
-    cluster = options.pop("cluster", None)
     recipe = load_recipe(source, _overrides(options))
     if out is None and source is not None and Path(source).is_dir():
         out = Path(source)  # a bundle is continued where it is
@@ -573,15 +519,36 @@ def _run(source: Optional[str], out: Optional[Path], as_json: bool, until: str, 
     try:
         # A user's own model may print; the answer on stdout stays one JSON object.
         with contextlib.redirect_stdout(sys.stderr):
-            bundle = run(recipe, out, until, progress, cluster)
+            bundle = run(recipe, out, until, progress, options["cluster"])
     finally:
         progress.stop()
-    with _answered():
+    with answered():
         if as_json:
-            _print_json(_build_json(bundle, progress.lines))
+            print_json(_build_json(bundle, progress.lines))
         else:
             show_build(bundle, progress.lines)
     return bundle
+
+
+def _matrix(rows: Sequence[Planned], out: Optional[Path], as_json: bool, cluster: Optional[str]) -> int:
+    """Build the bundles of a matrix, and show one table of them."""
+    from edgeres.artifacts import to_data
+    from edgeres.matrix import build_rows
+    from edgeres.tables import show_matrix
+    from edgeres.terminal import TerminalProgress
+
+    progress = TerminalProgress()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            matrix = build_rows(rows, out, progress, cluster)
+    finally:
+        progress.stop()
+    with answered():
+        if as_json:
+            print_json(to_data(matrix))
+        else:
+            show_matrix(matrix)
+    return OK if matrix.good else FAILED
 
 
 def _check(source: Optional[str], out: Optional[Path], as_json: bool, options: Dict[str, Any]) -> int:
@@ -595,17 +562,16 @@ def _check(source: Optional[str], out: Optional[Path], as_json: bool, options: D
         raise click.UsageError("name the bundle to check: --out BUNDLE")
     if source is None and options["model"] is None:
         source = str(bundle)
-    cluster = options.pop("cluster")
     recipe = load_recipe(source, _overrides(options))
     progress = TerminalProgress()
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            found = reproduce(bundle, recipe, progress, cluster)
+            found = reproduce(bundle, recipe, progress, options["cluster"])
     finally:
         progress.stop()
-    with _answered():
+    with answered():
         if as_json:
-            _print_json({"bundle": str(bundle), "same": found.same, **found._asdict()})
+            print_json({"bundle": str(bundle), "same": found.same, **found._asdict()})
         else:
             show_rows(["", "then", "now"], rows(found), f"{bundle}, built again")
             click.echo("all that was compared is the same" if found.same else "NOT the same")
@@ -613,9 +579,9 @@ def _check(source: Optional[str], out: Optional[Path], as_json: bool, options: D
 
 
 def _overrides(options: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the flags of a build as keys of the recipe."""
+    """Return the flags of a build as keys of the recipe, of which a cluster is no part."""
     given = {**options, "keep_float": list(options["keep_float"]) or None}
-    return {edgeres.OPTIONS[name]: value for name, value in given.items()}
+    return {edgeres.OPTIONS[name]: value for name, value in given.items() if name != "cluster"}
 
 
 def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
@@ -638,9 +604,9 @@ def _compile(bundle: Path, as_json: bool, options: Dict[str, Any]) -> int:
         progress.stop()
     for text in warnings:
         progress.warn(text)
-    with _answered():
+    with answered():
         if as_json:
-            _print_json({"bundle": made.path, **to_data(engine), "warnings": list(warnings)})
+            print_json({"bundle": made.path, **to_data(engine), "warnings": list(warnings)})
         else:
             show_engine(made.path, engine, engine_words(engine))
     return OK
@@ -682,24 +648,8 @@ def _absolute(path: Optional[str]) -> Optional[str]:
     return path if path is None or is_url(path) else str(Path(path).absolute())
 
 
-def _print_json(data: Any) -> None:
-    finite = msgspec.json.decode(msgspec.json.encode(data))  # JSON has no NaN and no infinity: they are null
-    text = json.dumps(finite, indent=2, ensure_ascii=False)
-    click.echo(text.replace("##[", r"#\u0023[") if on_github() else text)  # the same JSON, and no command: see streams
-
-
-@contextlib.contextmanager
-def _answered() -> Iterator[None]:
-    """Let a command that has done its work keep its exit code when nobody reads its answer: a gate piped into `head`
-    must not change its verdict. A full disk behind stdout is told, and nothing more."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except OSError as problem:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        click.echo(f"warning: the answer could not be written: {problem.strerror or problem}", err=True)
+for _command in (verify, keygen, sign, pack, unpack, completion, manual):
+    cli.add_command(_command)
 
 
 def main(arguments: Optional[List[str]] = None) -> None:

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Iterator, List, Tuple, Union
+from typing import BinaryIO, Iterator, List, Tuple, Union
 
 from edgeres.artifacts import FileRef
 from edgeres.errors import BundleError
@@ -196,6 +196,16 @@ def write_atomic(path: Union[str, Path], content: bytes) -> None:
         BundleError: the folder cannot be written, or the disk is full; the old file is whole. Or what is there is no
             ordinary file: root could put one in the place of ``/dev/null``.
     """
+    with writing(path) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: Union[str, Path]) -> Iterator[BinaryIO]:
+    """Write a file piece by piece, as :func:`write_atomic` does: it is there when all of it is, and not after an error.
+
+    Raises: as :func:`write_atomic`, for any OSError while it is written.
+    """
     path = Path(path)
     temporary = None
     try:
@@ -205,7 +215,7 @@ def write_atomic(path: Union[str, Path], content: bytes) -> None:
         _remove_orphans(path)
         temporary, descriptor = _begun(path)
         with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
             os.replace(temporary, str(path))  # before it is closed, which ends its lock

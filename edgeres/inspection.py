@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, TypeVar
 
@@ -26,9 +27,11 @@ from edgeres.artifacts import (
 from edgeres.bundle import check_files, parse_manifest, read_listed, unlisted, verify_and_read, vouched_bytes
 from edgeres.errors import BundleError, MissingPackageError
 from edgeres.files import sha256_bytes
+from edgeres.packed import Contents, read_packed
 from edgeres.signatures import Keys, read_signatures
 
 T = TypeVar("T")
+LOOKED_INTO = (files.TABLE, files.ERRORS)
 WORST = 3  # layers that are named in short
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
@@ -41,7 +44,17 @@ def inspect_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Dict[st
 
 def read_and_inspect(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Manifest, Dict[str, Any]]:
     """Return a verified bundle's manifest, and what :func:`inspect_bundle` returns, from one reading."""
-    manifest, contents = verify_and_read(folder, (files.TABLE, files.ERRORS), trusted_keys)
+    manifest, contents = verify_and_read(folder, LOOKED_INTO, trusted_keys)
+    return manifest, {**_inside(folder, manifest, contents), "unlisted": unlisted(folder, manifest)}
+
+
+def inspect_packed(file: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Manifest, Dict[str, Any]]:
+    """Return a verified packed bundle's manifest, and what :func:`inspect_bundle` returns, from one reading."""
+    front, contents = read_packed(file, LOOKED_INTO, trusted_keys)
+    return front.manifest, {**_inside(file, front.manifest, contents), "unlisted": []}
+
+
+def _inside(folder: Path, manifest: Manifest, contents: Dict[str, bytes]) -> Dict[str, Any]:
     table = errors = None
     if files.TABLE in contents:
         table = from_json(contents[files.TABLE], CalibrationTable, str(folder / files.TABLE))
@@ -50,7 +63,7 @@ def read_and_inspect(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple
     climb = manifest.climb
     exported = _stage(manifest, "export", ExportedModel)
     quantized = _stage(manifest, "quantize", QuantizedModel)
-    return manifest, {
+    return {
         "bundle": str(folder),
         "name": manifest.name,
         "precision": manifest.precision,
@@ -72,13 +85,12 @@ def read_and_inspect(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple
         "validation": to_data(manifest.report) if manifest.report else None,
         "provenance": manifest.provenance,
         "files": [to_data(ref) for ref in manifest.files],
-        "unlisted": unlisted(folder, manifest),
         "warnings": list(manifest.warnings),
     }
 
 
 def verify_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Manifest, Dict[str, Any]]:
-    """Return a verified bundle's manifest, and what of the bundle was verified.
+    """Return a verified bundle's manifest, and what of the bundle was verified; ``folder`` may be a packed one, too.
 
     ``signatures`` has the ``key`` of each and whether it says to be of this manifest (``current``); ``trusted`` whether
     one of the trusted keys really signed it: None where none were given, and then no signature was checked.
@@ -87,19 +99,29 @@ def verify_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Ma
         BundleError: it is damaged, or none of the trusted keys vouches for it.
         SigningKeyError: what is to be trusted is no public key.
     """
-    content, good = vouched_bytes(folder, trusted_keys)
     asked = trusted_keys is not None
+    if os.path.isfile(folder):
+        contents, _ = read_packed(folder, (), trusted_keys)
+        return contents.manifest, signatures_found(str(folder), contents, asked)
+    content, good = vouched_bytes(folder, trusted_keys)
     manifest = parse_manifest(folder, content)
     check_files(folder, manifest)
-    digest = sha256_bytes(content)
+    facts = signatures_found(str(folder), Contents(manifest, content, read_signatures(folder), good), asked)
+    return manifest, {**facts, "unlisted": unlisted(folder, manifest)}
+
+
+def signatures_found(place: str, contents: Contents, asked: bool) -> Dict[str, Any]:
+    """Return what :func:`verify_bundle` does of a bundle in which there is nothing else; ``asked`` says whether keys
+    were to be trusted."""
+    digest = sha256_bytes(contents.content)
     signatures = [
-        {"key": one.key, "current": one.manifest == digest, "trusted": one.key in good if asked else None}
-        for one in read_signatures(folder)
+        {"key": one.key, "current": one.manifest == digest, "trusted": one.key in contents.trusted if asked else None}
+        for one in contents.signatures
     ]
-    return manifest, {
-        "bundle": str(folder),
-        "files": len(manifest.files),
-        "unlisted": unlisted(folder, manifest),
+    return {
+        "bundle": place,
+        "files": len(contents.manifest.files),
+        "unlisted": [],
         "intact": True,
         "trusted": True if asked else None,
         "signatures": signatures,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence, Tuple
 
 import click
 
+from edgeres.completion import models, paths, targets
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 LONGEST = 1e6  # seconds that a measurement may be asked to take
@@ -116,10 +118,16 @@ class Sizes(Parameter):
 
 BUILD_OPTIONS = (
     click.option(
-        "--model", metavar="NAME", help="A name from `edgeres models`, package.module:callable, or a .onnx file."
+        "--model",
+        metavar="NAME",
+        shell_complete=models,
+        help="A name from `edgeres models`, package.module:callable, or a .onnx file.",
     ),
     click.option(
-        "--weights", metavar="FILE", help=".safetensors or a torch checkpoint (.pt .pth .th); tensors only, never code."
+        "--weights",
+        metavar="FILE",
+        shell_complete=paths(".safetensors", ".pt", ".pth", ".th", bundles=False),
+        help=".safetensors or a torch checkpoint (.pt .pth .th); tensors only, never code.",
     ),
     click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), help="Default: int8."),
     click.option("--input-size", type=Size(), help="Where the model's own does not fit."),
@@ -137,6 +145,7 @@ BUILD_OPTIONS = (
     click.option(
         "--calibration",
         metavar="PATH",
+        shell_complete=paths(bundles=False),
         help="A folder of images, a list, .tar, or .npy/.npz of uint8 (N, H, W, 3); or a URL of a folder or .tar.",
     ),
     click.option(
@@ -184,7 +193,10 @@ BUILD_OPTIONS = (
         "at all: 0, or --recovery fast or none.",
     ),
     click.option(
-        "--validation", metavar="PATH", help="A folder with one subfolder per class, or an .npz with images and labels."
+        "--validation",
+        metavar="PATH",
+        shell_complete=paths(bundles=False),
+        help="A folder with one subfolder per class, or an .npz with images and labels.",
     ),
     click.option(
         "--max-drop", type=float, metavar="PP", help="Accuracy budget: points of top-1 against FP32. Default: 0.5."
@@ -207,7 +219,7 @@ ENGINE_OPTIONS = (
     click.option(
         "--backend", type=click.Choice(["auto", "cpu", "tensorrt", "tensorrt-rtx"]), help="What runs it. Default: auto."
     ),
-    click.option("--target", help="The device: see `edgeres compile --list-targets`."),
+    click.option("--target", shell_complete=targets, help="The device: see `edgeres compile --list-targets`."),
     click.option("--batch", type=Batch(), help="For TensorRT: smallest, usual and largest batch. Default: 1,8,32."),
     click.option("--workspace-mib", type=int, help="TensorRT's scratch memory; less for small boards."),
     click.option("--optimization-level", type=click.IntRange(0, 5), help="Of TensorRT's builder (8.6 and newer)."),
@@ -270,6 +282,7 @@ key_option = click.option(
     multiple=True,
     callback=lambda context, option, keys: keys or None,
     metavar="PUBLIC",
+    shell_complete=paths(".pub", bundles=False),
     help="Refuse a bundle that nobody signed with this key. Repeatable: one of them is enough.",
 )
 

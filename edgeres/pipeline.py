@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 from edgeres import __version__, files, imported, observation
 from edgeres.artifacts import (
@@ -58,6 +58,15 @@ Made = Tuple[Any, Tuple[str, ...], str]
 """What a stage's work returns: its noun (or plain data), the files it wrote, and a few words on what it made."""
 
 
+class Terms(NamedTuple):
+    """On what terms a bundle is built that is one of several (:mod:`edgeres.matrix`): ``lenders`` are those that are
+    done, whose stages are taken over where they would come out the same; ``elsewhere`` says that the engine is made on
+    another machine, so that the verdict is on what the model means."""
+
+    lenders: Tuple[Bundle, ...] = ()
+    elsewhere: bool = False
+
+
 class _Reached(Exception):
     """The last stage that was wanted is done, and the next has no earlier result to take over."""
 
@@ -78,6 +87,7 @@ class Build:
         self.last = STAGES.index(until)
         self.progress = progress
         self.workforce = workforce or Alone()
+        self.elsewhere = False  # whether the engine is made on another machine
         self.engines: Tuple[Engine, ...] = ()
         self.report: Optional[Report] = None
         self.warnings: List[str] = []
@@ -146,7 +156,7 @@ class Build:
         from edgeres.preflight import open_inputs, require_backend, require_host_packages
 
         require_host_packages(self.recipe)
-        if self.last >= STAGES.index("compile"):
+        if self.last >= STAGES.index("compile") and not self.elsewhere:
             require_backend(self.recipe)
         if self.recipe.precision != "int8" and STAGES[self.last] in ("observe", "calibrate"):
             raise CalibrationError(f"{self.recipe.precision} needs no ranges. Calibrate for int8: --precision int8")
@@ -433,8 +443,8 @@ class Build:
     def make(self, exported: ExportedModel) -> None:
         """Quantize, compile and validate at the present level of recovery, with what is given back to float."""
         model = self.quantize(exported)
-        engine = self.compile(exported, model)
-        self.validate(exported, model, self.judged_engine(model, engine))
+        engine = self.meaning(model) if self.elsewhere else self.judged_engine(model, self.compile(exported, model))
+        self.validate(exported, model, engine)
 
     def compile(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
         """Make the backend's engine; engines of the earlier bundle that were compiled from the same models stay."""
@@ -451,6 +461,20 @@ class Build:
         if not self.engines:
             raise _Reached
         return self.engines[0]
+
+    def meaning(self, model: QuantizedModel) -> Engine:
+        """Return what stands for an engine that is made elsewhere: the model on the CPU. Engines of the earlier bundle,
+        which may have come from there, stay where they were compiled from the same models."""
+        from edgeres.backends import cpu
+
+        self.engines = self.workspace.take_engines(MODEL_STAGES, None)
+        if STAGES.index("compile") > self.last:
+            raise _Reached
+        self.warn(
+            f"the engine is to be made elsewhere, so the verdict is on what {model.file.path} means, computed on the "
+            "CPU. There, when it is compiled: edgeres validate BUNDLE"
+        )
+        return cpu.compile_engine(model.file, model.precision, model.activation_range)
 
     def compiled(self, exported: ExportedModel, model: QuantizedModel) -> Engine:
         """Make the engine that the recipe wants."""
@@ -583,6 +607,7 @@ def build(
     until: str = "validate",
     progress: Optional[Progress] = None,
     cluster: Optional[str] = None,
+    terms: Optional[Terms] = None,
 ) -> Bundle:
     """Run the pipeline and return the finished bundle; an earlier bundle at ``out`` is replaced only at the very end.
 
@@ -591,6 +616,7 @@ def build(
         until: the last stage to run, of ``STAGES``; results of later ones are kept only where they still hold.
         cluster: who runs the samples, ``local`` or a Dask scheduler's address; None for this machine alone. The bundle
             is the same, to the bit.
+        terms: of a bundle that is one of several.
 
     Raises:
         EdgeresError: with what is wrong and what to do; the earlier bundle, if any, is whole.
@@ -604,6 +630,8 @@ def build(
     progress = progress or Progress()
     with hired(cluster, progress.warn) as workforce, Workspace(place) as workspace:
         job = Build(recipe, workspace, until, progress, workforce)
+        if terms is not None:
+            job.elsewhere, workspace.lenders = terms.elsewhere, terms.lenders
         job.open_samples()
         with contextlib.suppress(_Reached):
             job.hygiene()

@@ -11,6 +11,9 @@ def counted(number: int, noun: str) -> str:
 class Progress:
     """A silent watcher. The command line overrides it with bars and lines; a library user may do the same."""
 
+    def row(self, number: int, total: int, text: str) -> None:
+        """The bundle ``number`` of ``total`` of a matrix begins; all else that is told is of it."""
+
     def stage(self, name: str, text: str) -> None:
         """A stage begins; ``text`` says in a few words on what."""
 

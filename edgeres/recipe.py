@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import msgspec
 
@@ -44,6 +44,11 @@ DOSSIER_PREFIX = "edgeres:"
 MOST_MINUTES = 7 * 24 * 60
 LARGEST_RECIPE = 1 << 16  # bytes: a recipe is a page of text
 MOST_DOTS = 1_000  # in a line: Python's reader takes gigabytes for a key of 30,000 parts
+TABLE = "targets"
+ONE_ALONE = (
+    "this recipe is of several bundles, and one is wanted here. Build them all: edgeres build RECIPE, in Python "
+    "edgeres.build_matrix; or name one of the bundles"
+)
 DEFAULT_RECIPE = DOSSIER_PREFIX + "recipes/digits-int8.toml"
 IMAGENET_SIZE, IMAGENET_RESIZE = 224, 256
 
@@ -213,12 +218,42 @@ def load_recipe(source: Union[str, Path, None] = None, overrides: Optional[Mappi
     Raises:
         RecipeError: with every mistake found.
     """
+    raw = read_raw(source, overrides)
+    problems: List[str] = []
+    if TABLE in raw.data:
+        raise RecipeError(raw.where, [f"{TABLE}: {ONE_ALONE}"])
+    recipe = decode(raw.data, problems)
+    if problems or recipe is None:
+        raise raw.error(problems)
+    return recipe
+
+
+class Raw(NamedTuple):
+    """A recipe as it was read, flags on top, and nothing of it checked: TOML's types, with absolute paths; ``where`` it
+    comes from, and the flags, ``overrides`` by dotted name."""
+
+    data: Dict[str, Any]
+    where: str
+    overrides: Mapping[str, Any]
+
+    def error(self, problems: Sequence[str]) -> RecipeError:
+        """Return what to raise of problems, each said of the flag that it comes from, where it comes from one."""
+        blamed = [_blamed(problem, self.overrides) for problem in problems]
+        of_flags = all(new != old for new, old in zip(blamed, problems))
+        return RecipeError("options" if of_flags else self.where, blamed)
+
+
+def read_raw(source: Union[str, Path, None] = None, overrides: Optional[Mapping[str, Any]] = None) -> Raw:
+    """Return the recipe of a TOML file as it stands there, with overrides on top; see :func:`load_recipe`.
+
+    Raises:
+        RecipeError: it cannot be read, or is not TOML.
+    """
     overrides = {name: value for name, value in (overrides or {}).items() if value is not None}
     if source is None and "model.source" not in overrides:
         source = DEFAULT_RECIPE
     data: Dict[str, Any] = {}
     where = "options"
-    problems: List[str] = []
     if source is not None:
         path = locate(str(source))
         path = path / "recipe.toml" if os.path.isdir(path) else path
@@ -234,12 +269,7 @@ def load_recipe(source: Union[str, Path, None] = None, overrides: Optional[Mappi
             data[section] = values
         elif isinstance(data.setdefault(section, {}), dict):  # what is no table stays, to be reported
             data[section].update(values)
-    recipe = _decode(data, problems)
-    if problems or recipe is None:
-        blamed = [_blamed(problem, overrides) for problem in problems]
-        of_flags = all(new != old for new, old in zip(blamed, problems))
-        raise RecipeError("options" if of_flags else where, blamed)
-    return recipe
+    return Raw(data, where, overrides)
 
 
 FLAGS = {key: f"--{name.replace('_', '-')}" for name, key in OPTIONS.items() if key != "name"}
@@ -268,7 +298,7 @@ def engine_section(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> E
     if isinstance(values.get("timing_cache"), str):
         values["timing_cache"] = _absolute(values["timing_cache"], Path.cwd())
     problems: List[str] = []
-    section = _section("engine", EngineSection, values, problems)
+    section = read_section("engine", EngineSection, values, problems)
     if isinstance(section, EngineSection):
         problems.extend(_engine_mistakes(section))
     if problems or not isinstance(section, EngineSection):
@@ -322,11 +352,14 @@ def _absolute(path: str, base: Path) -> str:
     return path if not path or path.startswith(DOSSIER_PREFIX) or is_url(path) else str(locate(path, base).absolute())
 
 
-def _decode(data: Dict[str, Any], problems: List[str]) -> Optional[Recipe]:
-    """Read every section and field by itself, so that one mistake does not hide the next."""
-    known = ["name", "precision", *SECTIONS]
+def decode(data: Dict[str, Any], problems: List[str]) -> Optional[Recipe]:
+    """Return the recipe that TOML's data is; None where there are ``problems``, to which its own are added.
+
+    Every section and field is read by itself, so that one mistake does not hide the next.
+    """
+    known = ["name", "precision", *SECTIONS, TABLE]  # of which the last is asked for elsewhere
     problems.extend(_unknown(key, known, "") for key in data if key not in known)
-    sections = {name: _section(name, kind, data.get(name, {}), problems) for name, kind in SECTIONS.items()}
+    sections = {name: read_section(name, kind, data.get(name, {}), problems) for name, kind in SECTIONS.items()}
     name, precision = data.get("name", ""), data.get("precision", "int8")
     if not isinstance(name, str) or name != Path(name).name or name.startswith(".") or not name.isprintable():
         problems.append(f"name: {_shown(name)} is not a plain folder name")
@@ -343,7 +376,8 @@ def _known(mistake: str, problems: List[str]) -> bool:
     return any(problem.startswith((f"{key}:", f"{key.partition('.')[0]}:")) for problem in problems)
 
 
-def _section(name: str, kind: type, values: Any, problems: List[str]) -> Any:
+def read_section(name: str, kind: type, values: Any, problems: List[str]) -> Any:
+    """Return a table of TOML as a noun, with what is good in it; what is not is added to ``problems``."""
     if not isinstance(values, dict):
         problems.append(f"{name}: must be a table, not {type(values).__name__}")
         return kind()

@@ -58,6 +58,15 @@ def read_signatures(folder: Union[str, os.PathLike[str]]) -> Tuple[Signature, ..
         return ()
     except (OSError, ValueError) as problem:
         raise SignatureError(f"{place} cannot be read: {getattr(problem, 'strerror', problem)}. {_AGAIN}") from None
+    return signatures_of(content, place)
+
+
+def signatures_of(content: bytes, place: str) -> Tuple[Signature, ...]:
+    """Return the signatures that the bytes of such a file hold, none of them checked; ``place`` names it in messages.
+
+    Raises:
+        SignatureError: they hold something else.
+    """
     header, *lines = content.split(b"\n")
     found = [LINE.fullmatch(line) for line in lines[:-1]]
     signatures = tuple(
@@ -83,8 +92,17 @@ def check(folder: Union[str, os.PathLike[str]], manifest: bytes, trusted: Keys) 
         SigningKeyError: what is to be trusted is no public key, or nothing.
         MissingPackageError: cryptography is not installed.
     """
-    keys = {key.id: key for key in public_keys(trusted)}
-    found = read_signatures(folder)
+    keys = public_keys(trusted)
+    return vouching(os.fspath(folder), read_signatures(folder), manifest, keys)
+
+
+def vouching(place: str, found: Sequence[Signature], manifest: bytes, trusted: Sequence[PublicKey]) -> Tuple[str, ...]:
+    """Return the ids of those keys that made one of the signatures found of a manifest's bytes; one is enough.
+
+    Raises:
+        SignatureError: there is none; ``place`` is what they were found at.
+    """
+    keys = {key.id: key for key in trusted}
     known = [one for one in found if one.key in keys]
     of_this = [one for one in known if one.manifest == sha256_bytes(manifest)]
     good = tuple(one.key for one in of_this if keys[one.key].made(one.value, message(manifest)))
@@ -101,7 +119,7 @@ def check(folder: Union[str, os.PathLike[str]], manifest: bytes, trusted: Keys) 
         problem = f"its signature by {known[0].key} says to be for another manifest: one of the two was changed since"
     else:
         problem = f"the signature by {of_this[0].key} is not of this manifest: it is forged or damaged"
-    raise SignatureError(f"{folder}: {problem}. This manifest was not parsed. {_AGAIN}")
+    raise SignatureError(f"{place}: {problem}. This manifest was not parsed. {_AGAIN}")
 
 
 def key_list(trusted: Optional[Keys]) -> Optional[Tuple[Key, ...]]:

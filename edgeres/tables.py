@@ -10,6 +10,7 @@ import click
 from edgeres.artifacts import Manifest, QuantizationErrors, TensorRange, from_data
 from edgeres.errors import printable
 from edgeres.inspection import ERROR_COLUMNS, error_row, grouped, pair_row, range_words
+from edgeres.matrix import Matrix
 from edgeres.progress import counted
 from edgeres.targets import here
 from edgeres.terminal import show_ladder, show_manifest, show_rows
@@ -17,6 +18,32 @@ from edgeres.validation import decibels
 from edgeres.validation.cases import one_line
 
 WORST = 10  # layers that `inspect` shows to people; --json has all
+
+
+def show_matrix(matrix: Matrix) -> None:
+    """Print what became of the rows of a matrix, and of those that are not built, why."""
+    columns = ("bundle", "precision", "target", "state", "verdict", "drop, pp", "SQNR", "model", "s", "saved, s")
+    rows = [
+        [
+            row.bundle,
+            row.precision,
+            row.target,
+            row.state,
+            row.verdict,
+            "" if row.drop_pp is None else f"{row.drop_pp:+.2f}",
+            decibels(row.sqnr_db) if row.verdict else "",
+            "" if row.model_bytes is None else f"{row.model_bytes / 1e6:.2f} MB",
+            f"{row.seconds:.1f}",
+            f"{row.saved_seconds:.1f}" if row.reused else "",
+        ]
+        for row in matrix.rows
+    ]
+    show_rows(columns, rows)
+    for row in matrix.rows:
+        if row.message:
+            click.echo(printable(f"{row.name}: {row.message}"))
+        if row.reused:
+            click.echo(one_line(f"{row.name}: taken over, and not run again: {', '.join(row.reused)}"))
 
 
 def show_inside(path: Path, manifest: Optional[Manifest], facts: Dict[str, Any]) -> None:

@@ -96,6 +96,20 @@ def misfits(engine: Engine, place: str) -> List[str]:
     return [str(MissingPackageError.for_extra("onnxruntime", "an engine for the CPU", "cpu"))] if missing else []
 
 
+def board_needed(section: EngineSection) -> Optional[str]:
+    """Return why the engine that a recipe wants cannot be compiled here, so that it is to be compiled where it will
+    run; None where it can be tried here.
+
+    Raises:
+        BackendError: the target is not one of the backend's.
+    """
+    backend, target = resolve(section)
+    if backend == "cpu":
+        return None
+    found: Optional[str] = _obstacles(backend, [target])[target][0]
+    return found
+
+
 def list_targets() -> List[Dict[str, Any]]:
     """Return every target: ``target``, its ``backend``, ``what`` it is, and what stands in the way here, or None:
     ``obstacle`` of compiling for it, ``run_obstacle`` of running such an engine."""

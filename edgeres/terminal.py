@@ -78,7 +78,13 @@ class TerminalProgress(Progress):
         self._bars: Optional[Bars] = None
         self._task: Optional[TaskID] = None
         self._name = ""
+        self._row = ""  # of a matrix, where there is one
         self.lines: List[Tuple[str, str, str]] = []
+
+    def row(self, number: int, total: int, text: str) -> None:
+        self._row = f"{text.partition(':')[0]}: "
+        if self._live:
+            self._console.print(one_line(f"bundle {number} of {total}: {text}"), style="bold")
 
     def stage(self, name: str, text: str) -> None:
         self._name = name
@@ -107,7 +113,7 @@ class TerminalProgress(Progress):
         self._line(name, text, "reused")
 
     def warn(self, text: str) -> None:
-        self._console.print(f"warning: {one_line(text)}", style="yellow")
+        self._console.print(one_line(f"warning: {self._row}{text}"), style="yellow")
 
     def stop(self) -> None:
         """Take a running bar off the terminal."""

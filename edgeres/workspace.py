@@ -22,7 +22,7 @@ from typing import Any, Dict, List, Optional, Tuple, Type
 
 import msgspec
 
-from edgeres.artifacts import Engine, Manifest, StageRecord, from_json, to_json
+from edgeres.artifacts import Bundle, Engine, Manifest, StageRecord, from_json, to_json
 from edgeres.bundle import intact, manifest_bytes, read_manifest, read_verified, unlisted
 from edgeres.errors import BundleError, SignatureError
 from edgeres.files import (
@@ -54,7 +54,8 @@ def stage_key(name: str, inputs: Dict[str, Any]) -> str:
 class Workspace:
     """A build's own folder beside ``out``; use it as a context manager, and call :meth:`commit` last.
 
-    Where ``trusted_keys`` are given, one of them has to have signed the earlier bundle, if there is one.
+    Where ``trusted_keys`` are given, one of them has to have signed the earlier bundle, if there is one. ``lenders``
+    are bundles elsewhere, of which stages with the same key are taken over too.
 
     Raises (on entering):
         BundleError: ``out`` is a file or a folder that is no bundle, the place cannot be written, or another build is
@@ -72,6 +73,7 @@ class Workspace:
         self.out = Path(os.path.abspath(out))  # without any ..: its name names the work folder
         self.work = self.out.parent / f".{self.out.name}.work"
         self.folder = self.work / BUNDLE
+        self.lenders: Tuple[Bundle, ...] = ()
         self.records: Dict[str, StageRecord] = {}
         self.unfinished = False
         self._trusted_keys = key_list(trusted_keys)
@@ -127,16 +129,22 @@ class Workspace:
             if record.key == key and all(intact(self.folder, ref) for ref in record.files):
                 self.records[name] = record
                 return record
-        record_there = self._earlier.stages.get(name) if self._earlier is not None else None
-        if record_there is None or record_there.key != key:
-            return None
+        earlier = [Bundle(str(self.out), self._earlier)] if self._earlier is not None else []
+        for bundle in (*earlier, *self.lenders):
+            lent = bundle.manifest.stages.get(name)
+            if lent is not None and lent.key == key and self._copied(bundle, lent):
+                self._record(name, lent)
+                return lent
+        return None
+
+    def _copied(self, bundle: Bundle, record: StageRecord) -> bool:
+        """Whether a stage's files could be copied out of a bundle, all of them as its record says."""
         try:
-            for ref in record_there.files:
-                self.write(ref.path, read_verified(self.out, ref))
+            for ref in record.files:
+                self.write(ref.path, read_verified(bundle.path, ref))
         except (BundleError, OSError):
-            return None
-        self._record(name, record_there)
-        return record_there
+            return False
+        return True
 
     def take_over(self, name: str, voucher: str) -> Optional[StageRecord]:
         """Return the earlier bundle's record of a stage whose key nobody knows, files in place; None: there is none.
@@ -232,8 +240,11 @@ class Workspace:
                 return read_signatures(self.out)
         return ()
 
-    def commit(self, manifest: Manifest) -> None:
+    def commit(self, manifest: Manifest, received: Optional[Tuple[bytes, Tuple[Signature, ...]]] = None) -> None:
         """Write the manifest, drop what is not in it, take over the user's own files, and exchange the folders.
+
+        Args:
+            received: the manifest's bytes and its signatures where it was made elsewhere, and is to stay as it is.
 
         Raises:
             BundleError: a file cannot be taken over, or the exchange failed; the earlier bundle is whole.
@@ -241,10 +252,13 @@ class Workspace:
         try:
             for path in unlisted(self.folder, manifest):
                 os.unlink(self.folder / path)
-            self.write(MANIFEST, to_json(manifest))
-            signatures = self._kept_signatures(manifest)
+            content, signatures = received or (to_json(manifest), self._kept_signatures(manifest))
+            self.write(MANIFEST, content)
             if signatures:
                 self.write(SIGNATURES, signatures_content(signatures))
+            else:
+                with contextlib.suppress(FileNotFoundError):  # of a commit that was killed here
+                    os.unlink(self.folder / SIGNATURES)
             for folder in sorted((p for p in self.folder.rglob("*") if p.is_dir()), reverse=True):
                 with contextlib.suppress(OSError):
                     folder.rmdir()

@@ -22,7 +22,7 @@ from trial import Trial, Try, changed, table
 from edgeres.errors import SampleError
 
 NAMES = (
-    *("recipe", "manifest", "calibration table", "errors of layers", "report, baseline", "benchmark"),
+    *("packed bundle", "recipe", "manifest", "calibration table", "errors of layers", "report, baseline", "benchmark"),
     *("names in a page, JUnit and GitHub", "list of samples", "timing cache", "npy", "npz", "tar", "reference logits"),
     *("scalings", "image png", "image jpg", "image gif", "image bmp", "onnx", "onnx on a robot", "checkpoint (zip)"),
     *("checkpoint (pickle)", "safetensors", "statistics"),

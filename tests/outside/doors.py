@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import msgspec
 import numpy as np
-from mutations import ARCHIVED, BINARY, TEXTUAL, Mutation, inside_png, inside_tar
+from mutations import ARCHIVED, BINARY, TEXTUAL, Mutation, inside_packed, inside_png, inside_tar
 
 from edgeres import files
 from edgeres.artifacts import Manifest, Preprocessing, to_json
@@ -21,10 +21,11 @@ from edgeres.backends.tensorrt.frames import with_frames
 from edgeres.bundle import verify
 from edgeres.ci import Hints
 from edgeres.difference import difference
-from edgeres.errors import BackendError, SampleError
-from edgeres.inspection import inspect_bundle
+from edgeres.errors import BackendError, EdgeresError, SampleError
+from edgeres.inspection import inspect_bundle, inspect_packed, verify_bundle
 from edgeres.judge import read_baseline, read_reference
 from edgeres.noise import Scaling, scalings_from_bytes, scalings_to_bytes
+from edgeres.packing import pack, unpack
 from edgeres.recipe import load_recipe, recipe_data
 from edgeres.reporting import benchmark_of, page
 from edgeres.samples import open_samples
@@ -74,6 +75,22 @@ def _within(name: str) -> Callable[[Path], object]:
             page(folder, manifest)
 
     return enter
+
+
+def _packed(path: Path) -> None:
+    """Unpack a file, which leaves a whole bundle or nothing."""
+    folder = path.parent / "unpacked"
+    try:
+        unpack(path, folder)
+    except EdgeresError:
+        assert not folder.exists(), "something was left of what was refused"
+        verified = False
+        with contextlib.suppress(EdgeresError):
+            verify_bundle(path)
+            verified = True
+        assert not verified, "what cannot be unpacked was verified"
+        raise
+    assert inspect_packed(path)[1] == {**inspect_bundle(folder), "bundle": str(path)}
 
 
 def _recipe(path: Path) -> None:
@@ -200,10 +217,14 @@ LIST = b"# samples\na.png 0\nb c.png, 1\n\na.png\t2\n"
 def base_doors(folder: Path) -> dict[str, Door]:
     """Return the doors of the runtime half, by name; seeds are made in an empty ``folder``."""
     seed = write_bundle(folder / "seed")
+    packed = Path(pack(seed, folder / "seed.edgeres").path).read_bytes()
     named = {"images": FRAMES, "labels": LABELS}
     doors = {
         "recipe": Door(".toml", (RECIPE, (seed / files.RECIPE).read_bytes()), _recipe, TEXTUAL),
         "manifest": Door(".json", ((seed / files.MANIFEST).read_bytes(),), _within(files.MANIFEST), TEXTUAL),
+        "packed bundle": Door(
+            ".edgeres", (packed,), _packed, {**BINARY, "changed inside, checksums right": inside_packed}
+        ),
         "calibration table": Door(".json", ((seed / files.TABLE).read_bytes(),), _within(files.TABLE), TEXTUAL),
         "errors of layers": Door(".json", ((seed / files.ERRORS).read_bytes(),), _within(files.ERRORS), TEXTUAL),
         "report, baseline": Door(".json", (to_json(a_report()),), _baseline, TEXTUAL),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from edgeres.artifacts import FileRef, Manifest, Preprocessing, to_json
 from examples import FRAMES, LABELS, png, saved, tar_header, tarred
 
 HUGE = 10 << 30  # bytes, of which no disk has any
@@ -115,15 +117,69 @@ def deep_folders(path: Path) -> None:
         path /= "d"
 
 
+def packed(*members: tuple[str, bytes, bytes], more: int = 0, mode: str = "w") -> bytes:
+    """Return a tar of members, each with its name, its kind and its content; a link's content is where it leads."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode, format=tarfile.USTAR_FORMAT) as archive:
+        for name, kind, content in members:
+            one = tarfile.TarInfo(name)
+            one.type = kind
+            if kind == tarfile.REGTYPE:
+                one.size = len(content)
+            else:
+                one.linkname = content.decode()
+            archive.addfile(one, io.BytesIO(content))
+        end = archive.offset
+    return stream.getvalue() if mode != "w" else stream.getvalue()[: end + 1024] + bytes(more)
+
+
+def listing(*paths: str, size: int = 4) -> bytes:
+    """Return a manifest of files that hold "more", or say to be larger."""
+    refs = tuple(FileRef(path, hashlib.sha256(b"more").hexdigest(), size) for path in paths)
+    return to_json(Manifest("net", "int8", {}, Preprocessing((8, 8)), refs, {}, {}))
+
+
+def front(manifest: bytes) -> tuple[str, bytes, bytes]:
+    return "manifest.json", tarfile.REGTYPE, manifest
+
+
+def file_of(path: str) -> tuple[str, bytes, bytes]:
+    return path, tarfile.REGTYPE, b"more"
+
+
+LINK, HARD_LINK, FOLDER, PIPE = tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE
+OUT, NULL = "../owned", "/dev/null"
+PACKED = (
+    *((NO_FILE, packed(front(listing("a")), ("a", kind, b"/etc/passwd"))) for kind in (LINK, HARD_LINK, FOLDER, PIPE)),
+    (NO_FILE, packed(front(listing("a/owned")), ("a", LINK, b".."), file_of("a/owned"))),
+    *((CODE, packed(front(listing(path)), file_of(path))) for path in (OUT, "/tmp/owned", ".owned", "owned/", "NUL")),
+    (CODE, packed(front(listing("a")), file_of(OUT))),
+    (CODE, packed(front(listing("a")), file_of("a"), file_of(OUT))),
+    (CODE, packed(front(listing("a", "A")), file_of("a"), file_of("A"))),
+    (CODE, packed(front(listing("a", "a")), file_of("a"), file_of("a"))),
+    (CODE, packed(front(listing("manifest.json")), file_of("manifest.json"))),
+    (BOMB, packed(front(listing("a", size=8**11 - 1)), file_of("a"))),
+    (BOMB, packed(front(listing("a", size=1 << 62)), file_of("a"))),
+    (BOMB, packed(front(listing("a", size=-1)), file_of("a"))),
+    (BOMB, packed(front(listing("a")), file_of("a"), more=1 << 24)),
+    (BOMB, packed(front(bytes(1 << 28)), file_of("a"), mode="w:gz")),
+    (ENDLESS, packed(front(b"[" * 8_000_000), file_of("a"))),
+    (ENDLESS, packed(front(listing(*(f"a{number}" for number in range(100_000)))), file_of("a"))),
+)
+
 ABSURD_BMP = b"BM" + bytes(12) + struct.pack("<IiiHHI", 40, 60_000, 60_000, 1, 8, 1) + bytes(999)
 LONG_HEADER = b"\x93NUMPY\x02\x00" + struct.pack("<I", 1 << 24) + b" " * (1 << 24)
 ORDERS = (
     b"<script>owned</script>\n]]>\n::error::owned\n{{ 7 * 7 }}\n",
     b"%0A::error::owned\n\x1b]0;owned\x07\n'\"><svg onload=a>\n&lt;\n",
 )
-TEXTS, ARRAYS = ("recipe", "report, baseline", "benchmark", "list of samples", "timing cache"), ("npy", "npz")
+TEXTS = ("recipe", "report, baseline", "benchmark", "list of samples", "timing cache")
+ARRAYS = ("npy", "npz", "packed bundle")
 
 BASE = (
+    *(Hostile(kind, "packed bundle", holding(content)) for kind, content in PACKED),
+    Hostile(LARGE, "packed bundle", sparse(packed(front(listing("a")), file_of("a")))),
+    Hostile(LARGE, "packed bundle", sparse(packed(front(b" " * 16_000_000)))),
     *(Hostile(LARGE, door, sparse()) for door in (*TEXTS, *ARRAYS, "manifest")),
     Hostile(LARGE, "image png", sparse(png(FRAMES[0]))),
     Hostile(LARGE, "image gif", sparse(b"GIF89a" + bytes(20))),

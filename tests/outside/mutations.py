@@ -6,6 +6,7 @@ import io
 import json
 import re
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -177,6 +178,36 @@ def inside_png(content: bytes, random: Random) -> bytes:
     return content[:8] + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
+
+
+def inside_packed(content: bytes, random: Random) -> bytes:
+    """Change a member of a packed bundle, its kind or its name, and put it together again with the right checksums."""
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+        members = [(one, stream.read()) for one in archive if (stream := archive.extractfile(one)) is not None]
+    at = random.randrange(len(members))
+    one, inner = members[at]
+    change = random.choice((*BINARY.values(), *TEXTUAL.values()))
+    if random.random() < 0.7:
+        inner = change(inner, random)
+    elif random.random() < 0.5:
+        one.name = random.choice(
+            (f"../{one.name}", f"/tmp/{one.name}", one.name.upper(), one.name[::-1], "manifest.sig")
+        )
+    else:
+        one.type, one.linkname = (
+            random.choice(b"12346LKxg").to_bytes(1, "big"),
+            random.choice(("/etc", "manifest.json")),
+        )
+    members[at] = (one, inner)
+    if random.random() < 0.2:
+        members.insert(random.randrange(len(members)), random.choice(members))
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for one, inner in members:
+            one.size = len(inner)
+            archive.addfile(one, io.BytesIO(inner))
+        end = archive.offset
+    return stream.getvalue()[: end + 1024]
 
 
 BINARY: dict[str, Mutation] = {

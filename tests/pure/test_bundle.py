@@ -397,7 +397,7 @@ def a_newer_manifest(folder: Path) -> None:
 
 NO_BUNDLE: Dict[str, Tuple[Callable[[Path], None], str]] = {
     "not there": (not_there, "there is no bundle at .*edgeres build --out"),
-    "a file": (a_file, "there is no bundle at .*edgeres build --out"),
+    "a file": (a_file, "is a file, not a bundle.*edgeres unpack"),
     "without manifest": (without_manifest, "it has no manifest.json.*edgeres build --out"),
     "manifest is a folder": (a_folder_for_manifest, "is not an ordinary file"),
     "manifest is a pipe": (a_pipe_for_manifest, "is not an ordinary file"),

@@ -18,7 +18,10 @@ PACKAGE = REPOSITORY / "edgeres"
 ALLOWED: Dict[str, Tuple[str, ...]] = {
     "numpy": ("",),
     "msgspec": ("",),
-    "click": ("cli.py", "options.py", "exits.py", "tables.py"),
+    "click": (
+        *("cli.py", "answers.py", "completion.py", "exits.py", "guide.py"),
+        *("manual.py", "options.py", "shipping.py", "tables.py"),
+    ),
     "rich": ("terminal.py",),
     "tomli": ("recipe.py",),
     "tomli_w": ("recipe.py", "recipe_file.py"),

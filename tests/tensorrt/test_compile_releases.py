@@ -200,6 +200,35 @@ def test_each_release_gets_the_form_of_the_model_that_it_reads(bench: Bench, ver
     assert [each.target for each in verify(bench.bundle).engines] == ["cpu", "gpu"]
 
 
+@pytest.mark.parametrize("version", ["8.5", "10.3", "11.4"])
+def test_a_row_of_a_matrix_that_waits_for_a_board_is_compiled_there_as_its_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """The recipe's target is the default there, and the verdict, on what the model means, stays."""
+    (tmp_path / "recipe.toml").write_text(
+        """name = "net"
+model = { source = "resnet8_cifar", weights = "edgeres:digits/weights.safetensors" }
+calibration = { samples = "edgeres:digits/calibration", count = 20 }
+quantization = { recovery = "none" }
+targets = [{ target = "gpu" }]
+"""
+    )
+    (row,) = edgeres.build_matrix(tmp_path / "recipe.toml", out=tmp_path).rows
+    assert row.state == "needs a board"
+    before = verify(row.bundle)
+    assert before.engines == ()
+    bench = Bench(Path(row.bundle), monkeypatch)
+    bench.install(version)
+    section = engine_section(before.recipe["engine"], {})
+    compile_bundle(bench.bundle, section, lambda *_: None)
+    after = verify(bench.bundle)
+    assert [engine.target for engine in after.engines] == ["gpu"]
+    assert after.report is not None
+    assert before.report is not None
+    assert (after.report.verdict, after.report.drop_pp) == (before.report.verdict, before.report.drop_pp)
+    assert [summary.target for summary in after.report.layers] == ["gpu"]
+
+
 @pytest.mark.parametrize("version", WEAK)
 def test_a_dla_gets_the_plain_model_its_ranges_and_what_stays_in_half(bench: Bench, version: str) -> None:
     double = bench.install(version)
