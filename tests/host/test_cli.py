@@ -332,6 +332,10 @@ UNREAD = {
     "init": [("begun", "--ci", "none")],
     "keygen": [("another.pem",)],
     "sign": [("unread", "--key", "own.pem")],
+    "pack": [(BUNDLE, "-o", "unread.edgeres")],
+    "unpack": [("packed.edgeres", "--out", "unpacked")],
+    "completion": [("bash",)],
+    "manual": [()],
 }
 """What each command is given where nobody reads its answer."""
 
@@ -353,6 +357,8 @@ def test_a_command_that_nobody_reads_to_its_end_is_no_failure(place: Path, name:
         shutil.copytree(place / BUNDLE, place / "unread", dirs_exist_ok=True)
     if name == "sign":
         edgeres("keygen", "own.pem", cwd=place)
+    if name == "unpack":
+        edgeres("pack", BUNDLE, "-o", "packed.edgeres", cwd=place)
     for arguments in UNREAD[name]:
         code, said = unread(place, name, *arguments)
         assert code == 0
