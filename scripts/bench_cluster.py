@@ -10,8 +10,8 @@ the work is the same. The exit code is 1 where any table is not the one of this 
 `start` is the time until all workers are there; `look` is reading and hashing all samples by the workers; `pass` is the
 calibration pass, whose speed-up is told against the one worker. `wire` is all that went over the loopback device
 meanwhile, Dask's own messages and the model included (in MB, 10⁶ bytes). `CPU s` are seconds of processors, here and in
-the workers, of which other programs do not make many more, as they do of all others. Below stand the numbers of the cost
-model of docs/how-to/cluster.md, and what it says of a million samples.
+the workers, of which other programs do not make many more, as they do of all others. Below stand the numbers of the
+cost model of docs/how-to/cluster.md, and what it says of a million samples.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def model_on_paper(wanted: Observation, samples: Samples, images: Path, statisti
     model = wanted.model.stat().st_size
     stored = sum(Path(images, name).stat().st_size for name in samples.names) / len(samples)
     print(
-        f"\nc = {seconds:.3f} s of a core for a sample, b = {stored / 1e3:.0f} kB, model {model / 1e6:.0f} MB; a shard: "
-        f"R = {len(content) / 1e6:.1f} MB, m = {added:.2f} s to add it here, {written - begun:.2f} s to write it there"
+        f"\nc = {seconds:.3f} s of a core for a sample, b = {stored / 1e3:.0f} kB, model {model / 1e6:.0f} MB; "
+        f"a shard: R = {len(content) / 1e6:.1f} MB, m = {added:.2f} s to add it here, {written - begun:.2f} s to write it there"
     )
     print("\n| workers of 8 cores | pass of a million, s | of it waiting for this machine, s | MB/s from storage |")
     print("| --- | --- | --- | --- |")
