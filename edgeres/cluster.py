@@ -103,15 +103,26 @@ def joined(address: str, warn: Callable[[str], None]) -> Iterator[Cluster]:
         yield cluster
 
 
+def local_settings() -> Dict[str, Any]:
+    """Return Dask's configuration for workers of this machine."""
+    environment = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
+    # With it each block of memory is given back and fetched anew: for activations a quarter more of processor time.
+    environment.pop("MALLOC_TRIM_THRESHOLD_", None)
+    return {
+        "distributed.nanny.pre-spawn-environ": environment,
+        # Pages about the work, on ports that anybody may read, are left out.
+        "distributed.scheduler.http.routes": [],
+        "distributed.worker.http.routes": [],
+    }
+
+
 @contextlib.contextmanager
 def _started(address: str) -> Iterator[Client]:
     """Start workers on this machine, which end with this process; nobody else can give them orders."""
     found = LOCAL.fullmatch(address)
     workers = int(found[2]) if found and found[2] else cores()
-    # Pages about the work, on ports that anybody may read, are left out.
-    quiet: Dict[str, List[str]] = {"distributed.scheduler.http.routes": [], "distributed.worker.http.routes": []}
     with contextlib.ExitStack() as held:
-        held.enter_context(dask.config.set(quiet))
+        held.enter_context(dask.config.set(local_settings()))
         cluster = LocalCluster(
             n_workers=0,
             threads_per_worker=max(1, cores() // workers),
