@@ -1,27 +1,36 @@
-"""What mkdocs does beside its own: the command line's reference, and names of Sphinx' kind in docstrings.
+"""What mkdocs does beside its own: references of commands and recipes, and names of Sphinx' kind in docstrings.
 
 ``mkdocs.yml`` names this file under ``hooks``. A page that says ``<!-- commands -->`` gets the reference of every
-command there, from click's own objects, so that it cannot differ from ``edgeres COMMAND --help``.
+command there, from click's own objects, so that it cannot differ from ``edgeres COMMAND --help``; where it says
+``<!-- recipe -->``, the keys of a recipe, from the nouns that read it.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import click
+import msgspec
 
+from edgeres import OPTIONS
 from edgeres.cli import cli
+from edgeres.recipe import SECTIONS
 
-PLACE = "<!-- commands -->"
+COMMANDS, RECIPE = "<!-- commands -->", "<!-- recipe -->"
 ROLE = re.compile(r":(?:func|meth|class|mod|data|attr):<code>~?([^<]*)</code>")
+ROLE_IN_TEXT = re.compile(r":(?:func|meth|class|mod|data|attr):`~?([^`]*)`")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the commands where a page asks for them."""
-    return markdown.replace(PLACE, commands()) if PLACE in markdown else markdown
+    """Put the references where a page asks for them."""
+    for place, made in ((COMMANDS, commands), (RECIPE, recipe_keys)):
+        if place in markdown:
+            markdown = markdown.replace(place, made())
+    return markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -43,6 +52,26 @@ def reference(name: str, command: click.Command) -> Iterator[str]:
     records = [record for one in command.get_params(context) if (record := one.get_help_record(context))]
     rows = [f"| `{option.replace('|', chr(92) + '|')}` | {escaped(text)} |" for option, text in records]
     yield "\n".join(["| option | |", "| --- | --- |", *rows])
+
+
+def recipe_keys() -> str:
+    """Return a table of each section's keys in Markdown: the default, the flag that overrides it, and what it is."""
+    flags = {key: name for name, key in OPTIONS.items()}
+    options = {one.name: one for one in cli.commands["build"].params if isinstance(one, click.Option)}
+    parts = []
+    for section, kind in SECTIONS.items():
+        rows = []
+        for field in msgspec.structs.fields(kind):
+            key = f"{section}.{field.name}"
+            flag = options.get(flags.get(key, ""))
+            default = "" if field.default is None else f"`{json.dumps(field.default)}`"
+            said, what = (f"`{flag.opts[0]}`", escaped(flag.help or "")) if flag else ("", "")
+            rows.append(f"| `{field.name}` | {default} | {said} | {what} |")
+        text = " ".join(inspect.cleandoc(kind.__doc__ or "").replace("``", "`").split())
+        text = ROLE_IN_TEXT.sub(r"`\1`", text)
+        table = "\n".join(["| key | default | flag | |", "| --- | --- | --- | --- |", *rows])
+        parts.append(f"## [{section}]\n\n{text}\n\n{table}")
+    return "\n\n".join(parts)
 
 
 def escaped(text: str) -> str:
