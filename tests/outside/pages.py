@@ -49,7 +49,7 @@ BARE = {"tutorial.md"}
 """The pages that take nothing for granted, and make their own images."""
 
 SETUP = re.compile(r"\s*(python3? -m venv|pip install|sudo apt|scripts/test\b|[A-Z]+=\S+ pip install|\. \.venv/)")
-SECONDS = 300
+SECONDS = 600
 NEAR = 0.15  # of a number with a decimal point, or 1 where that is more
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)$")
@@ -192,11 +192,12 @@ def untrue(ran: list[tuple[Block, str]]) -> list[str]:
 def prepare(folder: Path, bundle: Path | None) -> None:
     """Put into a folder what the pages take for granted, with the embedded digits in place of a reader's own data.
 
-    These are ``images/`` to calibrate on, ``labelled/`` to judge on, the repository's ``examples/``, and the bundle of
-    ``edgeres build --precision int8``, so that no page waits for it; None: nothing.
+    These are ``net.safetensors``, ``images/`` to calibrate on, ``labelled/`` to judge on, the repository's
+    ``examples/``, and the bundle of ``edgeres build --precision int8``, so that no page waits for it; None: nothing.
     """
     if bundle is not None:
         (folder / "examples").symlink_to(REPOSITORY / "examples")
+        shutil.copy(dossier() / "digits/weights.safetensors", folder / "net.safetensors")
         shutil.copytree(dossier() / "digits/calibration", folder / "images")
         shutil.copytree(dossier() / "digits/validation", folder / "labelled")
         shutil.copytree(bundle, folder / "build/digits-int8")
@@ -274,12 +275,10 @@ def check_commands(code: str, place: str) -> None:
 
 def commands(code: str) -> Iterator[list[str]]:
     """Yield the words of each simple command of a shell script, without redirections and variables set before it."""
-    for line in re.sub(r"\\\n", " ", code).split("\n"):
-        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")
-        lexer.whitespace_split = True
+    for tokens in lines_of_tokens(code):
         words: list[str] = []
         skip = False
-        for token in [*lexer, ";"]:
+        for token in [*tokens, ";"]:
             if set(token) <= set("<>"):
                 skip = True  # what follows is a file
             elif set(token) <= set("|&;()"):
@@ -292,6 +291,22 @@ def commands(code: str) -> Iterator[list[str]]:
                 words.append(token)
             else:
                 skip = False
+
+
+def lines_of_tokens(code: str) -> Iterator[list[str]]:
+    """Yield the tokens of each line of a shell script; a line goes on where a backslash or an open quote says so."""
+    line = ""
+    for part in re.sub(r"\\\n", " ", code).split("\n"):
+        line += part
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")
+        lexer.whitespace_split = True
+        try:
+            tokens = list(lexer)
+        except ValueError:  # a quote is open
+            line += "\n"
+            continue
+        line = ""
+        yield tokens
 
 
 def check_command(arguments: list[str], place: str, complete: bool = True) -> None:
