@@ -36,15 +36,23 @@ def default_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared / "digits-int8"
 
 
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    with pages.warm_command() as path:
+        yield path
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
-def test_every_block_runs_and_prints_what_is_shown(page: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_every_block_runs_and_prints_what_is_shown(
+    page: Path, server: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     if page.name in pages.BARE:
         pytest.importorskip("sklearn", reason="scikit-learn, of the extra dev, has the images of this page")
     needed = any(block.runs for block in pages.blocks(page.read_text(encoding="utf-8"))) and page.name not in pages.BARE
     folder = tmp_path / "page"
     folder.mkdir()
     pages.prepare(folder, request.getfixturevalue("default_bundle") if needed else None)
-    wrong = pages.untrue(pages.run_page(page, folder, pages.environment_of(tmp_path / "tools")))
+    wrong = pages.untrue(pages.run_page(page, folder, pages.environment_of(tmp_path / "tools", server)))
     assert not wrong, "\n".join(wrong)
 
 
@@ -52,7 +60,9 @@ def run(text: str, folder: Path) -> list[str]:
     """Run a page and return what is untrue in it."""
     (folder / "page.md").write_text(text.replace("~~~", FENCE), encoding="utf-8")
     (folder / "here").mkdir()
-    return pages.untrue(pages.run_page(folder / "page.md", folder / "here", pages.environment_of(folder / "tools")))
+    return pages.untrue(
+        pages.run_page(folder / "page.md", folder / "here", pages.environment_of(folder / "tools", "none"))
+    )
 
 
 TRUE = """

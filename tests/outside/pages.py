@@ -17,12 +17,14 @@ checked. Code in the text that begins with ``edgeres`` is parsed, too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +37,7 @@ from edgeres import cli
 from edgeres.recipe import dossier
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+WARM = Path(__file__).with_name("warm.py")
 LOOSE = "on one machine"
 ELSEWHERE = {
     "on the Jetson": "a board",
@@ -203,24 +206,50 @@ def prepare(folder: Path, bundle: Path | None) -> None:
         shutil.copytree(bundle, folder / "build/digits-int8")
 
 
-def environment_of(tools: Path) -> dict[str, str]:
+@contextlib.contextmanager
+def warm_command() -> Iterator[str]:
+    """Keep a server of the command ``edgeres`` (:mod:`warm`), and yield its socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/socket"
+        server = subprocess.Popen(
+            [sys.executable, WARM, "serve", path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": import_path(), "ORT_DISABLE_TELEMETRY": "1"},
+        )
+        with server:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"ready\n"
+            yield path
+            server.communicate()
+
+
+def import_path() -> str:
+    """Return PYTHONPATH with this checkout in front."""
+    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+
+
+def environment_of(tools: Path, server: str) -> dict[str, str]:
     """Return the environment of a reader with edgeres installed: this Python and this checkout, tables 100 wide.
 
-    ``tools`` is a folder to be made, for the commands.
+    ``tools`` is a folder to be made, for the commands; ``server`` is the socket of :func:`warm_command`.
     """
+    python = shlex.quote(sys.executable)
     tools.mkdir()
-    for name, module in (("edgeres", "edgeres"), ("pytest", "pytest")):
-        (tools / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m {module} "$@"\n')
-        (tools / name).chmod(0o755)
-    for name in ("python", "python3"):
-        (tools / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    for name, command in {
+        "edgeres": f"{python} -I -S {shlex.quote(str(WARM))} {shlex.quote(server)}",
+        "pytest": f"{python} -m pytest",
+        "python": python,
+        "python3": python,
+    }.items():
+        (tools / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (tools / name).chmod(0o755)
     others = ("CI", "GITHUB_", "PYTEST_", "EDGERES_")  # what would change the answers
     kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     return {
         **kept,
         "PATH": os.pathsep.join([str(tools), kept.get("PATH", os.defpath)]),
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), kept.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONPATH": import_path(),
         "PYTHONDONTWRITEBYTECODE": "1",
         "COLUMNS": "100",
     }
@@ -315,7 +344,7 @@ def check_command(arguments: list[str], place: str, complete: bool = True) -> No
     ``complete``: whether what a command cannot do without has to be there.
     """
     said = f"edgeres {' '.join(arguments)}"
-    if not arguments or arguments[0] in ("--help", "-h", "--version"):
+    if not arguments or arguments[0] in ("--help", "-h", "--version", "COMMAND"):
         return
     command = cli.cli.commands.get(arguments[0])
     if command is None:
