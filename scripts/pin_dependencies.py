@@ -2,8 +2,8 @@
 
     python scripts/pin_dependencies.py > .ci/constraints-3.11.txt
 
-Run it in an environment that the tests passed in (`scripts/setup DIR host,test,dev`). Packages of other platforms are
-left out, and the local part of a version (`+cpu`), which other indexes do not have.
+Run it in an environment that the tests passed in (`scripts/setup DIR host,test,dev,docs`). Packages of other platforms
+are left out, and the local part of a version (`+cpu`), which other indexes do not have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = frozenset({"host", "test", "dev"})
+EXTRAS = frozenset({"host", "test", "dev", "docs"})
 
 
 def pinned(package: str, extras: frozenset[str], found: dict[str, str], seen: set[tuple[str, frozenset[str]]]) -> None:

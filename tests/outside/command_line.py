@@ -18,10 +18,11 @@ import tempfile
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+from warm import LIBRARIES
+
 from edgeres import cli
 from edgeres.exits import exit_code
 
-LIBRARIES = ("torch", "onnx", "onnxruntime", "scipy.stats", "pydantic", "rich.console", "click", "msgspec", "PIL.Image")
 SECONDS = 300
 
 
