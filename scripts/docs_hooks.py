@@ -11,13 +11,17 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 
 from edgeres import OPTIONS
 from edgeres.cli import cli
+from edgeres.guide import LESSONS
 from edgeres.recipe import SECTIONS
 
 COMMANDS, RECIPE = "<!-- commands -->", "<!-- recipe -->"
@@ -25,8 +29,19 @@ ROLE = re.compile(r":(?:func|meth|class|mod|data|attr):<code>~?([^<]*)</code>")
 ROLE_IN_TEXT = re.compile(r":(?:func|meth|class|mod|data|attr):`~?([^`]*)`")
 
 
+SECURITY = "SECURITY.md"  # at the top of the repository, where readers of code look for it; a page of the site as well
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Make SECURITY.md a page."""
+    content = Path(config.config_file_path).with_name(SECURITY).read_text(encoding="utf-8")
+    files.append(File.generated(config, SECURITY.lower(), content=content))
+    return files
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the references where a page asks for them."""
+    """Put the references where a page asks for them, and lead links out of docs/ to where the site has them."""
+    markdown = markdown.replace(f"](../../{SECURITY}", f"](../{SECURITY.lower()}").replace("](docs/", "](")
     for place, made in ((COMMANDS, commands), (RECIPE, recipe_keys)):
         if place in markdown:
             markdown = markdown.replace(place, made())
@@ -52,6 +67,13 @@ def reference(name: str, command: click.Command) -> Iterator[str]:
     records = [record for one in command.get_params(context) if (record := one.get_help_record(context))]
     rows = [f"| `{option.replace('|', chr(92) + '|')}` | {escaped(text)} |" for option, text in records]
     yield "\n".join(["| option | |", "| --- | --- |", *rows])
+    lesson = LESSONS.get(name)
+    if lesson is not None:
+        lines = [line for what, example in lesson.examples for line in (f"# {what}", example)]
+        yield "\n".join(["```sh", *lines, "```"])
+        yield from (
+            escaped(f"{word}: {text}") for word, text in (("Exit codes", lesson.codes), ("Next", lesson.after)) if text
+        )
 
 
 def recipe_keys() -> str:
