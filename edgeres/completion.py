@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Callable, Iterator, List
+from typing import Callable, Iterator, List, Tuple
 
 import click
 from click.shell_completion import CompletionItem
@@ -41,35 +41,33 @@ def paths(*endings: str, bundles: bool = True) -> Complete:
     return complete
 
 
-def _entries(folder: str, beginning: str = "") -> Iterator[os.DirEntry[str]]:
-    """Yield what is in a folder and begins so; hidden names where that is asked for."""
+def _entries(folder: str, beginning: str = "") -> Iterator[str]:
+    """Yield the path of each name in a folder that begins so; hidden names where that is asked for."""
     try:
-        with os.scandir(folder or ".") as entries:
-            for entry in entries:
-                if entry.name.startswith(beginning or ".") is bool(beginning):
-                    yield entry
+        names = os.listdir(folder or ".")
     except OSError:
         return
+    for name in names:
+        if name.startswith(beginning or ".") is bool(beginning):
+            yield os.path.join(folder, name)
 
 
 def _bundles(incomplete: str) -> Iterator[str]:
     """Yield the bundles below what was typed."""
-    head, tail = os.path.split(incomplete)
     left = MOST
-    waiting = [(os.path.join(head, entry.name), DEPTH) for entry in _entries(head, tail) if entry.is_dir()]
+    waiting = [(path, DEPTH) for path in _entries(*os.path.split(incomplete)) if os.path.isdir(path)]
     while waiting and left:
         path, depth = waiting.pop()
         left -= 1
         if os.path.isfile(os.path.join(path, "manifest.json")):
             yield path
         elif depth > 1:
-            inner = (entry for entry in _entries(path) if entry.is_dir(follow_symlinks=False))
-            waiting += [(os.path.join(path, entry.name), depth - 1) for entry in inner]
+            inner = (path for path in _entries(path) if os.path.isdir(path) and not os.path.islink(path))
+            waiting += [(path, depth - 1) for path in inner]
 
 
-def _files(incomplete: str, endings: tuple[str, ...]) -> Iterator[str]:
+def _files(incomplete: str, endings: Tuple[str, ...]) -> Iterator[str]:
     """Yield the files of these endings whose path begins as what was typed."""
-    head, tail = os.path.split(incomplete)
-    for entry in _entries(head, tail) if endings else ():
-        if entry.name.lower().endswith(endings) and entry.is_file():
-            yield os.path.join(head, entry.name)
+    for path in _entries(*os.path.split(incomplete)) if endings else ():
+        if path.lower().endswith(endings) and os.path.isfile(path):
+            yield path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Iterator, List
+from typing import Dict, Iterator, List
 
 import click
 
@@ -79,7 +79,7 @@ def _dedented(text: str) -> str:
     return "\n".join([first.lstrip(" "), *(line[margin:] for line in others)])
 
 
-def _list(items: dict[str, str]) -> List[str]:
+def _list(items: Dict[str, str]) -> List[str]:
     return [line for name, words in items.items() for line in (".TP", f"\\fB{_plain(name)}\\fR", _plain(words))]
 
 

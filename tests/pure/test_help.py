@@ -195,7 +195,7 @@ def test_a_folder_that_may_not_be_read_is_no_error(tmp_path: Path, monkeypatch: 
     def refuse(path: str) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
     assert completed("pack build/") == ["<dir>"]
 
 
