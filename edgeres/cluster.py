@@ -387,7 +387,7 @@ class Cluster:
     ) -> Iterator[Tuple[Tuple[int, int], Any]]:
         """Yield each shard and its result, in order. No more than a few for each worker are out or wait for their turn,
         so that neither frames on their way out nor results on their way back fill a memory."""
-        arrived = queue.SimpleQueue()  # type: queue.SimpleQueue[int]
+        arrived: Any = queue.SimpleQueue()  # of positions
         out: Dict[int, Future] = {}
         back: Dict[int, Any] = {}
         begun = 0

@@ -114,8 +114,7 @@ def model_on_paper(wanted: Observation, samples: Samples, images: Path, statisti
     stored = sum(Path(images, name).stat().st_size for name in samples.names) / len(samples)
     print(
         f"\nc = {seconds:.3f} s of a core for a sample, b = {stored / 1e3:.0f} kB, model {model / 1e6:.0f} MB; "
-        f"a shard: R = {len(content) / 1e6:.1f} MB, m = {added:.2f} s to add it here, "
-        f"{written - begun:.2f} s to write it"
+        f"a shard: R = {len(content) / 1e6:.1f} MB, m = {added:.2f} s to add it, {written - begun:.2f} s to write it"
     )
     print("\n| workers of 8 cores | pass of a million, s | of it waiting for this machine, s | MB/s from storage |")
     print("| --- | --- | --- | --- |")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from edgeres.artifacts import FileRef, Manifest, Preprocessing, to_json
-from examples import FRAMES, LABELS, png, saved, tar_header, tarred
+from examples import FRAMES, LABELS, png, saved, tar_header
 
 HUGE = 10 << 30  # bytes, of which no disk has any
 
@@ -213,7 +213,6 @@ BASE = (
     Hostile(ENDLESS, "timing cache", holding(b"edgeres timing cache 1\n" + b"[" * 200_000)),
     Hostile(ENDLESS, "folder", class_folders),
     Hostile(ENDLESS, "folder", deep_folders),
-    Hostile(LARGE, "tar", sparse(tarred())),
     Hostile(LARGE, "tar", sparse(tar_header(size=HUGE - 512))),
     Hostile(LARGE, "tar", sparse(tar_header(type=tarfile.XHDTYPE, size=HUGE - 512))),
     Hostile(LARGE, "tar", sparse(tar_header(type=tarfile.GNUTYPE_LONGNAME, size=HUGE - 512))),
