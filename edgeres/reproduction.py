@@ -26,8 +26,8 @@ and what a builder made that chooses by time."""
 ENGINE_MADE = (MEANING, REPORT)
 """What an engine answered, and what is told of the engines: it is compared where these are the CPU's alone."""
 
-
-YOUNG = 60.0  # seconds in which a folder that was just made may not be locked yet
+MARK = ".edgeres-check"  # a file in a folder that a check works in, locked by whoever does; no other folder is removed
+YOUNG = 60.0  # seconds in which one that was just made may not be locked yet
 
 
 class Reproduction(NamedTuple):
@@ -83,10 +83,10 @@ def reproduce(
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Lock a folder for as long as this process works in it, or lives."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Mark a folder as a check's, and lock the mark for as long as this process works there, or lives."""
+    descriptor = os.open(os.path.join(folder, MARK), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        with contextlib.suppress(OSError):  # no locks on this file system: then nobody finds the folder unlocked either
+        with contextlib.suppress(OSError):  # no locks on this file system: then nobody finds the mark unlocked either
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -94,10 +94,12 @@ def _locked(folder: str) -> Iterator[None]:
 
 
 def _remove_left(parent: Path, prefix: str) -> None:
-    """Remove what checks that were killed have left: folders of our own that nobody has locked any more."""
+    """Remove what checks that were killed have left: folders with a mark that nobody has locked any more."""
     for folder in parent.glob(f"{glob.escape(prefix)}*"):
         with contextlib.suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if folder.is_symlink():
+                continue
+            descriptor = os.open(folder / MARK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 found = os.fstat(descriptor)
                 if found.st_uid == os.geteuid() and time.time() - found.st_mtime > YOUNG:

@@ -18,7 +18,7 @@ from edgeres.artifacts import Manifest
 from edgeres.bundle import verify
 from edgeres.files import sha256_file
 from edgeres.recipe import Recipe, dossier, load_recipe
-from edgeres.reproduction import reproduce
+from edgeres.reproduction import MARK, reproduce
 
 COMPUTED = {
     "calibration.json",
@@ -119,19 +119,22 @@ def test_what_a_killed_check_left_is_removed_by_the_next_and_what_a_live_one_wor
     place: Path, tmp_path: Path
 ) -> None:
     bundle = Path(shutil.copytree(place / "bundle", tmp_path / "bundle"))
-    dead, live, young = (tmp_path / f".bundle.check-{name}" for name in ("dead", "live", "young"))
-    for folder in (dead, live, young):
+    dead, live, young, other = (tmp_path / f".bundle.check-{name}" for name in ("dead", "live", "young", "other"))
+    for folder in (dead, live, young, other):
         (folder / "bundle").mkdir(parents=True)
         (folder / "bundle/model.fp32.onnx").write_bytes(b"half")
+        if folder is not other:  # a folder of somebody's, under such a name
+            (folder / MARK).touch()
     for folder in (dead, live):
-        os.utime(folder, (1e9, 1e9))
-    descriptor = os.open(live, os.O_RDONLY)
+        os.utime(folder / MARK, (1e9, 1e9))
+    os.utime(other, (1e9, 1e9))
+    descriptor = os.open(live / MARK, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         edgeres("build", "--check", "--out", bundle)
     finally:
         os.close(descriptor)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [live.name, young.name, "bundle"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [live.name, other.name, young.name, "bundle"]
 
 
 def test_a_bundle_of_a_single_stage_is_built_as_far(place: Path, tmp_path: Path) -> None:

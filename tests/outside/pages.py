@@ -259,7 +259,9 @@ def difference(shown: str, printed: str, exact: bool = True) -> str:
     """Return in what an output differs from what a page shows; an empty text where it does not."""
     wanted, found = plain(shown), plain(printed)
     if not exact:
-        wanted, found = (re.sub(r"[+-]?\d[\d,.]*\d|[+-]?\d", "0", LAYERS.sub("<layer>", text)) for text in (wanted, found))
+        wanted, found = (
+            re.sub(r"[+-]?\d[\d,.]*\d|[+-]?\d", "0", LAYERS.sub("<layer>", text)) for text in (wanted, found)
+        )
     pattern = "".join(
         r"(?:.*?)" if part == "..." else r"(\d[\d,]*\.\d+)" if DECIMAL.fullmatch(part) else re.escape(part)
         for part in re.split(r"(\.\.\.|\d[\d,]*\.\d+)", wanted)
