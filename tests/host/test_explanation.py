@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import edgeres
 from edgeres import cli as cli_module
-from edgeres import files, judge
+from edgeres import files, judge, workforce
 from edgeres.artifacts import (
     Bundle,
     Climb,
@@ -313,18 +313,18 @@ def test_a_build_for_another_backend_computes_the_meaning_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgeres.pipeline import Build
-    from edgeres.runtime import loading as runtime
 
-    choose, open_record = Build.judged_engine, runtime.open_record
+    choose, open_record = Build.judged_engine, workforce.open_record
 
     def judged(job: Build, model: QuantizedModel, engine: Engine) -> Engine:
         return msgspec.structs.replace(choose(job, model, engine), backend="tensorrt")
 
     def rough(content: bytes, record: Engine, *rest: Any) -> Any:
-        return Rough(open_record(content, msgspec.structs.replace(record, backend="cpu"), *rest))
+        run = open_record(content, msgspec.structs.replace(record, backend="cpu"), *rest)
+        return run if record.backend == "cpu" else Rough(run)
 
     monkeypatch.setattr(Build, "judged_engine", judged)
-    monkeypatch.setattr(runtime, "open_record", rough)
+    monkeypatch.setattr(workforce, "open_record", rough)
     made = edgeres.build(**options(tmp_path), out=tmp_path / "bundle", recovery="none")
     assert made.report is not None
     parts, meaning = made.report.attribution, stored(tmp_path / "bundle", files.MEANING)
