@@ -29,16 +29,39 @@ OVERFLOWING = """() => [...document.querySelectorAll("article *")].filter(elemen
 """What of the text reaches beyond the right edge, and does not scroll by itself."""
 
 
+def build(checkout: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [checkout / "scripts/docs", folder]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs", reason="mkdocs, of the extra docs, builds the site")
     folder = tmp_path_factory.mktemp("documentation") / "site"
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    ended = subprocess.run(
-        [REPOSITORY / "scripts/docs", folder], capture_output=True, text=True, env=environment, check=False
-    )
+    ended = build(REPOSITORY, folder)
     assert ended.returncode == 0, ended.stderr + ended.stdout
     return folder
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "said"),
+    [
+        ("stray.md", "# Stray", "not included in the"),
+        ("index.md", "[gone](gone.md)", "gone.md"),
+        ("index.md", "[gone](tutorial.md#gone)", "does not contain an anchor"),
+    ],
+)
+def test_a_warning_is_an_error(page: str, text: str, said: str, site: Path, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
+    shutil.copytree(REPOSITORY / "scripts", tmp_path / "scripts")
+    shutil.copy(REPOSITORY / "mkdocs.yml", tmp_path)
+    (tmp_path / "edgeres").symlink_to(REPOSITORY / "edgeres")
+    with (tmp_path / "docs" / page).open("a", encoding="utf-8") as file:
+        file.write(f"\n{text}\n")
+    ended = build(tmp_path, tmp_path / "site")
+    assert ended.returncode != 0
+    assert said in ended.stderr + ended.stdout
 
 
 def text_of(page: Path) -> str:

@@ -45,6 +45,7 @@ ELSEWHERE = {
     "on the robot": "a camera, or ROS",
     "where TensorRT is": "trtexec, or TensorRT's headers",
     "with your own files": "files that only the reader has",
+    "with push rights": "the right to publish",
 }
 """The titles of blocks that cannot run here, and what is missing."""
 
@@ -62,6 +63,7 @@ BOXES = re.compile(r"[─━│┃┏┓┗┛┡┩┳┻╇┴┬├┤┼└�
 TIMES = re.compile(r"\b[\d,]+(\.\d+)? ?(s|ms|µs)(?![\w%])|\breused\b")
 HASHES = re.compile(r"\b[0-9a-f]{12,}\b")
 LAYERS = re.compile(r"\b(layer\d+(\.\w+)*|conv1|fc|avgpool)\b")
+NUMBERS = re.compile(r"[+-]?\d[\d,.]*\d|[+-]?\d")
 DECIMAL = re.compile(r"\d[\d,]*\.\d+")
 CODE = re.compile(r"(?<!`)`(edgeres [^`\n]+)`(?!`)")
 
