@@ -84,25 +84,47 @@ def list_tars(tars: Sequence[str], labelled: bool, where: str = "") -> Listing:
     With ``labelled``, labels are those of ``.cls`` files beside the images, or where there are none, of folders.
 
     Raises:
-        SampleError: a tar cannot be read, or two hold a file of one name, or some images have no label.
+        SampleError: a tar cannot be read, or two hold a file of one name, or some images have no label, or two.
     """
     where = where or few(tars)
     names: List[str] = []
     pieces: List[Piece] = []
-    labels: Dict[str, int] = {}
+    labels: List[Tuple[str, int]] = []
     folders: Dict[str, None] = {}
     for tar in tars:
         found = _contents(tar, labelled)
         for member in found.images:
             names.append(member.name)
             pieces.append(_piece(tar, member))
-        labels.update(found.labels)
+        labels += found.labels
         folders.update(dict.fromkeys(found.folders))
         if len(names) > MOST_SAMPLES:
             raise SampleError(f"{where} holds more than {MOST_SAMPLES:,} images. Name fewer tars.")
     if not names:
         raise SampleError(f"{where} holds no image.")
-    return _listing(where, names, pieces, labels, sorted(folders) if labelled else None)
+    return _listing(where, names, pieces, _by_key(where, labels), sorted(folders) if labelled else None)
+
+
+def _by_key(where: str, labels: Sequence[Tuple[str, int]]) -> Dict[str, int]:
+    """Return labels by the key of their samples.
+
+    Raises:
+        SampleError: samples have two. Which one is meant is anybody's guess.
+    """
+    found: Dict[str, int] = {}
+    twice: Dict[str, None] = {}
+    for name, label in labels:
+        key = key_of(name)
+        if key in found:
+            twice[shown(key)] = None
+        found[key] = label
+    if twice:
+        raise SampleError(
+            f"{where} has more than one label (.cls) for {few(tuple(twice))}. A sample is called what stands before the "
+            "first dot of a name, so frame.0001.cls is the label of frame. Name samples without dots (frame-0001.png, "
+            "frame-0001.cls), and give each one label, in all tars."
+        )
+    return found
 
 
 def _piece(tar: str, member: Member) -> Piece:

@@ -33,15 +33,16 @@ class Member(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """The images in a tar, in its order, and the labels by key: a path up to the first dot of its last part."""
+    """The images in a tar, in its order, and the labels, each with the name of its file."""
 
     images: List[Member]
-    labels: Dict[str, int]
+    labels: List[Tuple[str, int]]
     folders: List[str]
 
 
 def key_of(name: str) -> str:
-    """Return what the files of one sample have in common, as WebDataset has it."""
+    """Return what the files of one sample have in common, as WebDataset has it: a path up to the first dot of its last
+    part."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 
@@ -55,7 +56,7 @@ def contents(stream: BinaryIO, size: int, labelled: bool) -> Contents:
         SampleError: it is none, ends early, or holds what cannot be meant.
     """
     images: List[Member] = []
-    labels: Dict[str, int] = {}
+    labels: List[Tuple[str, int]] = []
     folders: Dict[str, None] = {}
     for member in members(stream, size):
         name = _plain(member.name)
@@ -68,7 +69,7 @@ def contents(stream: BinaryIO, size: int, labelled: bool) -> Contents:
                 raise SampleError(f"{name} has {member.size:,} bytes, more than {LARGEST_FILE:,}")
             images.append(member._replace(name=name))
         elif labelled and name.endswith(LABEL):
-            labels[key_of(name)] = _label(name, _read(stream, member.offset, min(member.size, LONGEST_LABEL + 2)))
+            labels.append((name, _label(name, _read(stream, member.offset, min(member.size, LONGEST_LABEL + 2)))))
     return Contents(images, labels, sorted(folders))
 
 

@@ -127,6 +127,22 @@ def test_bad_labels_are_refused(tmp_path: Path, change: Dict[str, Optional[bytes
         open_samples(tmp_path / "x.tar", labelled=True)
 
 
+TWO_LABELS = {
+    "names with dots": [{f"f.{i}.png": picture(i) for i in (0, 1)}, {"f.0.cls": b"3", "f.1.cls": b"7"}],
+    "in two tars": [{"f.png": picture(0), "f.cls": b"3"}, {"f.jpg": picture(1), "f.cls": b"7"}],
+}
+
+
+@pytest.mark.parametrize("tars", TWO_LABELS.values(), ids=TWO_LABELS)
+def test_a_second_label_of_a_sample_is_refused(tmp_path: Path, tars: List[Dict[str, bytes]]) -> None:
+    for number, files in enumerate(tars):
+        more = {f"g{number}.png": picture(9), f"g{number}.cls": b"1"}
+        (tmp_path / f"{number}.tar").write_bytes(packed({**files, **more, "h.cls": b"2"}))
+    with pytest.raises(SampleError, match=r"more than one label \(\.cls\) for f, h\."):
+        open_samples(tmp_path, labelled=True)
+    assert open_samples(tmp_path).labels is None
+
+
 NAME = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=40).filter(
     lambda name: name not in (".", "..")
 )
