@@ -15,6 +15,7 @@ import queue
 import re
 import signal
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
@@ -51,15 +52,16 @@ LOOKED_AT = 256  # samples of a shard that are only read
 class Models(WorkerPlugin):  # type: ignore[misc]
     """Brings a model to each worker once, also to one that comes later or is started anew."""
 
-    def __init__(self, name: str, content: bytes) -> None:
+    def __init__(self, name: str, key: str, content: bytes) -> None:
+        """``name`` is no other client's; ``key`` the model's SHA-256."""
         self.name = name
-        self._key, self._content = name, content
+        self._key, self._content = key, content
 
     def setup(self, worker: Any) -> None:
-        shards.MODELS[self._key] = self._content
+        shards.hold(self._key, f"{self.name} on {worker.id}", self._content)
 
     def teardown(self, worker: Any) -> None:
-        shards.MODELS.pop(self._key, None)
+        shards.let_go(self._key, f"{self.name} on {worker.id}")
 
 
 def on_worker(work: Callable[..., Any], facts: Dict[str, str], *arguments: Any) -> Any:
@@ -186,17 +188,21 @@ class Cluster:
         self._client, self._address, self._warn = client, address, warn
         self._alone = Alone()
         self._known: Set[str] = set()  # addresses of workers that were there at the last look
-        self._sent: List[str] = []
+        self._own = uuid.uuid4().hex  # several clients may send one model, and each takes back its own
+        self._sent = ""  # the SHA-256 of the model that the workers hold for this client
         self._empty_since: Optional[float] = None
         self._looked = 0.0
         self.received = self.shards = 0
 
     def leave(self) -> None:
         """Take back what the workers were sent."""
-        for name in self._sent:
+        if self._sent:
             with contextlib.suppress(Exception):  # a cluster that is gone holds nothing
-                self._client.unregister_worker_plugin(name)
-        self._sent = []
+                self._client.unregister_worker_plugin(self._plugin(self._sent))
+        self._sent = ""
+
+    def _plugin(self, model: str) -> str:
+        return f"edgeres model {model} of {self._own}"
 
     # ---- who is there
 
@@ -359,19 +365,22 @@ class Cluster:
         return logits
 
     def _work(self, content: bytes, work: shards.Work) -> shards.Work:
-        """Send a model to all workers, and return the work with what this machine computes of noise.
+        """Send a model to all workers in place of the one before, and return the work with what this machine computes
+        of noise.
 
         Raises:
             ClusterError: a worker computes something else.
         """
-        shards.MODELS[work.model] = content
+        shards.hold(work.model, self._own, content)
         try:
             work = work._replace(probe=shards.probed(work))
         finally:
-            shards.MODELS.pop(work.model, None)
-        if work.model not in self._sent:
-            self._client.register_plugin(Models(work.model, content), name=work.model)
-            self._sent.append(work.model)
+            shards.let_go(work.model, self._own)
+        if work.model != self._sent:
+            self.leave()  # of a hundred rungs' models a worker need not hold a hundred
+            name = self._plugin(work.model)
+            self._client.register_plugin(Models(name, work.model, content), name=name)
+            self._sent = work.model
         refused = [f"worker {worker}: {told}" for worker, told in self._everywhere(shards.check_probe, work) if told]
         if refused:
             raise ClusterError(numbered(f"the cluster at {self._address} would not give the same bits", refused))

@@ -12,7 +12,7 @@ import hashlib
 import platform
 import threading
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Set, Tuple
 
 import numpy as np
 
@@ -29,6 +29,9 @@ ALIKE = ("onnxruntime", "numpy", "pillow")
 
 MODELS: Dict[str, bytes] = {}
 """The models that this worker has been sent, by SHA-256: each comes once, however many shards need it."""
+
+_holders: Dict[str, Set[str]] = {}  # who has not let go of each model: several commands may run on one cluster
+_holding = threading.Lock()
 
 PROBES: Dict[str, str] = {}
 """What this worker has computed of noise, by the work."""
@@ -119,6 +122,23 @@ def _probe(work: Work) -> str:
         finally:
             run.close()
     return hashlib.sha256(content).hexdigest()
+
+
+def hold(key: str, holder: str, content: bytes) -> None:
+    """Keep a model until this holder, and every other one, lets go of it."""
+    with _holding:
+        _holders.setdefault(key, set()).add(holder)
+        MODELS[key] = content
+
+
+def let_go(key: str, holder: str) -> None:
+    """Keep a model no longer for this holder."""
+    with _holding:
+        holders = _holders.get(key, set())
+        holders.discard(holder)
+        if not holders:
+            _holders.pop(key, None)
+            MODELS.pop(key, None)
 
 
 def model(work: Work) -> bytes:

@@ -120,9 +120,9 @@ def _by_key(where: str, labels: Sequence[Tuple[str, int]]) -> Dict[str, int]:
         found[key] = label
     if twice:
         raise SampleError(
-            f"{where} has more than one label (.cls) for {few(tuple(twice))}. A sample is called what stands before the "
-            "first dot of a name, so frame.0001.cls is the label of frame. Name samples without dots (frame-0001.png, "
-            "frame-0001.cls), and give each one label, in all tars."
+            f"{where} has more than one label (.cls) for {few(tuple(twice))}. A sample is called what stands before "
+            "the first dot of a name, so frame.0001.cls is the label of frame. Name samples without dots "
+            "(frame-0001.png, frame-0001.cls), and give each one label, in all tars."
         )
     return found
 
