@@ -9,6 +9,7 @@ and here. SECURITY.md says what follows.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import queue
@@ -16,7 +17,8 @@ import re
 import signal
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from inspect import signature
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
@@ -40,6 +42,8 @@ ADDRESS = re.compile(r"(tcp|tls|ws|wss)://[^\s/]+:[0-9]+/?")
 LOCAL = re.compile(r"local(:([1-9][0-9]{0,2}))?")
 CONNECT = 20.0  # seconds to wait for the scheduler
 PATIENCE = 60.0  # seconds to wait for a first worker, and for another one where all were lost
+TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # which are one from Python 3.11 on
+LOCALS = 4  # workers of this machine for each of its cores at most: each is a process of some hundred MB
 TICK = 0.5  # seconds between looks at the workers, and at a Ctrl-C
 RETRIES = 2  # of a shard that failed without a word of ours: a store that answers the third time has answered
 AHEAD = 3  # shards for each worker that are out, or back before their turn
@@ -120,9 +124,18 @@ def local_settings() -> Dict[str, Any]:
 
 @contextlib.contextmanager
 def _started(address: str) -> Iterator[Client]:
-    """Start workers on this machine, which end with this process; nobody else can give them orders."""
+    """Start workers on this machine, which end with this process; nobody else can give them orders.
+
+    Raises:
+        ClusterError: they are too many for it, or do not all start in time.
+    """
     found = LOCAL.fullmatch(address)
     workers = int(found[2]) if found and found[2] else cores()
+    if workers > LOCALS * cores():
+        raise ClusterError(
+            f"{address} would start {workers} processes on {cores()} cores. Take {LOCALS * cores()} at most, or local, "
+            "which starts one for each core"
+        )
     with contextlib.ExitStack() as held:
         held.enter_context(dask.config.set(local_settings()))
         cluster = LocalCluster(
@@ -142,7 +155,13 @@ def _started(address: str) -> Iterator[Client]:
         )
         held.callback(lambda: _closed(started.result()))
         client = started.result()
-        client.wait_for_workers(workers, timeout=PATIENCE)
+        try:
+            client.wait_for_workers(workers, timeout=PATIENCE)
+        except TIMEOUTS:
+            raise ClusterError(
+                f"{workers} workers of this machine did not all start within {PATIENCE:.0f} s: it may be short of "
+                "memory, or busy. Start fewer, such as local:1; what is finished is kept"
+            ) from None
         yield client
 
 
@@ -187,6 +206,8 @@ class Cluster:
     def __init__(self, client: Client, address: str, warn: Callable[[str], None]) -> None:
         self._client, self._address, self._warn = client, address, warn
         self._alone = Alone()
+        # Some of Dask's releases tell of five workers where they are not asked for all.
+        self._every = {"n_workers": -1} if "n_workers" in signature(client.scheduler_info).parameters else {}
         self._known: Set[str] = set()  # addresses of workers that were there at the last look
         self._own = uuid.uuid4().hex  # several clients may send one model, and each takes back its own
         self._sent = ""  # the SHA-256 of the model that the workers hold for this client
@@ -214,7 +235,7 @@ class Cluster:
         """
         try:
             self._client.wait_for_workers(1, timeout=PATIENCE)
-        except TimeoutError:
+        except TIMEOUTS:
             raise ClusterError(self._nobody("has no worker")) from None
         here = shards.facts()
         problems = [
@@ -257,7 +278,7 @@ class Cluster:
             return
         self._looked = now
         try:
-            there = set(self._client.scheduler_info()["workers"])
+            there = set(self._client.scheduler_info(**self._every)["workers"])
         except Exception as problem:  # as many kinds as there are ways to lose a connection
             raise ClusterError(
                 f"the scheduler at {self._address} does not answer any more ({first_line(problem)}). Start it again, "
@@ -425,15 +446,17 @@ class Cluster:
 
     def _result(self, future: Future) -> Any:
         """Return what a shard gave, which may be on a worker that dies just now, and is then computed again."""
-        if future.status == "cancelled":
-            raise ClusterError(
-                f"the scheduler at {self._address} has dropped the work: it was started anew, or the connection was "
-                "lost. Start the command again: what is finished is kept"
-            )
         while True:
             try:
                 return future.result(timeout=PATIENCE)
-            except TimeoutError:
+            except (CancelledError, asyncio.CancelledError):  # also while it is waited for
+                raise ClusterError(
+                    f"the scheduler at {self._address} has dropped the work: it was started anew, or the connection "
+                    "was lost. Start the command again: what is finished is kept"
+                ) from None
+            except TIMEOUTS:
+                if future.status == "error":  # it is what the work ended with, and no wait will change that
+                    raise
                 self._attend()
             except KilledWorker as problem:
                 raise ClusterError(

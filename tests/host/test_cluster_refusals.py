@@ -238,3 +238,42 @@ def test_a_worker_takes_the_cores_that_are_its_own(monkeypatch: pytest.MonkeyPat
     assert provenance.cores() == 1
     provenance.share_cores(every + 7)
     assert provenance.cores() == every
+
+
+class Told:
+    """What stands for Dask's client and for a future: it says what Dask says in cases that cannot be made at will."""
+
+    status = "finished"
+
+    def __init__(self, problem: BaseException) -> None:
+        self.problem = problem
+
+    def result(self, timeout: float) -> None:
+        raise self.problem
+
+    def scheduler_info(self, n_workers: int = 5) -> dict[str, object]:
+        names = [f"tcp://10.0.0.{number}:1" for number in range(7)]
+        return {"workers": dict.fromkeys(names if n_workers < 0 else names[:n_workers])}
+
+
+def test_all_workers_are_counted_also_where_dask_tells_of_five() -> None:
+    cluster = room.Cluster(Told(OSError()), "here", nothing)  # type: ignore[arg-type]
+    cluster._attend()
+    assert len(cluster._known) == 7
+
+
+def test_work_that_is_dropped_while_it_is_waited_for_is_told() -> None:
+    from distributed.client import FutureCancelledError
+
+    cluster = room.Cluster(Told(OSError()), "here", nothing)  # type: ignore[arg-type]
+    with pytest.raises(ClusterError, match="has dropped the work"):
+        cluster._result(Told(FutureCancelledError("key", "scheduler-restart")))  # type: ignore[arg-type]
+
+
+def test_workers_of_this_machine_that_are_late_or_too_many_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClusterError, match="would start 999 processes"), room.joined("local:999", nothing):
+        pass
+    monkeypatch.setattr(room, "PATIENCE", 0.2)
+    monkeypatch.setattr(room.LocalCluster, "scale", lambda self, count: None)
+    with pytest.raises(ClusterError, match="1 workers of this machine did not all start"), room.joined("local:1", nothing):
+        pass
