@@ -21,7 +21,7 @@ from edgeres.artifacts import Engine, Preprocessing
 from edgeres.errors import ClusterError
 from edgeres.provenance import cores, versions
 from edgeres.runtime.loading import open_record
-from edgeres.samples import Samples
+from edgeres.samples import Samples, decoders
 from edgeres.workforce import run_samples
 
 ALIKE = ("onnxruntime", "numpy", "pillow")
@@ -61,7 +61,8 @@ def facts() -> Dict[str, str]:
     for path in sorted(package.rglob("*.py")):  # of one version there are many states while it is developed
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     found = {"edgeres": f"{__version__} (sources {digest.hexdigest()[:12]})"}
-    return {**found, **{name: versions((name,)).get(name, "none") for name in ALIKE}, "machine": platform.machine()}
+    found.update({name: versions((name,)).get(name, "none") for name in ALIKE})
+    return {**found, "the image decoder": decoders(), "machine": platform.machine()}
 
 
 def first(samples: Samples) -> Tuple[str, str]:

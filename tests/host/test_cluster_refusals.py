@@ -256,6 +256,13 @@ class Told:
         return {"workers": dict.fromkeys(names if n_workers < 0 else names[:n_workers])}
 
 
+def test_another_decoder_within_the_same_pillow_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which each shard is told, on whichever worker; only those that are there at the start show their pixels."""
+    here = shards.facts.__wrapped__()
+    monkeypatch.setattr("PIL.features.version", lambda name: "3.0.0" if name == "libjpeg_turbo" else "none")
+    assert "libjpeg_turbo 3.0.0" in room.difference(here, shards.facts.__wrapped__())
+
+
 def test_all_workers_are_counted_also_where_dask_tells_of_five() -> None:
     cluster = room.Cluster(Told(OSError()), "here", nothing)  # type: ignore[arg-type]
     cluster._attend()
@@ -275,5 +282,5 @@ def test_workers_of_this_machine_that_are_late_or_too_many_are_told(monkeypatch:
         pass
     monkeypatch.setattr(room, "PATIENCE", 0.2)
     monkeypatch.setattr(room.LocalCluster, "scale", lambda self, count: None)
-    with pytest.raises(ClusterError, match="1 workers of this machine did not all start"), room.joined("local:1", nothing):
+    with pytest.raises(ClusterError, match="did not all start within"), room.joined("local:1", nothing):
         pass
