@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -196,6 +197,14 @@ HOSTILE = {
     "has a negative size": (with_header(size=-512), "tells of -512 bytes"),
     "has a huge extended header": (with_header(type=tarfile.XHDTYPE, size=1 << 40) + bytes(1024), "extended header"),
     "has a huge name": (with_header(type=tarfile.GNUTYPE_LONGNAME, size=1 << 40) + bytes(1024), "extended header"),
+    "has two names": (
+        2 * (with_header(type=tarfile.GNUTYPE_LONGNAME, size=9) + b"name.png\0".ljust(512, b"\0")),
+        "second",
+    ),
+    "has two extended headers": (
+        2 * (with_header(type=tarfile.XHDTYPE, size=9) + b"9 path=a\n".ljust(512, b"\0")),
+        "second",
+    ),
     "is sparse": (with_header(type=tarfile.GNUTYPE_SPARSE) + bytes(1024), "sparse"),
     "leads out": (packed({"../a.png": picture(0)}), "leads out"),
     "is absolute": (packed({"/etc/a.png": picture(0)}), "leads out"),
@@ -210,6 +219,19 @@ def test_a_hostile_tar_is_refused(tmp_path: Path, content: bytes, words: str) ->
     with pytest.raises(SampleError, match=words):
         open_samples(tmp_path / "x.tar")
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_records_that_do_not_matter_are_neither_kept_nor_copied() -> None:
+    """An extended header for each file, full of records: each is read once, and forgotten."""
+    records = b"".join(b"13 %06x=yz\n" % number for number in range((1 << 16) // 13))
+    header = with_header(type=tarfile.XHDTYPE, size=len(records)) + records.ljust(1 << 16, b"\0")
+    content = 20 * (header + with_header(name="a.png"))
+    tracemalloc.start()
+    try:
+        assert len(list(members(io.BytesIO(content), len(content)))) == 20
+        assert tracemalloc.get_traced_memory()[1] < 500_000  # the header itself, two times, and few records
+    finally:
+        tracemalloc.stop()
 
 
 def test_links_and_devices_are_left_out(tmp_path: Path) -> None:
@@ -247,6 +269,8 @@ def test_patterns_are_those_of_webdataset() -> None:
         expanded("{0..999999999}.tar")
     with pytest.raises(SampleError, match="more than"):
         expanded("{0..999}/{0..999}.tar")
+    with pytest.raises(SampleError, match="more than"):  # counted, and never made
+        expanded("-".join(20 * ["{0..9999}"]))
 
 
 # Object stores
