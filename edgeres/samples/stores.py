@@ -27,6 +27,7 @@ from edgeres.samples.tars import Contents, Member, contents, expanded, key_of
 
 TAR = ".tar"
 PACKED = re.compile(r".*\.(tar\.[a-z0-9]+|tgz|tbz2?|txz)", re.IGNORECASE)
+SECRET = re.compile("://[^/]*@")
 SCHEMES = ("file", "memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hdfs", "http", "https")
 """Of fsspec's many some reach into archives, other URLs or other programs: these only read files."""
 
@@ -43,12 +44,16 @@ def local_path(source: str) -> Optional[str]:
         SampleError: it is a URL that edgeres does not read.
     """
     scheme = source.partition(":")[0]
-    if not re.match(r"[a-z0-9]+://", source) or scheme not in SCHEMES:
-        raise SampleError(f"{source}: edgeres reads URLs of {', '.join(SCHEMES)} alone. Copy the samples to one.")
-    if "@" in source.split("/")[2]:
+    # First what would be a secret: it is in no message, either.
+    if SECRET.search(source) or (scheme != "file" and re.search("[?#]", source)):
         raise SampleError(
-            "a URL that holds a name or a password would be written into the bundle. Leave it out, and let the store's "
-            "own variables or files tell who you are."
+            "a URL that holds a name or a password, or something behind a ? or #, would be written into the bundle. "
+            "Leave it out, and let the store's own variables or files tell who you are."
+        )
+    if not re.match(r"[a-z0-9]+://", source) or scheme not in SCHEMES or (scheme != "file" and "::" in source):
+        raise SampleError(
+            f"{source}: edgeres reads URLs of {', '.join(SCHEMES)} alone, and none within another. Copy the samples to "
+            "one."
         )
     return source[len("file://") :] if scheme == "file" else None
 
@@ -63,6 +68,8 @@ def list_url(url: str, labelled: bool) -> Listing:
     _require_fsspec(url)
     if is_tar(url):
         return list_tars(expanded(url), labelled)
+    if url.startswith("http"):  # whose pages are no list, and tell no sizes
+        raise SampleError(f"{url}: of a web server edgeres reads {TAR} files alone. Name some, or copy the folder.")
     from edgeres.samples import remote
 
     found = [(name, size) for name, size in remote.find(url) if is_visible(name)]

@@ -317,12 +317,18 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
 
 
 REFUSED: List[Any] = [
-    ("memory://bucket/none", "no image"),
+    ("memory://bucket/none", "does not exist"),
     ("memory://bucket/none.tar", "does not exist"),
     ("simplecache::memory://bucket", "alone"),
     ("reference://bucket", "alone"),
     ("ssh://host/data", "alone"),
     ("s3://key:secret@bucket/data", "written into the bundle"),
+    ("ssh://key:secret@host/data", "written into the bundle"),
+    ("s3://bucket/x::ftp://key:secret@host/y", "written into the bundle"),
+    ("https://host/x.tar?sig=secret", "written into the bundle"),
+    ("https://host/x.tar#secret", "written into the bundle"),
+    ("https://host/x.tar::ssh://host/y.tar", "none within another"),
+    ("https://host/images", r"\.tar files alone"),
 ]
 
 
@@ -331,6 +337,32 @@ def test_other_urls_are_refused(store: Any, url: str, words: str) -> None:
     with pytest.raises(SampleError, match=words) as told:
         open_samples(url)
     assert "secret" not in str(told.value)
+
+
+def test_a_large_store_is_not_listed_to_its_end(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_all(store, {f"{folder:02}/{name}.png": b"x" for folder in range(20) for name in "ab"}, "/bucket/data")
+    monkeypatch.setattr("edgeres.samples.remote.MOST_ENTRIES", 24)
+    listed: List[str] = []
+    ls = type(store).ls
+    monkeypatch.setattr(type(store), "ls", lambda self, path, **more: listed.append(path) or ls(self, path, **more))
+    with pytest.raises(SampleError, match="more than 24"):
+        open_samples("memory://bucket/data")
+    assert len(listed) == 4  # of 21
+
+
+def test_names_that_a_store_tells_are_names_alone(store: Any) -> None:
+    put_all(store, {"x::memory:/bucket/b.png": picture(0)}, "/bucket/data")
+    with pytest.raises(SampleError, match="Rename it"):
+        open_samples("memory://bucket/data").frame(0)
+
+
+def test_a_store_that_tells_no_sizes_is_refused(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_all(store, by_class(), "/bucket/data")
+    ls = type(store).ls
+    without = lambda self, path, **more: [{**entry, "size": None} for entry in ls(self, path, **more)]  # noqa: E731
+    monkeypatch.setattr(type(store), "ls", without)
+    with pytest.raises(SampleError, match="does not tell how large"):
+        open_samples("memory://bucket/data")
 
 
 def test_a_store_whose_package_is_missing_is_named(store: Any) -> None:
