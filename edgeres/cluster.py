@@ -50,6 +50,7 @@ AHEAD = 3  # shards for each worker that are out, or back before their turn
 SHARDS = 4  # for each worker at least, so that the last ones end together; each costs a session and a sum
 MOST = 4096  # samples of a shard: what a death costs
 LARGEST_PART = 32 << 20  # bytes of a shard on its way out: frames, where these are sent
+LONGEST_PROBLEM = 1 << 14  # characters of what is wrong with a sample; a path has 4,096 bytes at most
 LOOKED_AT = 256  # samples of a shard that are only read
 
 
@@ -89,6 +90,22 @@ def difference(here: Dict[str, str], there: Dict[str, str]) -> str:
     return ", ".join(
         f"{name} is {there.get(name)} there and {here[name]} here" for name in here if there.get(name) != here[name]
     )
+
+
+def looked_at(found: Any, count: int) -> Tuple[Sequence[str], Sequence[str]]:
+    """Return what a worker says of ``count`` samples that it looked at: what is wrong, or if nothing is, their hashes.
+
+    Raises:
+        ClusterError: it says something else.
+    """
+    with contextlib.suppress(TypeError, ValueError):
+        wrong, hashes = found
+        if all(isinstance(text, str) for text in (*wrong, *hashes)):
+            if 0 < len(wrong) <= count and not hashes and max(map(len, wrong)) <= LONGEST_PROBLEM:
+                return wrong, ()
+            if not wrong and len(hashes) == count and all(re.fullmatch("[0-9a-f]{64}", one) for one in hashes):
+                return (), hashes
+    raise ClusterError(f"a worker looked at {count} samples, and did not answer with one hash or one problem for each")
 
 
 @contextlib.contextmanager
@@ -308,11 +325,13 @@ class Cluster:
         Raises:
             ClusterError: a worker cannot read the first sample, or finds another one there.
         """
+        if samples.in_memory:  # all of it would go over the wire to be hashed, and is hashed here in a fraction of that
+            return self._alone.look(samples)
         self._check_reach(samples)
         problems: List[str] = []
-        for (start, _), (wrong, hashes) in self._in_order(
-            shards.look, (), samples, self._cut(0, samples, 1, LOOKED_AT)
-        ):
+        cuts = self._cut(0, samples, 1, LOOKED_AT)
+        for (start, stop), found in self._in_order(shards.look, (), samples, cuts):
+            wrong, hashes = looked_at(found, stop - start)
             problems += wrong
             samples.learn(start, hashes)
         return problems
@@ -374,13 +393,13 @@ class Cluster:
         if record.backend != "cpu":  # an engine for the GPU that it was made for
             return self._alone.answer(content, record, samples, preprocessing, watch, run)
         work = self._work(content, shards.Work(sha256_bytes(content), preprocessing, (), record))
-        logits = np.empty((0, 0), np.float32)
+        logits = np.empty((len(samples), work.probe.classes), np.float32)
         cuts = self._cut(0, samples, preprocessing.batch_size, MOST)
         for (start, stop), found in self._in_order(shards.answer, (work,), samples, cuts):
-            if not start:
-                logits = np.empty((len(samples), *found.shape[1:]), np.float32)
-            if found.dtype != np.float32 or found.shape != (stop - start, *logits.shape[1:]):
-                raise ClusterError(f"a worker answered {found.dtype} {found.shape} to {stop - start} samples")
+            wanted = (stop - start, work.probe.classes)
+            if not isinstance(found, np.ndarray) or found.dtype != np.float32 or found.shape != wanted:
+                told = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
+                raise ClusterError(f"a worker answered {told}, and not float32 {wanted}")
             logits[start:stop] = found
             watch(stop, len(samples))
         return logits

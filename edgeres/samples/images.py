@@ -29,6 +29,7 @@ class ImageSource:
     """Frames of image files."""
 
     weight = 256  # a path and a hash
+    in_memory = False
 
     def __init__(self, listing: Listing, known: Optional[Dict[int, str]] = None) -> None:
         """``known`` are hashes of files that must be the same when they are decoded."""

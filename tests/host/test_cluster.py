@@ -210,6 +210,12 @@ def test_files_are_read_by_the_workers_and_hashed_there(two: room.Cluster) -> No
     assert two.received == before  # no pixel came here
 
 
+def test_arrays_are_not_sent_to_be_hashed(two: room.Cluster, frames: np.ndarray) -> None:
+    before = two.shards
+    assert two.look(samples_from_arrays(frames)) == []
+    assert two.shards == before
+
+
 def test_all_that_cannot_be_read_is_told(two: room.Cluster, tmp_path: Path) -> None:
     for number in range(7):
         (tmp_path / f"{number}.png").write_bytes((DIGITS / "calibration/3").glob("*.png").__next__().read_bytes())

@@ -19,7 +19,9 @@ import pytest
 
 import edgeres
 from edgeres import cluster as room
-from edgeres import pipeline, provenance, shards
+from edgeres import files, pipeline, provenance, shards
+from edgeres.artifacts import Preprocessing
+from edgeres.backends import cpu
 from edgeres.errors import ClusterError, EdgeresError, MissingPackageError
 from edgeres.recipe import dossier, load_recipe
 from edgeres.samples import open_samples, samples_from_arrays
@@ -156,13 +158,12 @@ def test_a_worker_that_cannot_read_the_samples_is_refused_and_what_ends_is_told(
             # this process's memory, which no other process sees
             with pytest.raises(ClusterError, match=r"workers cannot read .*memory://here.*worker tcp://.*no.*exist"):
                 cluster.look(open_samples("memory://here"))
-            assert cluster.look(one_frame) == []
 
             # another version than at the start: a worker that joined, or was started anew, in the midst of it
             with monkeypatch.context() as patch:
                 patch.setattr(shards, "facts", lambda: {"edgeres": "of another day"})
                 with pytest.raises(ClusterError, match="there and of another day here"):
-                    cluster.look(one_frame)
+                    list(cluster._in_order(cluster_work.slow, (), one_frame, [(0, 1)]))
 
             # a processor that computes another last bit
             work = shards.Work("none", None, probe="")  # type: ignore[arg-type]
@@ -261,6 +262,39 @@ def test_another_decoder_within_the_same_pillow_is_a_difference(monkeypatch: pyt
     here = shards.facts.__wrapped__()
     monkeypatch.setattr("PIL.features.version", lambda name: "3.0.0" if name == "libjpeg_turbo" else "none")
     assert "libjpeg_turbo 3.0.0" in room.difference(here, shards.facts.__wrapped__())
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        ([], ["0" * 64]),
+        ([], ["0" * 64, "x"]),
+        ([], ["0" * 64, 5]),
+        ([], 3 * ["0" * 64]),
+        (3 * ["bad"], []),
+        (["x" * 10**6], []),
+        (["bad"], 2 * ["0" * 64]),
+        None,
+        [[], [], []],
+    ],
+)
+def test_what_a_worker_says_of_samples_is_bounded(found: object) -> None:
+    with pytest.raises(ClusterError, match="looked at 2 samples"):
+        room.looked_at(found, 2)
+    assert room.looked_at(([], 2 * ("0" * 64,)), 2) == ((), 2 * ("0" * 64,))
+    assert room.looked_at((["one is bad"], ()), 2) == (["one is bad"], ())
+
+
+def test_logits_of_another_number_of_classes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there is room for them: a worker says how many bytes that is."""
+    cluster = room.Cluster(Told(OSError()), "here", nothing)  # type: ignore[arg-type]
+    monkeypatch.setattr(cluster, "_work", lambda content, work: work._replace(probe=shards.Probe("bits", 10)))
+    samples, plain = samples_from_arrays(np.zeros((2, 8, 8, 3), np.uint8)), Preprocessing((8, 8), 8)
+    record = cpu.compile_engine(files.content_ref("m", b""), "fp32")
+    for answer in (np.zeros((2, 11), np.float32), np.zeros((2, 10)), np.zeros((2, 10, 1), np.float32), "logits"):
+        monkeypatch.setattr(cluster, "_in_order", lambda *_, answer=answer: [((0, 2), answer)])
+        with pytest.raises(ClusterError, match=r"a worker answered .*, and not float32 \(2, 10\)"):
+            cluster.answer(b"", record, samples, plain, nothing)
 
 
 def test_all_workers_are_counted_also_where_dask_tells_of_five() -> None:
