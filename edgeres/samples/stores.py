@@ -18,9 +18,9 @@ from edgeres.samples.listing import (
     MOST_SAMPLES,
     Listing,
     Piece,
-    class_folders,
     is_image,
     is_visible,
+    labels_of_folders,
     shown,
 )
 from edgeres.samples.tars import Contents, Member, contents, expanded, key_of
@@ -157,11 +157,7 @@ def _listing(
             )
         numbers = np.array([labels[key_of(name)] for name in names], np.int64)
     elif folders is not None:
-        classes = class_folders(where, names, folders)
-        if classes is not None:
-            number = {name: label for label, name in enumerate(classes)}
-            numbers = np.array([number[name.split("/")[0]] for name in names], np.int64)
-            classes = tuple(map(shown, classes))
+        numbers, classes = labels_of_folders(where, names, folders)
     return Listing(tuple(pieces), tuple(map(shown, names)), numbers, classes)
 
 
