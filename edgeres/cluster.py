@@ -9,13 +9,16 @@ and here. SECURITY.md says what follows.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import queue
 import re
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from inspect import signature
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
@@ -39,27 +42,31 @@ ADDRESS = re.compile(r"(tcp|tls|ws|wss)://[^\s/]+:[0-9]+/?")
 LOCAL = re.compile(r"local(:([1-9][0-9]{0,2}))?")
 CONNECT = 20.0  # seconds to wait for the scheduler
 PATIENCE = 60.0  # seconds to wait for a first worker, and for another one where all were lost
+TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # which are one from Python 3.11 on
+LOCALS = 4  # workers of this machine for each of its cores at most: each is a process of some hundred MB
 TICK = 0.5  # seconds between looks at the workers, and at a Ctrl-C
 RETRIES = 2  # of a shard that failed without a word of ours: a store that answers the third time has answered
 AHEAD = 3  # shards for each worker that are out, or back before their turn
 SHARDS = 4  # for each worker at least, so that the last ones end together; each costs a session and a sum
 MOST = 4096  # samples of a shard: what a death costs
 LARGEST_PART = 32 << 20  # bytes of a shard on its way out: frames, where these are sent
+LONGEST_PROBLEM = 1 << 14  # characters of what is wrong with a sample; a path has 4,096 bytes at most
 LOOKED_AT = 256  # samples of a shard that are only read
 
 
 class Models(WorkerPlugin):  # type: ignore[misc]
     """Brings a model to each worker once, also to one that comes later or is started anew."""
 
-    def __init__(self, name: str, content: bytes) -> None:
+    def __init__(self, name: str, key: str, content: bytes) -> None:
+        """``name`` is no other client's; ``key`` the model's SHA-256."""
         self.name = name
-        self._key, self._content = name, content
+        self._key, self._content = key, content
 
     def setup(self, worker: Any) -> None:
-        shards.MODELS[self._key] = self._content
+        shards.hold(self._key, f"{self.name} on {worker.id}", self._content)
 
     def teardown(self, worker: Any) -> None:
-        shards.MODELS.pop(self._key, None)
+        shards.let_go(self._key, f"{self.name} on {worker.id}")
 
 
 def on_worker(work: Callable[..., Any], facts: Dict[str, str], *arguments: Any) -> Any:
@@ -83,6 +90,22 @@ def difference(here: Dict[str, str], there: Dict[str, str]) -> str:
     return ", ".join(
         f"{name} is {there.get(name)} there and {here[name]} here" for name in here if there.get(name) != here[name]
     )
+
+
+def looked_at(found: Any, count: int) -> Tuple[Sequence[str], Sequence[str]]:
+    """Return what a worker says of ``count`` samples that it looked at: what is wrong, or if nothing is, their hashes.
+
+    Raises:
+        ClusterError: it says something else.
+    """
+    with contextlib.suppress(TypeError, ValueError):
+        wrong, hashes = found
+        if all(isinstance(text, str) for text in (*wrong, *hashes)):
+            if 0 < len(wrong) <= count and not hashes and max(map(len, wrong)) <= LONGEST_PROBLEM:
+                return wrong, ()
+            if not wrong and len(hashes) == count and all(re.fullmatch("[0-9a-f]{64}", one) for one in hashes):
+                return (), hashes
+    raise ClusterError(f"a worker looked at {count} samples, and did not answer with one hash or one problem for each")
 
 
 @contextlib.contextmanager
@@ -118,9 +141,18 @@ def local_settings() -> Dict[str, Any]:
 
 @contextlib.contextmanager
 def _started(address: str) -> Iterator[Client]:
-    """Start workers on this machine, which end with this process; nobody else can give them orders."""
+    """Start workers on this machine, which end with this process; nobody else can give them orders.
+
+    Raises:
+        ClusterError: they are too many for it, or do not all start in time.
+    """
     found = LOCAL.fullmatch(address)
     workers = int(found[2]) if found and found[2] else cores()
+    if workers > LOCALS * cores():
+        raise ClusterError(
+            f"{address} would start {workers} processes on {cores()} cores. Take {LOCALS * cores()} at most, or local, "
+            "which starts one for each core"
+        )
     with contextlib.ExitStack() as held:
         held.enter_context(dask.config.set(local_settings()))
         cluster = LocalCluster(
@@ -140,7 +172,13 @@ def _started(address: str) -> Iterator[Client]:
         )
         held.callback(lambda: _closed(started.result()))
         client = started.result()
-        client.wait_for_workers(workers, timeout=PATIENCE)
+        try:
+            client.wait_for_workers(workers, timeout=PATIENCE)
+        except TIMEOUTS:
+            raise ClusterError(
+                f"{workers} workers of this machine did not all start within {PATIENCE:.0f} s: it may be short of "
+                "memory, or busy. Start fewer, such as local:1; what is finished is kept"
+            ) from None
         yield client
 
 
@@ -185,18 +223,24 @@ class Cluster:
     def __init__(self, client: Client, address: str, warn: Callable[[str], None]) -> None:
         self._client, self._address, self._warn = client, address, warn
         self._alone = Alone()
+        # Some of Dask's releases tell of five workers where they are not asked for all.
+        self._every = {"n_workers": -1} if "n_workers" in signature(client.scheduler_info).parameters else {}
         self._known: Set[str] = set()  # addresses of workers that were there at the last look
-        self._sent: List[str] = []
+        self._own = uuid.uuid4().hex  # several clients may send one model, and each takes back its own
+        self._sent = ""  # the SHA-256 of the model that the workers hold for this client
         self._empty_since: Optional[float] = None
         self._looked = 0.0
         self.received = self.shards = 0
 
     def leave(self) -> None:
         """Take back what the workers were sent."""
-        for name in self._sent:
+        if self._sent:
             with contextlib.suppress(Exception):  # a cluster that is gone holds nothing
-                self._client.unregister_worker_plugin(name)
-        self._sent = []
+                self._client.unregister_worker_plugin(self._plugin(self._sent))
+        self._sent = ""
+
+    def _plugin(self, model: str) -> str:
+        return f"edgeres model {model} of {self._own}"
 
     # ---- who is there
 
@@ -208,7 +252,7 @@ class Cluster:
         """
         try:
             self._client.wait_for_workers(1, timeout=PATIENCE)
-        except TimeoutError:
+        except TIMEOUTS:
             raise ClusterError(self._nobody("has no worker")) from None
         here = shards.facts()
         problems = [
@@ -251,7 +295,7 @@ class Cluster:
             return
         self._looked = now
         try:
-            there = set(self._client.scheduler_info()["workers"])
+            there = set(self._client.scheduler_info(**self._every)["workers"])
         except Exception as problem:  # as many kinds as there are ways to lose a connection
             raise ClusterError(
                 f"the scheduler at {self._address} does not answer any more ({first_line(problem)}). Start it again, "
@@ -281,11 +325,13 @@ class Cluster:
         Raises:
             ClusterError: a worker cannot read the first sample, or finds another one there.
         """
+        if samples.in_memory:  # all of it would go over the wire to be hashed, and is hashed here in a fraction of that
+            return self._alone.look(samples)
         self._check_reach(samples)
         problems: List[str] = []
-        for (start, _), (wrong, hashes) in self._in_order(
-            shards.look, (), samples, self._cut(0, samples, 1, LOOKED_AT)
-        ):
+        cuts = self._cut(0, samples, 1, LOOKED_AT)
+        for (start, stop), found in self._in_order(shards.look, (), samples, cuts):
+            wrong, hashes = looked_at(found, stop - start)
             problems += wrong
             samples.learn(start, hashes)
         return problems
@@ -347,31 +393,34 @@ class Cluster:
         if record.backend != "cpu":  # an engine for the GPU that it was made for
             return self._alone.answer(content, record, samples, preprocessing, watch, run)
         work = self._work(content, shards.Work(sha256_bytes(content), preprocessing, (), record))
-        logits = np.empty((0, 0), np.float32)
+        logits = np.empty((len(samples), work.probe.classes), np.float32)
         cuts = self._cut(0, samples, preprocessing.batch_size, MOST)
         for (start, stop), found in self._in_order(shards.answer, (work,), samples, cuts):
-            if not start:
-                logits = np.empty((len(samples), *found.shape[1:]), np.float32)
-            if found.dtype != np.float32 or found.shape != (stop - start, *logits.shape[1:]):
-                raise ClusterError(f"a worker answered {found.dtype} {found.shape} to {stop - start} samples")
+            wanted = (stop - start, work.probe.classes)
+            if not isinstance(found, np.ndarray) or found.dtype != np.float32 or found.shape != wanted:
+                told = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
+                raise ClusterError(f"a worker answered {told}, and not float32 {wanted}")
             logits[start:stop] = found
             watch(stop, len(samples))
         return logits
 
     def _work(self, content: bytes, work: shards.Work) -> shards.Work:
-        """Send a model to all workers, and return the work with what this machine computes of noise.
+        """Send a model to all workers in place of the one before, and return the work with what this machine computes
+        of noise.
 
         Raises:
             ClusterError: a worker computes something else.
         """
-        shards.MODELS[work.model] = content
+        shards.hold(work.model, self._own, content)
         try:
             work = work._replace(probe=shards.probed(work))
         finally:
-            shards.MODELS.pop(work.model, None)
-        if work.model not in self._sent:
-            self._client.register_plugin(Models(work.model, content), name=work.model)
-            self._sent.append(work.model)
+            shards.let_go(work.model, self._own)
+        if work.model != self._sent:
+            self.leave()  # of a hundred rungs' models a worker need not hold a hundred
+            name = self._plugin(work.model)
+            self._client.register_plugin(Models(name, work.model, content), name=name)
+            self._sent = work.model
         refused = [f"worker {worker}: {told}" for worker, told in self._everywhere(shards.check_probe, work) if told]
         if refused:
             raise ClusterError(numbered(f"the cluster at {self._address} would not give the same bits", refused))
@@ -416,15 +465,17 @@ class Cluster:
 
     def _result(self, future: Future) -> Any:
         """Return what a shard gave, which may be on a worker that dies just now, and is then computed again."""
-        if future.status == "cancelled":
-            raise ClusterError(
-                f"the scheduler at {self._address} has dropped the work: it was started anew, or the connection was "
-                "lost. Start the command again: what is finished is kept"
-            )
         while True:
             try:
                 return future.result(timeout=PATIENCE)
-            except TimeoutError:
+            except (CancelledError, asyncio.CancelledError):  # also while it is waited for
+                raise ClusterError(
+                    f"the scheduler at {self._address} has dropped the work: it was started anew, or the connection "
+                    "was lost. Start the command again: what is finished is kept"
+                ) from None
+            except TIMEOUTS:
+                if future.status == "error":  # it is what the work ended with, and no wait will change that
+                    raise
                 self._attend()
             except KilledWorker as problem:
                 raise ClusterError(

@@ -12,25 +12,37 @@ import hashlib
 import platform
 import threading
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Set, Tuple
 
 import numpy as np
 
 from edgeres import __version__
 from edgeres.artifacts import Engine, Preprocessing
 from edgeres.errors import ClusterError
+from edgeres.files import sha256_bytes
 from edgeres.provenance import cores, versions
-from edgeres.runtime.loading import open_record
-from edgeres.samples import Samples
-from edgeres.workforce import run_samples
+from edgeres.samples import Samples, decoders
+from edgeres.workforce import opened, run_samples
 
 ALIKE = ("onnxruntime", "numpy", "pillow")
 """Packages whose other version may compute, or decode, another last bit."""
 
+
+class Probe(NamedTuple):
+    """What comes out of noise: the ``digest`` of all of it, and how many ``classes`` a sample's logits have, if any are
+    wanted."""
+
+    digest: str = ""
+    classes: int = 0
+
+
 MODELS: Dict[str, bytes] = {}
 """The models that this worker has been sent, by SHA-256: each comes once, however many shards need it."""
 
-PROBES: Dict[str, str] = {}
+_holders: Dict[str, Set[str]] = {}  # who has not let go of each model: several commands may run on one cluster
+_holding = threading.Lock()
+
+PROBES: Dict[str, Probe] = {}
 """What this worker has computed of noise, by the work."""
 
 _one_at_a_time = threading.Lock()  # a shard takes all of its worker's cores, and the memory of one batch
@@ -47,7 +59,7 @@ class Work(NamedTuple):
     preprocessing: Preprocessing
     tensors: Tuple[str, ...] = ()
     engine: Optional[Engine] = None
-    probe: str = ""
+    probe: Probe = Probe()
 
 
 @functools.lru_cache(maxsize=None)
@@ -58,7 +70,8 @@ def facts() -> Dict[str, str]:
     for path in sorted(package.rglob("*.py")):  # of one version there are many states while it is developed
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     found = {"edgeres": f"{__version__} (sources {digest.hexdigest()[:12]})"}
-    return {**found, **{name: versions((name,)).get(name, "none") for name in ALIKE}, "machine": platform.machine()}
+    found.update({name: versions((name,)).get(name, "none") for name in ALIKE})
+    return {**found, "the image decoder": decoders(), "machine": platform.machine()}
 
 
 def first(samples: Samples) -> Tuple[str, str]:
@@ -87,38 +100,47 @@ def count(work: Work, samples: Samples) -> bytes:
 def answer(work: Work, samples: Samples) -> np.ndarray:
     """Return the logits of a shard, float32 ``(N, K)``."""
     assert work.engine is not None
-    with _one_at_a_time:
-        run = open_record(model(work), work.engine, cores())
-        try:
-            return run_samples(run, samples, work.preprocessing, lambda done, total: None)
-        finally:
-            run.close()
+    with _one_at_a_time, opened(model(work), work.engine, work.preprocessing, cores()) as run:
+        return run_samples(run, samples, work.preprocessing, lambda done, total: None)
 
 
-def probed(work: Work) -> str:
+def probed(work: Work) -> Probe:
     """Return a digest of what this process computes of noise that is the same everywhere: the last bit of every
     activation counts, and depends on the processor and on what runs on it, in ways that no version number tells."""
-    key = repr(work._replace(probe=""))
+    key = repr(work._replace(probe=Probe()))
     if key not in PROBES:
         PROBES[key] = _probe(work)
     return PROBES[key]
 
 
-def _probe(work: Work) -> str:
+def _probe(work: Work) -> Probe:
     height, width = work.preprocessing.size
     noise = np.random.default_rng(0).standard_normal((work.preprocessing.batch_size, 3, height, width))
     batch = noise.astype(np.float32)
     if work.engine is None:
         from edgeres.calibrate import observe
 
-        content = observe(model(work), work.tensors, [batch]).to_bytes()
-    else:
-        run = open_record(model(work), work.engine, cores())
-        try:
-            content = np.ascontiguousarray(run(batch)).tobytes()
-        finally:
-            run.close()
-    return hashlib.sha256(content).hexdigest()
+        return Probe(sha256_bytes(observe(model(work), work.tensors, [batch]).to_bytes()))
+    with opened(model(work), work.engine, work.preprocessing, cores()) as run:
+        logits = np.ascontiguousarray(run(batch))
+    return Probe(sha256_bytes(logits.tobytes()), int(logits.shape[1]))
+
+
+def hold(key: str, holder: str, content: bytes) -> None:
+    """Keep a model until this holder, and every other one, lets go of it."""
+    with _holding:
+        _holders.setdefault(key, set()).add(holder)
+        MODELS[key] = content
+
+
+def let_go(key: str, holder: str) -> None:
+    """Keep a model no longer for this holder."""
+    with _holding:
+        holders = _holders.get(key, set())
+        holders.discard(holder)
+        if not holders:
+            _holders.pop(key, None)
+            MODELS.pop(key, None)
 
 
 def model(work: Work) -> bytes:

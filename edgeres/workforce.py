@@ -106,8 +106,22 @@ class Alone:
     ) -> np.ndarray:
         if run is not None:
             return run_samples(run, samples, preprocessing, watch)
-        with contextlib.closing(open_record(content, record)) as opened:
-            return run_samples(Fed(opened, record, preprocessing), samples, preprocessing, watch)
+        with opened(content, record, preprocessing) as fed:
+            return run_samples(fed, samples, preprocessing, watch)
+
+
+@contextlib.contextmanager
+def opened(
+    content: bytes, record: Engine, preprocessing: Preprocessing, threads: Optional[int] = None
+) -> Iterator[Fed]:
+    """Yield an engine that takes normalized input, whatever it takes itself; it is closed at the end.
+
+    Args:
+        content: its file, verified.
+        threads: of one operator of an engine on the CPU; None: as many as there are cores.
+    """
+    with contextlib.closing(open_record(content, record, threads)) as run:
+        yield Fed(run, record, preprocessing)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from edgeres.samples.listing import IMAGE_ENDINGS, Listing, list_file, list_fold
 from edgeres.samples.stores import is_tar, list_tars, list_url, local_path
 from edgeres.samples.tars import expanded
 
-__all__ = ["Samples", "examine", "open_samples", "picture", "samples_from_arrays"]
+__all__ = ["Samples", "decoders", "examine", "open_samples", "picture", "samples_from_arrays"]
 
 LIST_ENDINGS = (".txt", ".lst")
 ARRAY_ENDINGS = (".npy", ".npz")
@@ -75,6 +75,18 @@ def picture(samples: Samples, index: int, side: int) -> Tuple[bytes, str, Tuple[
     except ImportError:
         raise MissingPackageError.for_extra("Pillow", "pictures of samples", "images") from None
     return encoded(samples.glimpse(index, side), side)
+
+
+def decoders() -> str:
+    """Return which libraries images are decoded with, and their versions: one of another version may give other pixels.
+
+    Nothing can be decoded where Pillow is missing.
+    """
+    try:
+        from edgeres.samples import images
+    except ImportError:
+        return "none"
+    return images.decoders()
 
 
 def _plain_url(url: str) -> str:

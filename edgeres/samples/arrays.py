@@ -22,6 +22,7 @@ class ArraySource:
     """Frames of one array. ``images`` is uint8 (N, H, W, 3); ``labels`` int64 (N,) or None."""
 
     classes: Optional[Tuple[str, ...]] = None
+    in_memory = True
 
     def __init__(self, name: str, images: np.ndarray, labels: Optional[np.ndarray]) -> None:
         self.names = tuple(f"{name}[{index}]" for index in range(len(images)))

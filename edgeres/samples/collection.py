@@ -28,6 +28,8 @@ class Source(Protocol):
     classes: Optional[Tuple[str, ...]]
     weight: int
     """Bytes that each sample brings along where :meth:`part` is sent."""
+    in_memory: bool
+    """Whether these are its pixels, because there is no file that others could read."""
 
     def frame(self, index: int) -> np.ndarray:
         """Return uint8 (H, W, 3), RGB."""
@@ -51,7 +53,7 @@ class Samples:
     """Samples in a fixed order; nothing is decoded until it is asked for.
 
     ``source`` is what they were opened from; ``available`` is how many there are, of which these are the ones taken;
-    ``weight`` is how many bytes each brings along where a part is sent.
+    ``weight`` is how many bytes each brings along where a part is sent; ``in_memory``: these are its pixels.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Samples:
         self.available = len(content.names)
         self.classes = content.classes
         self.weight = content.weight
+        self.in_memory = content.in_memory
         self._content = content
         self._taken = tuple(range(self.available)) if taken is None else tuple(taken)
         # Shared with every subset: dict operations on distinct keys are safe between threads.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from edgeres.errors import SampleError
 from edgeres.files import sha256_bytes, sha256_file
@@ -21,6 +21,7 @@ LOSSLESS = 64  # pixels: a frame no larger is a few kB as it is, and JPEG would 
 # Which format it is, is not left to Pillow alone: some of its others run a program (EPS: Ghostscript).
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 LARGEST_GIF = 1 << 26  # bytes: Pillow looks for the first picture byte by byte
+DECODERS = ("jpg", "libjpeg_turbo", "webp", "libtiff")  # as Pillow calls them
 QUALITY = 80  # of a JPEG; 160 pixels of a photograph take some 5 kB
 
 
@@ -28,6 +29,7 @@ class ImageSource:
     """Frames of image files."""
 
     weight = 256  # a path and a hash
+    in_memory = False
 
     def __init__(self, listing: Listing, known: Optional[Dict[int, str]] = None) -> None:
         """``known`` are hashes of files that must be the same when they are decoded."""
@@ -126,6 +128,12 @@ def encoded(frame: np.ndarray, side: int) -> Tuple[bytes, str, Tuple[int, int]]:
     image.thumbnail((side, side))
     image.save(content, "JPEG", quality=QUALITY)
     return content.getvalue(), "image/jpeg", image.size
+
+
+def decoders() -> str:
+    """Return which libraries Pillow decodes with, whose other version may give other pixels: builds of one version of
+    Pillow have different ones. PNG and GIF are exact, whoever decodes them."""
+    return ", ".join(f"{name} {features.version(name) or 'none'}" for name in DECODERS)
 
 
 @contextlib.contextmanager

@@ -107,12 +107,7 @@ def list_folder(folder: Path, labelled: bool) -> Listing:
             f"{folder} holds no image ({', '.join(ending[1:] for ending in IMAGE_ENDINGS)}). Name a folder that does."
         )
     paths = tuple(folder / name for name in names)
-    classes = class_folders(folder, names, subfolders) if labelled else None
-    labels = None
-    if classes is not None:
-        number = {name: label for label, name in enumerate(classes)}
-        labels = np.array([number[name.split("/")[0]] for name in names], np.int64)
-        classes = tuple(map(shown, classes))
+    labels, classes = labels_of_folders(folder, names, subfolders) if labelled else (None, None)
     return Listing(paths, tuple(map(shown, names)), labels, classes)
 
 
@@ -157,7 +152,22 @@ class _Walk:
                 )
 
 
-def class_folders(folder: Union[str, Path], names: Sequence[str], subfolders: Sequence[str]) -> Classes:
+def labels_of_folders(
+    folder: Union[str, Path], names: Sequence[str], subfolders: Sequence[str]
+) -> Tuple[Optional[np.ndarray], Classes]:
+    """Return the images' labels, int64 (N,), and the classes that these count, as text; neither of a flat folder.
+
+    Raises:
+        SampleError: it is not clear what the classes are.
+    """
+    classes = _class_folders(folder, names, subfolders)
+    if classes is None:
+        return None, None
+    number = {name: label for label, name in enumerate(classes)}
+    return np.array([number[name.split("/")[0]] for name in names], np.int64), tuple(map(shown, classes))
+
+
+def _class_folders(folder: Union[str, Path], names: Sequence[str], subfolders: Sequence[str]) -> Classes:
     """Return the class folders, sorted, or None where the folder is flat.
 
     A label is a position among the folders' names, so one folder too many or too few would shift all labels behind it

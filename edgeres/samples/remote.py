@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, BinaryIO, Iterator, List, Tuple
+from typing import Any, BinaryIO, Dict, Iterator, List, Tuple
 
 import fsspec.core
 
 from edgeres.errors import MissingPackageError, SampleError, first_line
-from edgeres.samples.listing import MOST_ENTRIES
+from edgeres.samples.listing import DEEPEST, MOST_ENTRIES, is_visible
 
 
 def find(url: str) -> List[Tuple[str, int]]:
@@ -18,14 +18,35 @@ def find(url: str) -> List[Tuple[str, int]]:
         SampleError: it cannot be listed, or holds too many.
         MissingPackageError: the store needs a package of its own.
     """
+    files: List[Tuple[str, int]] = []
     with _words(url):
         system, path = _system(url)
-        found = system.find(path, detail=True)
-        prefix = path.rstrip("/") + "/"
-        files = [(name, entry) for name, entry in found.items() if name.startswith(prefix)]
-    if len(files) > MOST_ENTRIES:
-        raise SampleError(f"{url} holds more than {MOST_ENTRIES:,} files. Name a folder of images alone.")
-    return sorted((name[len(prefix) :], int(entry.get("size") or 0)) for name, entry in files)
+        top = path.rstrip("/")
+        folders, seen = [top], 0
+        while folders:  # each by itself, so that a whole bucket is not listed before it is found to be too large
+            folder = folders.pop()
+            for entry in system.ls(folder, detail=True):
+                seen += 1
+                name = entry["name"].rstrip("/")
+                if not name.startswith(folder + "/"):  # the folder itself, or a file where a folder was named
+                    continue
+                inner = name[len(top) + 1 :]
+                if entry["type"] != "directory":
+                    files.append((inner, _size(entry, url)))
+                elif is_visible(inner):
+                    folders.append(name)
+                if seen > MOST_ENTRIES or inner.count("/") >= DEEPEST:
+                    raise SampleError(
+                        f"{url} holds more than {MOST_ENTRIES:,} files and folders, or {DEEPEST} within one another. "
+                        "Name a folder of images alone."
+                    )
+    return sorted(files)
+
+
+def _size(entry: Dict[str, Any], where: str) -> int:
+    if entry.get("size") is None:
+        raise SampleError(f"{where} does not tell how large {entry['name']} is. Copy the samples to another store.")
+    return int(entry["size"])
 
 
 def exists(url: str) -> bool:
@@ -57,12 +78,14 @@ def opened(url: str) -> Iterator[Tuple[BinaryIO, int]]:
     """
     with _words(url):
         system, path = _system(url)
-        size = int(system.size(path) or 0)
+        size = _size({"name": "it", "size": system.size(path)}, url)
         with system.open(path, "rb") as stream:
             yield stream, size
 
 
 def _system(url: str) -> Tuple[Any, str]:
+    if "::" in url:  # in a name that a store told: fsspec would follow it to wherever it leads
+        raise SampleError(f"{url}: a name with :: in it is not read. Rename it.")
     system, path = fsspec.core.url_to_fs(url)
     return system, path
 

@@ -18,15 +18,16 @@ from edgeres.samples.listing import (
     MOST_SAMPLES,
     Listing,
     Piece,
-    class_folders,
     is_image,
     is_visible,
+    labels_of_folders,
     shown,
 )
 from edgeres.samples.tars import Contents, Member, contents, expanded, key_of
 
 TAR = ".tar"
 PACKED = re.compile(r".*\.(tar\.[a-z0-9]+|tgz|tbz2?|txz)", re.IGNORECASE)
+SECRET = re.compile("://[^/]*@")
 SCHEMES = ("file", "memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hdfs", "http", "https")
 """Of fsspec's many some reach into archives, other URLs or other programs: these only read files."""
 
@@ -43,12 +44,16 @@ def local_path(source: str) -> Optional[str]:
         SampleError: it is a URL that edgeres does not read.
     """
     scheme = source.partition(":")[0]
-    if not re.match(r"[a-z0-9]+://", source) or scheme not in SCHEMES:
-        raise SampleError(f"{source}: edgeres reads URLs of {', '.join(SCHEMES)} alone. Copy the samples to one.")
-    if "@" in source.split("/")[2]:
+    # First what would be a secret: it is in no message, either.
+    if SECRET.search(source) or (scheme != "file" and re.search("[?#]", source)):
         raise SampleError(
-            "a URL that holds a name or a password would be written into the bundle. Leave it out, and let the store's "
-            "own variables or files tell who you are."
+            "a URL that holds a name or a password, or something behind a ? or #, would be written into the bundle. "
+            "Leave it out, and let the store's own variables or files tell who you are."
+        )
+    if not re.match(r"[a-z0-9]+://", source) or scheme not in SCHEMES or (scheme != "file" and "::" in source):
+        raise SampleError(
+            f"{source}: edgeres reads URLs of {', '.join(SCHEMES)} alone, and none within another. Copy the samples to "
+            "one."
         )
     return source[len("file://") :] if scheme == "file" else None
 
@@ -63,6 +68,8 @@ def list_url(url: str, labelled: bool) -> Listing:
     _require_fsspec(url)
     if is_tar(url):
         return list_tars(expanded(url), labelled)
+    if url.startswith("http"):  # whose pages are no list, and tell no sizes
+        raise SampleError(f"{url}: of a web server edgeres reads {TAR} files alone. Name some, or copy the folder.")
     from edgeres.samples import remote
 
     found = [(name, size) for name, size in remote.find(url) if is_visible(name)]
@@ -84,25 +91,47 @@ def list_tars(tars: Sequence[str], labelled: bool, where: str = "") -> Listing:
     With ``labelled``, labels are those of ``.cls`` files beside the images, or where there are none, of folders.
 
     Raises:
-        SampleError: a tar cannot be read, or two hold a file of one name, or some images have no label.
+        SampleError: a tar cannot be read, or two hold a file of one name, or some images have no label, or two.
     """
     where = where or few(tars)
     names: List[str] = []
     pieces: List[Piece] = []
-    labels: Dict[str, int] = {}
+    labels: List[Tuple[str, int]] = []
     folders: Dict[str, None] = {}
     for tar in tars:
         found = _contents(tar, labelled)
         for member in found.images:
             names.append(member.name)
             pieces.append(_piece(tar, member))
-        labels.update(found.labels)
+        labels += found.labels
         folders.update(dict.fromkeys(found.folders))
         if len(names) > MOST_SAMPLES:
             raise SampleError(f"{where} holds more than {MOST_SAMPLES:,} images. Name fewer tars.")
     if not names:
         raise SampleError(f"{where} holds no image.")
-    return _listing(where, names, pieces, labels, sorted(folders) if labelled else None)
+    return _listing(where, names, pieces, _by_key(where, labels), sorted(folders) if labelled else None)
+
+
+def _by_key(where: str, labels: Sequence[Tuple[str, int]]) -> Dict[str, int]:
+    """Return labels by the key of their samples.
+
+    Raises:
+        SampleError: samples have two. Which one is meant is anybody's guess.
+    """
+    found: Dict[str, int] = {}
+    twice: Dict[str, None] = {}
+    for name, label in labels:
+        key = key_of(name)
+        if key in found:
+            twice[shown(key)] = None
+        found[key] = label
+    if twice:
+        raise SampleError(
+            f"{where} has more than one label (.cls) for {few(tuple(twice))}. A sample is called what stands before "
+            "the first dot of a name, so frame.0001.cls is the label of frame. Name samples without dots "
+            "(frame-0001.png, frame-0001.cls), and give each one label, in all tars."
+        )
+    return found
 
 
 def _piece(tar: str, member: Member) -> Piece:
@@ -128,11 +157,7 @@ def _listing(
             )
         numbers = np.array([labels[key_of(name)] for name in names], np.int64)
     elif folders is not None:
-        classes = class_folders(where, names, folders)
-        if classes is not None:
-            number = {name: label for label, name in enumerate(classes)}
-            numbers = np.array([number[name.split("/")[0]] for name in names], np.int64)
-            classes = tuple(map(shown, classes))
+        numbers, classes = labels_of_folders(where, names, folders)
     return Listing(tuple(pieces), tuple(map(shown, names)), numbers, classes)
 
 

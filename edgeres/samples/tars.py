@@ -7,9 +7,10 @@ Source: POSIX.1-2017, pax (ustar and extended headers); GNU tar's manual, sectio
 
 from __future__ import annotations
 
+import itertools
 import re
 import tarfile
-from typing import BinaryIO, Dict, Iterator, List, NamedTuple, Tuple
+from typing import BinaryIO, Dict, Iterator, List, NamedTuple, Set, Tuple
 
 from edgeres.errors import SampleError
 from edgeres.samples.listing import LARGEST_FILE, LARGEST_LABEL, LONGEST_LABEL, MOST_ENTRIES, is_image
@@ -20,7 +21,11 @@ LONGEST_NAME = 1 << 12  # bytes, as of a path that Linux opens
 REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 EMPTY = (b"1", b"2", b"3", b"4", b"5", b"6")
 """Links, devices, folders and pipes: no content follows, whatever size is told."""
+EXTENDED = {tarfile.XHDTYPE: b"x", tarfile.SOLARIS_XHDTYPE: b"x", tarfile.GNUTYPE_LONGNAME: b"L"}
+"""Headers that tell of the file behind them, which has one of a kind."""
+SPARSE = "GNU.sparse"
 LABEL = ".cls"
+RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 PAX_RECORD = re.compile(rb"([1-9][0-9]{0,5}) ([^=]+)=")
 
 
@@ -33,15 +38,16 @@ class Member(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """The images in a tar, in its order, and the labels by key: a path up to the first dot of its last part."""
+    """The images in a tar, in its order, and the labels, each with the name of its file."""
 
     images: List[Member]
-    labels: Dict[str, int]
+    labels: List[Tuple[str, int]]
     folders: List[str]
 
 
 def key_of(name: str) -> str:
-    """Return what the files of one sample have in common, as WebDataset has it."""
+    """Return what the files of one sample have in common, as WebDataset has it: a path up to the first dot of its last
+    part."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 
@@ -55,7 +61,7 @@ def contents(stream: BinaryIO, size: int, labelled: bool) -> Contents:
         SampleError: it is none, ends early, or holds what cannot be meant.
     """
     images: List[Member] = []
-    labels: Dict[str, int] = {}
+    labels: List[Tuple[str, int]] = []
     folders: Dict[str, None] = {}
     for member in members(stream, size):
         name = _plain(member.name)
@@ -68,7 +74,7 @@ def contents(stream: BinaryIO, size: int, labelled: bool) -> Contents:
                 raise SampleError(f"{name} has {member.size:,} bytes, more than {LARGEST_FILE:,}")
             images.append(member._replace(name=name))
         elif labelled and name.endswith(LABEL):
-            labels[key_of(name)] = _label(name, _read(stream, member.offset, min(member.size, LONGEST_LABEL + 2)))
+            labels.append((name, _label(name, _read(stream, member.offset, min(member.size, LONGEST_LABEL + 2)))))
     return Contents(images, labels, sorted(folders))
 
 
@@ -80,6 +86,7 @@ def members(stream: BinaryIO, size: int) -> Iterator[Member]:
     """
     position, more, seen = 0, b"", 0
     told: Dict[str, bytes] = {}  # of the next member, by an extended header
+    extended: Set[bytes] = set()  # of which kinds it has one
     while True:
         block = _read(stream, position, BLOCK)
         if not block.strip(b"\0"):
@@ -91,12 +98,16 @@ def members(stream: BinaryIO, size: int) -> Iterator[Member]:
         seen += 1
         if seen > MOST_ENTRIES:
             raise SampleError(f"it holds more than {MOST_ENTRIES:,} files and folders")
+        if header.type in EXTENDED:
+            if EXTENDED[header.type] in extended:
+                raise SampleError(f"a file has a second extended header, at byte {position - BLOCK:,}")
+            extended.add(EXTENDED[header.type])
         if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             told.update(_pax(_extended(stream, position, header.size)))
         elif header.type == tarfile.GNUTYPE_LONGNAME:
             more = _extended(stream, position, header.size).rstrip(b"\0")
         elif header.type not in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
-            if header.type == tarfile.GNUTYPE_SPARSE or any(name.startswith("GNU.sparse") for name in told):
+            if header.type == tarfile.GNUTYPE_SPARSE or SPARSE in told:
                 raise SampleError(f"{header.name} is sparse; write it anew with --format=ustar")
             header.size = _number(told["size"]) if "size" in told else header.size
             name = told.get("path") or more or header.name.encode("utf-8", "surrogateescape")
@@ -108,7 +119,7 @@ def members(stream: BinaryIO, size: int) -> Iterator[Member]:
                 yield Member(name.decode("utf-8", "surrogateescape"), position, header.size)
             elif header.type in EMPTY:
                 header.size = 0
-            told, more = {}, b""
+            told, more, extended = {}, b"", set()
         position += -(-header.size // BLOCK) * BLOCK
         if position > size:
             raise SampleError("it ends in the midst of a file; it was not copied whole")
@@ -141,15 +152,19 @@ def _extended(stream: BinaryIO, position: int, size: int) -> bytes:
 
 
 def _pax(content: bytes) -> Dict[str, bytes]:
-    """Return the records of an extended header: each is its own length, a key and a value."""
+    """Return those records of an extended header that matter: each is its own length, a key and a value."""
     records: Dict[str, bytes] = {}
-    while content.strip(b"\0"):
-        found = PAX_RECORD.match(content)
-        length = int(found[1]) if found else 0
-        if found is None or not found.end() < length <= len(content) or content[length - 1 : length] != b"\n":
+    content, place = content.rstrip(b"\0"), 0
+    while place < len(content):
+        found = PAX_RECORD.match(content, place)
+        end = place + int(found[1]) if found else 0
+        if found is None or not found.end() < end <= len(content) or content[end - 1 : end] != b"\n":
             raise SampleError("an extended header is damaged")
-        records[found[2].decode("utf-8", "replace")] = content[found.end() : length - 1]
-        content = content[length:]
+        key = found[2].decode("utf-8", "replace")
+        key = SPARSE if key.startswith(SPARSE) else key
+        if key in (SPARSE, "path", "size"):
+            records[key] = content[found.end() : end - 1]
+        place = end
     return records
 
 
@@ -184,17 +199,18 @@ def expanded(source: str) -> Tuple[str, ...]:
     Raises:
         SampleError: they are too many.
     """
-    found = re.search(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}", source)
-    if found is None:
-        return (source,)
-    first, last = int(found[1]), int(found[2])
-    if last - first >= MOST_SHARDS:
-        raise SampleError(f"{source} stands for more than {MOST_SHARDS:,} files")
-    names = [f"{source[: found.start()]}{n:0{len(found[1])}}{source[found.end() :]}" for n in range(first, last + 1)]
-    every = tuple(name for one in names for name in expanded(one))
-    if len(every) > MOST_SHARDS:
-        raise SampleError(f"{source} stands for more than {MOST_SHARDS:,} files")
-    return every
+    parts = RANGE.split(source)  # text, first, last, text, first, last, …, text
+    ranges = [(first, int(first), int(last)) for first, last in zip(parts[1::3], parts[2::3])]
+    count = 1
+    for _, first, last in ranges:  # counted before a name is made
+        count *= max(0, last - first + 1)
+        if count > MOST_SHARDS:
+            raise SampleError(f"{source} stands for more than {MOST_SHARDS:,} files")
+    numbers = [[f"{n:0{len(text)}}" for n in range(first, last + 1)] for text, first, last in ranges]
+    return tuple(
+        parts[0] + "".join(number + text for number, text in zip(chosen, parts[3::3]))
+        for chosen in itertools.product(*numbers)
+    )
 
 
 MOST_SHARDS = 100_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeres import cluster as room
-from edgeres import files, pipeline, shards
+from edgeres import files, pipeline, provenance, shards
 from edgeres.artifacts import Preprocessing, to_json
 from edgeres.calibrate import Statistics, choose
 from edgeres.errors import ClusterError, SampleError
@@ -209,6 +210,12 @@ def test_files_are_read_by_the_workers_and_hashed_there(two: room.Cluster) -> No
     assert two.received == before  # no pixel came here
 
 
+def test_arrays_are_not_sent_to_be_hashed(two: room.Cluster, frames: np.ndarray) -> None:
+    before = two.shards
+    assert two.look(samples_from_arrays(frames)) == []
+    assert two.shards == before
+
+
 def test_all_that_cannot_be_read_is_told(two: room.Cluster, tmp_path: Path) -> None:
     for number in range(7):
         (tmp_path / f"{number}.png").write_bytes((DIGITS / "calibration/3").glob("*.png").__next__().read_bytes())
@@ -239,3 +246,29 @@ def test_what_kills_every_worker_is_told(two: room.Cluster) -> None:
     with pytest.raises(ClusterError, match="workers died over the same samples"):
         list(two._in_order(cluster_work.die, (), samples, [(0, 1)]))
     assert [result for _, result in two._in_order(cluster_work.slow, (), samples, [(0, 2), (2, 3)])] == [2, 1]
+
+
+def test_each_client_takes_back_its_own_models(
+    wanted: Observation, frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two on one cluster, in this process, where one can look: the first to leave leaves the other its model."""
+    import onnx
+    from distributed import Client, LocalCluster
+
+    monkeypatch.setattr(provenance, "_share", None)  # which a worker sets
+    other = onnx.load(wanted.model)
+    other.doc_string = "another"
+    onnx.save(other, tmp_path / "other.onnx")
+    with contextlib.ExitStack() as held:
+        one = held.enter_context(LocalCluster(1, processes=False, threads_per_worker=1, dashboard_address=None))
+        clients = [held.enter_context(Client(one, set_as_default=False)) for _ in range(2)]
+        first, second = (room.Cluster(client, "here", nothing) for client in clients)
+        for cluster in (first, second):
+            of_wanted(cluster, wanted, frames[:3])
+        first.leave()
+        of_wanted(second, wanted, frames[:3])
+        assert list(shards.MODELS.values()) == [wanted.model.read_bytes()]
+        of_wanted(second, wanted._replace(model=tmp_path / "other.onnx"), frames[:3])  # of which one is held at a time
+        assert list(shards.MODELS.values()) == [(tmp_path / "other.onnx").read_bytes()]
+        second.leave()
+        assert shards.MODELS == {}

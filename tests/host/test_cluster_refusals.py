@@ -19,7 +19,9 @@ import pytest
 
 import edgeres
 from edgeres import cluster as room
-from edgeres import pipeline, provenance, shards
+from edgeres import files, pipeline, provenance, shards
+from edgeres.artifacts import Preprocessing
+from edgeres.backends import cpu
 from edgeres.errors import ClusterError, EdgeresError, MissingPackageError
 from edgeres.recipe import dossier, load_recipe
 from edgeres.samples import open_samples, samples_from_arrays
@@ -156,13 +158,12 @@ def test_a_worker_that_cannot_read_the_samples_is_refused_and_what_ends_is_told(
             # this process's memory, which no other process sees
             with pytest.raises(ClusterError, match=r"workers cannot read .*memory://here.*worker tcp://.*no.*exist"):
                 cluster.look(open_samples("memory://here"))
-            assert cluster.look(one_frame) == []
 
             # another version than at the start: a worker that joined, or was started anew, in the midst of it
             with monkeypatch.context() as patch:
                 patch.setattr(shards, "facts", lambda: {"edgeres": "of another day"})
                 with pytest.raises(ClusterError, match="there and of another day here"):
-                    cluster.look(one_frame)
+                    list(cluster._in_order(cluster_work.slow, (), one_frame, [(0, 1)]))
 
             # a processor that computes another last bit
             work = shards.Work("none", None, probe="")  # type: ignore[arg-type]
@@ -238,3 +239,82 @@ def test_a_worker_takes_the_cores_that_are_its_own(monkeypatch: pytest.MonkeyPat
     assert provenance.cores() == 1
     provenance.share_cores(every + 7)
     assert provenance.cores() == every
+
+
+class Told:
+    """What stands for Dask's client and for a future: it says what Dask says in cases that cannot be made at will."""
+
+    status = "finished"
+
+    def __init__(self, problem: BaseException) -> None:
+        self.problem = problem
+
+    def result(self, timeout: float) -> None:
+        raise self.problem
+
+    def scheduler_info(self, n_workers: int = 5) -> dict[str, object]:
+        names = [f"tcp://10.0.0.{number}:1" for number in range(7)]
+        return {"workers": dict.fromkeys(names if n_workers < 0 else names[:n_workers])}
+
+
+def test_another_decoder_within_the_same_pillow_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which each shard is told, on whichever worker; only those that are there at the start show their pixels."""
+    here = shards.facts.__wrapped__()
+    monkeypatch.setattr("PIL.features.version", lambda name: "3.0.0" if name == "libjpeg_turbo" else "none")
+    assert "libjpeg_turbo 3.0.0" in room.difference(here, shards.facts.__wrapped__())
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        ([], ["0" * 64]),
+        ([], ["0" * 64, "x"]),
+        ([], ["0" * 64, 5]),
+        ([], 3 * ["0" * 64]),
+        (3 * ["bad"], []),
+        (["x" * 10**6], []),
+        (["bad"], 2 * ["0" * 64]),
+        None,
+        [[], [], []],
+    ],
+)
+def test_what_a_worker_says_of_samples_is_bounded(found: object) -> None:
+    with pytest.raises(ClusterError, match="looked at 2 samples"):
+        room.looked_at(found, 2)
+    assert room.looked_at(([], 2 * ("0" * 64,)), 2) == ((), 2 * ("0" * 64,))
+    assert room.looked_at((["one is bad"], ()), 2) == (["one is bad"], ())
+
+
+def test_logits_of_another_number_of_classes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there is room for them: a worker says how many bytes that is."""
+    cluster = room.Cluster(Told(OSError()), "here", nothing)  # type: ignore[arg-type]
+    monkeypatch.setattr(cluster, "_work", lambda content, work: work._replace(probe=shards.Probe("bits", 10)))
+    samples, plain = samples_from_arrays(np.zeros((2, 8, 8, 3), np.uint8)), Preprocessing((8, 8), 8)
+    record = cpu.compile_engine(files.content_ref("m", b""), "fp32")
+    for answer in (np.zeros((2, 11), np.float32), np.zeros((2, 10)), np.zeros((2, 10, 1), np.float32), "logits"):
+        monkeypatch.setattr(cluster, "_in_order", lambda *_, answer=answer: [((0, 2), answer)])
+        with pytest.raises(ClusterError, match=r"a worker answered .*, and not float32 \(2, 10\)"):
+            cluster.answer(b"", record, samples, plain, nothing)
+
+
+def test_all_workers_are_counted_also_where_dask_tells_of_five() -> None:
+    cluster = room.Cluster(Told(OSError()), "here", nothing)  # type: ignore[arg-type]
+    cluster._attend()
+    assert len(cluster._known) == 7
+
+
+def test_work_that_is_dropped_while_it_is_waited_for_is_told() -> None:
+    from distributed.client import FutureCancelledError
+
+    cluster = room.Cluster(Told(OSError()), "here", nothing)  # type: ignore[arg-type]
+    with pytest.raises(ClusterError, match="has dropped the work"):
+        cluster._result(Told(FutureCancelledError("key", "scheduler-restart")))  # type: ignore[arg-type]
+
+
+def test_workers_of_this_machine_that_are_late_or_too_many_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClusterError, match="would start 999 processes"), room.joined("local:999", nothing):
+        pass
+    monkeypatch.setattr(room, "PATIENCE", 0.2)
+    monkeypatch.setattr(room.LocalCluster, "scale", lambda self, count: None)
+    with pytest.raises(ClusterError, match="did not all start within"), room.joined("local:1", nothing):
+        pass

@@ -67,6 +67,7 @@ def test_no_more_than_512_of_each_are_decoded() -> None:
         classes: Optional[Tuple[str, ...]] = None
         names = tuple(map(str, range(5000)))
         weight = 0
+        in_memory = False
 
         def __init__(self) -> None:
             self.asked: List[int] = []

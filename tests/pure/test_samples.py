@@ -620,6 +620,7 @@ class Counting:
     classes: Optional[Tuple[str, ...]] = None
 
     weight = 0
+    in_memory = False
 
     def __init__(self, count: int) -> None:
         self.names = tuple(str(index) for index in range(count))

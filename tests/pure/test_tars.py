@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -127,6 +128,22 @@ def test_bad_labels_are_refused(tmp_path: Path, change: Dict[str, Optional[bytes
         open_samples(tmp_path / "x.tar", labelled=True)
 
 
+TWO_LABELS = {
+    "names with dots": [{f"f.{i}.png": picture(i) for i in (0, 1)}, {"f.0.cls": b"3", "f.1.cls": b"7"}],
+    "in two tars": [{"f.png": picture(0), "f.cls": b"3"}, {"f.jpg": picture(1), "f.cls": b"7"}],
+}
+
+
+@pytest.mark.parametrize("tars", TWO_LABELS.values(), ids=TWO_LABELS)
+def test_a_second_label_of_a_sample_is_refused(tmp_path: Path, tars: List[Dict[str, bytes]]) -> None:
+    for number, files in enumerate(tars):
+        more = {f"g{number}.png": picture(9), f"g{number}.cls": b"1"}
+        (tmp_path / f"{number}.tar").write_bytes(packed({**files, **more, "h.cls": b"2"}))
+    with pytest.raises(SampleError, match=r"more than one label \(\.cls\) for f, h\."):
+        open_samples(tmp_path, labelled=True)
+    assert open_samples(tmp_path).labels is None
+
+
 NAME = st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=40).filter(
     lambda name: name not in (".", "..")
 )
@@ -180,6 +197,14 @@ HOSTILE = {
     "has a negative size": (with_header(size=-512), "tells of -512 bytes"),
     "has a huge extended header": (with_header(type=tarfile.XHDTYPE, size=1 << 40) + bytes(1024), "extended header"),
     "has a huge name": (with_header(type=tarfile.GNUTYPE_LONGNAME, size=1 << 40) + bytes(1024), "extended header"),
+    "has two names": (
+        2 * (with_header(type=tarfile.GNUTYPE_LONGNAME, size=9) + b"name.png\0".ljust(512, b"\0")),
+        "second",
+    ),
+    "has two extended headers": (
+        2 * (with_header(type=tarfile.XHDTYPE, size=9) + b"9 path=a\n".ljust(512, b"\0")),
+        "second",
+    ),
     "is sparse": (with_header(type=tarfile.GNUTYPE_SPARSE) + bytes(1024), "sparse"),
     "leads out": (packed({"../a.png": picture(0)}), "leads out"),
     "is absolute": (packed({"/etc/a.png": picture(0)}), "leads out"),
@@ -194,6 +219,19 @@ def test_a_hostile_tar_is_refused(tmp_path: Path, content: bytes, words: str) ->
     with pytest.raises(SampleError, match=words):
         open_samples(tmp_path / "x.tar")
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_records_that_do_not_matter_are_neither_kept_nor_copied() -> None:
+    """An extended header for each file, full of records: each is read once, and forgotten."""
+    records = b"".join(b"13 %06x=yz\n" % number for number in range((1 << 16) // 13))
+    header = with_header(type=tarfile.XHDTYPE, size=len(records)) + records.ljust(1 << 16, b"\0")
+    content = 20 * (header + with_header(name="a.png"))
+    tracemalloc.start()
+    try:
+        assert len(list(members(io.BytesIO(content), len(content)))) == 20
+        assert tracemalloc.get_traced_memory()[1] < 500_000  # the header itself, two times, and few records
+    finally:
+        tracemalloc.stop()
 
 
 def test_links_and_devices_are_left_out(tmp_path: Path) -> None:
@@ -231,6 +269,8 @@ def test_patterns_are_those_of_webdataset() -> None:
         expanded("{0..999999999}.tar")
     with pytest.raises(SampleError, match="more than"):
         expanded("{0..999}/{0..999}.tar")
+    with pytest.raises(SampleError, match="more than"):  # counted, and never made
+        expanded("-".join(20 * ["{0..9999}"]))
 
 
 # Object stores
@@ -277,12 +317,18 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
 
 
 REFUSED: List[Any] = [
-    ("memory://bucket/none", "no image"),
+    ("memory://bucket/none", "does not exist"),
     ("memory://bucket/none.tar", "does not exist"),
     ("simplecache::memory://bucket", "alone"),
     ("reference://bucket", "alone"),
     ("ssh://host/data", "alone"),
     ("s3://key:secret@bucket/data", "written into the bundle"),
+    ("ssh://key:secret@host/data", "written into the bundle"),
+    ("s3://bucket/x::ftp://key:secret@host/y", "written into the bundle"),
+    ("https://host/x.tar?sig=secret", "written into the bundle"),
+    ("https://host/x.tar#secret", "written into the bundle"),
+    ("https://host/x.tar::ssh://host/y.tar", "none within another"),
+    ("https://host/images", r"\.tar files alone"),
 ]
 
 
@@ -291,6 +337,32 @@ def test_other_urls_are_refused(store: Any, url: str, words: str) -> None:
     with pytest.raises(SampleError, match=words) as told:
         open_samples(url)
     assert "secret" not in str(told.value)
+
+
+def test_a_large_store_is_not_listed_to_its_end(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_all(store, {f"{folder:02}/{name}.png": b"x" for folder in range(20) for name in "ab"}, "/bucket/data")
+    monkeypatch.setattr("edgeres.samples.remote.MOST_ENTRIES", 24)
+    listed: List[str] = []
+    ls = type(store).ls
+    monkeypatch.setattr(type(store), "ls", lambda self, path, **more: listed.append(path) or ls(self, path, **more))
+    with pytest.raises(SampleError, match="more than 24"):
+        open_samples("memory://bucket/data")
+    assert len(listed) == 4  # of 21
+
+
+def test_names_that_a_store_tells_are_names_alone(store: Any) -> None:
+    put_all(store, {"x::memory:/bucket/b.png": picture(0)}, "/bucket/data")
+    with pytest.raises(SampleError, match="Rename it"):
+        open_samples("memory://bucket/data").frame(0)
+
+
+def test_a_store_that_tells_no_sizes_is_refused(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_all(store, by_class(), "/bucket/data")
+    ls = type(store).ls
+    without = lambda self, path, **more: [{**entry, "size": None} for entry in ls(self, path, **more)]  # noqa: E731
+    monkeypatch.setattr(type(store), "ls", without)
+    with pytest.raises(SampleError, match="does not tell how large"):
+        open_samples("memory://bucket/data")
 
 
 def test_a_store_whose_package_is_missing_is_named(store: Any) -> None:
