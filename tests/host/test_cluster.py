@@ -260,7 +260,9 @@ def test_each_client_takes_back_its_own_models(
     other.doc_string = "another"
     onnx.save(other, tmp_path / "other.onnx")
     with contextlib.ExitStack() as held:
-        one = held.enter_context(LocalCluster(1, processes=False, threads_per_worker=1, dashboard_address=None))
+        port = {"dashboard_address": "127.0.0.1:0"}
+        options = {"processes": False, "dashboard_address": None, "scheduler_kwargs": port}
+        one = held.enter_context(LocalCluster(1, threads_per_worker=1, **options))
         clients = [held.enter_context(Client(one, set_as_default=False)) for _ in range(2)]
         first, second = (room.Cluster(client, "here", nothing) for client in clients)
         for cluster in (first, second):
