@@ -364,13 +364,13 @@ class Build:
             table = self.calibrate(exported, placement.tensors, statistics, allowed, scalings)
             inputs.update(ranges=to_data(table.tensors), **recovery.depends_on(self, scalings))
             inputs["errors"] = explanation.depends_on(self)
+            steps = imported.steps_for(own, self.recipe)
             if own is not None:
-                inputs["imported"] = to_data(own)
+                inputs["imported"], inputs["steps"] = to_data(own), steps  # which a DLA has none of
 
             def work() -> Made:
                 recovered = recovery.content(self, exported, table.tensors, scalings)
                 if recovered is None:
-                    steps = imported.steps_for(own, self.recipe)
                     content, layers = int8_content(fp32, placement, table.tensors, steps)
                     twin = twin_file(fp32, placement, table.tensors, steps)
                 else:
