@@ -8,19 +8,23 @@ made where it runs. A row that fails stops no other.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import time
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import msgspec
 
 from edgeres import files
 from edgeres.artifacts import Bundle, Manifest, QuantizedModel, from_data
+from edgeres.bundle import read_manifest
 from edgeres.errors import BundleError, EdgeresError
 from edgeres.pipeline import Terms
 from edgeres.progress import Progress
+from edgeres.recipe import Recipe, recipe_data
 from edgeres.rows import Planned
 from edgeres.targets import board_needed, resolve
 
@@ -125,6 +129,27 @@ def build_rows(
         if bundle is not None:
             built.append(bundle)
     return Matrix(tuple(found))
+
+
+def terms_of(source: Union[str, Path, None], recipe: Recipe) -> Optional[Terms]:
+    """Return the terms on which a bundle is built again whose engine is made elsewhere, so that it can be where that
+    engine cannot; None of any other bundle or recipe.
+
+    Such a bundle has a verdict, and compiled nothing. It may have got the engine since, where that runs.
+
+    Args:
+        source: what is built: a bundle, or what else a recipe comes from.
+        recipe: that of the bundle, with flags on top. Another target than the bundle's is to be compiled for, here.
+    """
+    if source is None or not os.path.isdir(source):
+        return None
+    with contextlib.suppress(BundleError):  # said where the bundle is needed
+        manifest = read_manifest(source)
+        then, now = (data.get("engine", {}) for data in (manifest.recipe, recipe_data(recipe)))
+        same = all(then.get(key) == now.get(key) for key in ("backend", "target"))
+        if same and "validate" in manifest.stages and "compile" not in manifest.stages:
+            return Terms(elsewhere=board_needed(recipe.engine) is not None)
+    return None
 
 
 def _run(cluster: Optional[str], planned: Planned, place: Path, progress: Progress, terms: Terms) -> Bundle:
