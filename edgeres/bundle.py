@@ -17,7 +17,7 @@ from edgeres.artifacts import FileRef, Manifest, from_data, from_json
 from edgeres.errors import BundleError, IntegrityError, numbered
 from edgeres.files import MANIFEST, SIGNATURES, NotOrdinary, open_inside, read_at_most, read_hashed
 from edgeres.recipe import BACKENDS, PRECISIONS, SECTIONS, TARGETS
-from edgeres.signatures import Keys, check, key_list
+from edgeres.signatures import Keys, Signature, check, key_list, read_signatures
 
 Folder = Union[str, "os.PathLike[str]"]
 T = TypeVar("T")
@@ -52,13 +52,25 @@ def vouched_bytes(folder: Folder, trusted_keys: Optional[Keys]) -> Tuple[bytes, 
 
     Raises: as :func:`read_manifest`.
     """
-    keys = key_list(trusted_keys)
-    if keys is None:
+    if trusted_keys is None:
         return manifest_bytes(folder), ()
+    content, _, good = signed_bytes(folder, trusted_keys)
+    return content, good
 
-    def read(keys: Keys = keys) -> Tuple[bytes, Tuple[str, ...]]:
+
+def signed_bytes(folder: Folder, trusted_keys: Optional[Keys]) -> Tuple[bytes, Tuple[Signature, ...], Tuple[str, ...]]:
+    """Return as :func:`vouched_bytes` does, and between the two the signatures beside it: the very ones that were
+    checked, where keys are trusted, and else none of them checked.
+
+    Raises: as :func:`read_manifest`; SignatureError too where no keys are trusted and the signatures are none.
+    """
+    keys = key_list(trusted_keys)
+
+    def read() -> Tuple[bytes, Tuple[Signature, ...], Tuple[str, ...]]:
         content = manifest_bytes(folder)
-        return content, check(folder, content, keys)
+        if keys is None:
+            return content, read_signatures(folder), ()
+        return (content, *check(folder, content, keys))
 
     return undisturbed(folder, read)
 

@@ -24,11 +24,11 @@ from edgeres.artifacts import (
     summaries,
     to_data,
 )
-from edgeres.bundle import check_files, parse_manifest, read_listed, unlisted, verify_and_read, vouched_bytes
+from edgeres.bundle import check_files, parse_manifest, read_listed, signed_bytes, unlisted, verify_and_read
 from edgeres.errors import BundleError, MissingPackageError
 from edgeres.files import sha256_bytes
 from edgeres.packed import Contents, read_packed
-from edgeres.signatures import Keys, read_signatures
+from edgeres.signatures import Keys
 
 T = TypeVar("T")
 LOOKED_INTO = (files.TABLE, files.ERRORS)
@@ -103,10 +103,10 @@ def verify_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Ma
     if os.path.isfile(folder):
         contents, _ = read_packed(folder, (), trusted_keys)
         return contents.manifest, signatures_found(str(folder), contents, asked)
-    content, good = vouched_bytes(folder, trusted_keys)
+    content, found, good = signed_bytes(folder, trusted_keys)
     manifest = parse_manifest(folder, content)
     check_files(folder, manifest)
-    facts = signatures_found(str(folder), Contents(manifest, content, read_signatures(folder), good), asked)
+    facts = signatures_found(str(folder), Contents(manifest, content, found, good), asked)
     return manifest, {**facts, "unlisted": unlisted(folder, manifest)}
 
 

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 import edgeres
 from edgeres import files as files_module
+from edgeres import inspection, packing
 from edgeres import packed as packed_module
-from edgeres import packing
 from edgeres import workspace as workspace_module
 from edgeres.artifacts import Engine, Manifest, Preprocessing, to_json
 from edgeres.bundle import verify
@@ -612,6 +612,32 @@ def test_a_signed_bundle_is_packed_with_its_signatures_and_asked_for_them_first(
     with pytest.raises(SigningKeyError, match="list of trusted keys is empty"):
         edgeres.unpack(made.path, tmp_path / "never", trusted_keys=[])
     assert not (tmp_path / "never").exists()
+
+
+def test_the_signatures_that_were_checked_are_the_ones_that_are_packed_and_told(
+    bundle: Path, keys: Tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeres.signing import sign_bundle
+
+    key = sign_bundle(bundle, keys[0]).key
+    signed = (bundle / SIGNATURES).read_bytes()
+    for module, door in ((packing, edgeres.pack), (inspection, inspection.verify_bundle)):
+        (bundle / SIGNATURES).write_bytes(signed)
+        parse = module.parse_manifest
+
+        def late(*told: Any, parse: Callable[..., Manifest] = parse) -> Manifest:
+            (bundle / SIGNATURES).unlink()
+            return parse(*told)
+
+        monkeypatch.setattr(module, "parse_manifest", late)
+        made = door(bundle, trusted_keys=[keys[1]])
+        told = (
+            [one.key for one in made.signatures]
+            if door is edgeres.pack
+            else [one["key"] for one in made[1]["signatures"]]
+        )
+        assert told == [key]
+    edgeres.unpack(f"{bundle}.edgeres", tmp_path / "again", trusted_keys=[keys[1]])
 
 
 def test_with_a_key_any_flipped_bit_is_found(bundle: Path, keys: Tuple[Path, Path, Path], tmp_path: Path) -> None:
