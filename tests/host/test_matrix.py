@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,6 +13,8 @@ import pytest
 
 import edgeres
 from command_line import edgeres as command
+from edgeres import matrix as matrix_module
+from edgeres import pipeline
 from edgeres.artifacts import Manifest
 from edgeres.bundle import verify
 from edgeres.errors import BackendError, BundleError, EdgeresError, MissingPackageError, RecipeError
@@ -20,6 +23,8 @@ from edgeres.matrix import BUILT, FAILED, NEEDS_A_BOARD, Row
 from edgeres.pipeline import Build
 from edgeres.progress import Progress
 from edgeres.recipe import dossier
+from edgeres.samples import Samples
+from edgeres.workforce import Alone, Workforce
 
 Write = Callable[..., Path]
 
@@ -160,6 +165,27 @@ def test_the_exit_code_is_1_for_a_verdict_that_fails_and_for_a_row_that_does(wri
     failed = command("build", bad, "--out", tmp_path / "bad", code=1)
     assert "failed" in failed.stdout
     assert "nowhere.pth" in failed.stdout
+
+
+def test_a_cluster_is_joined_once_for_all_rows(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    went = []
+
+    class Counted(Alone):
+        def look(self, samples: Samples) -> list[str]:
+            went.append("looked")
+            return super().look(samples)
+
+    @contextlib.contextmanager
+    def counted(cluster: str, warn: object) -> Iterator[Workforce]:
+        went.append(f"joined {cluster}")
+        yield Counted()
+        went.append("left")
+
+    for module in (matrix_module, pipeline):
+        monkeypatch.setattr(module, "hired", counted)
+    path = write('target = "cpu"', 'name = "other"\ntarget = "cpu"', weights="nowhere.pth")
+    assert len(edgeres.build_matrix(path, out=tmp_path / "out", cluster="tcp://here").rows) == 2
+    assert went == ["joined tcp://here", *["looked"] * 4, "left"]
 
 
 def test_a_verdict_that_fails_is_not_good(tmp_path: Path) -> None:
