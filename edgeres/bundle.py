@@ -179,17 +179,34 @@ def intact(folder: Folder, ref: FileRef) -> bool:
 
 
 def verify_and_read(
-    folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys] = None
+    folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys] = None, most: Optional[int] = None
 ) -> Tuple[Manifest, Dict[str, bytes]]:
-    """Return the manifest and the bytes of the ``wanted`` files, after checking every file of the bundle once."""
-    return undisturbed(folder, lambda: _verified(folder, wanted, trusted_keys))
+    """Return the manifest and the bytes of the ``wanted`` files, after checking every file of the bundle once.
+
+    Args:
+        most: as of :func:`refuse_larger`.
+    """
+    return undisturbed(folder, lambda: _verified(folder, wanted, trusted_keys, most))
 
 
 def _verified(
-    folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys]
+    folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys], most: Optional[int]
 ) -> Tuple[Manifest, Dict[str, bytes]]:
     manifest = read_manifest(folder, trusted_keys)
+    refuse_larger(str(folder), manifest, wanted, most)
     return manifest, check_files(folder, manifest, wanted)
+
+
+def refuse_larger(place: str, manifest: Manifest, wanted: Tuple[str, ...], most: Optional[int]) -> None:
+    """Refuse a bundle of which one of the ``wanted`` files has more than ``most`` bytes, before it is read.
+
+    Raises:
+        IntegrityError: with each of them.
+    """
+    large = [ref for ref in manifest.files if ref.path in wanted and most is not None and ref.bytes > most]
+    if large:
+        problems = [f"{ref.path} has {ref.bytes:,} bytes, more than {most:,}: no build writes that" for ref in large]
+        raise IntegrityError(numbered(place, problems) + "\nDo not use it: build it again, or copy it again.")
 
 
 def check_files(folder: Folder, manifest: Manifest, wanted: Tuple[str, ...] = ()) -> Dict[str, bytes]:

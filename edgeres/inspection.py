@@ -32,6 +32,7 @@ from edgeres.signatures import Keys
 
 T = TypeVar("T")
 LOOKED_INTO = (files.TABLE, files.ERRORS)
+LARGEST = 64 << 20  # bytes of such a file; half a million calibration samples fit
 WORST = 3  # layers that are named in short
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
@@ -44,13 +45,13 @@ def inspect_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Dict[st
 
 def read_and_inspect(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Manifest, Dict[str, Any]]:
     """Return a verified bundle's manifest, and what :func:`inspect_bundle` returns, from one reading."""
-    manifest, contents = verify_and_read(folder, LOOKED_INTO, trusted_keys)
+    manifest, contents = verify_and_read(folder, LOOKED_INTO, trusted_keys, LARGEST)
     return manifest, {**_inside(folder, manifest, contents), "unlisted": unlisted(folder, manifest)}
 
 
 def inspect_packed(file: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Manifest, Dict[str, Any]]:
     """Return a verified packed bundle's manifest, and what :func:`inspect_bundle` returns, from one reading."""
-    front, contents = read_packed(file, LOOKED_INTO, trusted_keys)
+    front, contents = read_packed(file, LOOKED_INTO, trusted_keys, LARGEST)
     return front.manifest, {**_inside(file, front.manifest, contents), "unlisted": []}
 
 

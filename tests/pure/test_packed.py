@@ -27,11 +27,11 @@ from edgeres import files as files_module
 from edgeres import inspection, packing
 from edgeres import packed as packed_module
 from edgeres import workspace as workspace_module
-from edgeres.artifacts import Engine, Manifest, Preprocessing, to_json
+from edgeres.artifacts import Engine, FileRef, Manifest, Preprocessing, to_json
 from edgeres.bundle import verify
 from edgeres.cli import cli
 from edgeres.errors import BundleError, IntegrityError, SignatureError, SigningKeyError
-from edgeres.files import MANIFEST, SIGNATURES, content_ref
+from edgeres.files import MANIFEST, SIGNATURES, content_ref, sha256_file
 from edgeres.inspection import inspect_bundle, verify_bundle
 from edgeres.packed import header, is_packed, read_packed
 from edgeres.workspace import Workspace
@@ -552,6 +552,24 @@ def test_memory_is_bounded_however_large_the_files_are(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert verify(tmp_path / "again") == verify(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_table_that_no_build_writes_is_refused_before_it_is_read(packed: bool, tmp_path: Path) -> None:
+    bundle = make(tmp_path / "net", {"model.int8.onnx": b"model", "calibration.json": b""})
+    with open(bundle / "calibration.json", "wb") as stream:
+        stream.truncate(inspection.LARGEST + 1)
+    digest, model = sha256_file(bundle / "calibration.json"), content_ref("model.int8.onnx", b"model")
+    refs = (FileRef("calibration.json", digest, inspection.LARGEST + 1), model)
+    (bundle / MANIFEST).write_bytes(to_json(Manifest("net", "int8", {}, Preprocessing((4, 4)), refs, {}, {})))
+    place = Path(edgeres.pack(bundle).path) if packed else bundle
+    tracemalloc.start()
+    try:
+        with pytest.raises(IntegrityError, match=r"calibration\.json has 67,108,865 bytes, more than 67,108,864"):
+            (inspection.inspect_packed if packed else inspect_bundle)(place)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_manifest_of_another_version_stays_as_it_is(bundle: Path, tmp_path: Path) -> None:
