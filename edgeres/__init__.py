@@ -109,13 +109,15 @@ def build(
     """
     from pathlib import Path as FilePath
 
+    from edgeres.matrix import terms_of
     from edgeres.pipeline import build as run
     from edgeres.recipe import load_recipe
 
     wanted = load_recipe(None if recipe is None else os.fspath(recipe), _overrides("build", options))
     if out is None and recipe is not None and os.path.isdir(recipe):
         out = recipe  # a bundle is continued where it is
-    return run(wanted, None if out is None else FilePath(out), progress=progress, cluster=cluster)
+    terms = terms_of(None if recipe is None else os.fspath(recipe), wanted)
+    return run(wanted, None if out is None else FilePath(out), progress=progress, cluster=cluster, terms=terms)
 
 
 def build_matrix(

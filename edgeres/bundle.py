@@ -17,7 +17,7 @@ from edgeres.artifacts import FileRef, Manifest, from_data, from_json
 from edgeres.errors import BundleError, IntegrityError, numbered
 from edgeres.files import MANIFEST, SIGNATURES, NotOrdinary, open_inside, read_at_most, read_hashed
 from edgeres.recipe import BACKENDS, PRECISIONS, SECTIONS, TARGETS
-from edgeres.signatures import Keys, check, key_list
+from edgeres.signatures import Keys, Signature, check, key_list, read_signatures
 
 Folder = Union[str, "os.PathLike[str]"]
 T = TypeVar("T")
@@ -52,13 +52,25 @@ def vouched_bytes(folder: Folder, trusted_keys: Optional[Keys]) -> Tuple[bytes, 
 
     Raises: as :func:`read_manifest`.
     """
-    keys = key_list(trusted_keys)
-    if keys is None:
+    if trusted_keys is None:
         return manifest_bytes(folder), ()
+    content, _, good = signed_bytes(folder, trusted_keys)
+    return content, good
 
-    def read(keys: Keys = keys) -> Tuple[bytes, Tuple[str, ...]]:
+
+def signed_bytes(folder: Folder, trusted_keys: Optional[Keys]) -> Tuple[bytes, Tuple[Signature, ...], Tuple[str, ...]]:
+    """Return as :func:`vouched_bytes` does, and between the two the signatures beside it: the very ones that were
+    checked, where keys are trusted, and else none of them checked.
+
+    Raises: as :func:`read_manifest`; SignatureError too where no keys are trusted and the signatures are none.
+    """
+    keys = key_list(trusted_keys)
+
+    def read() -> Tuple[bytes, Tuple[Signature, ...], Tuple[str, ...]]:
         content = manifest_bytes(folder)
-        return content, check(folder, content, keys)
+        if keys is None:
+            return content, read_signatures(folder), ()
+        return (content, *check(folder, content, keys))
 
     return undisturbed(folder, read)
 
@@ -167,17 +179,34 @@ def intact(folder: Folder, ref: FileRef) -> bool:
 
 
 def verify_and_read(
-    folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys] = None
+    folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys] = None, most: Optional[int] = None
 ) -> Tuple[Manifest, Dict[str, bytes]]:
-    """Return the manifest and the bytes of the ``wanted`` files, after checking every file of the bundle once."""
-    return undisturbed(folder, lambda: _verified(folder, wanted, trusted_keys))
+    """Return the manifest and the bytes of the ``wanted`` files, after checking every file of the bundle once.
+
+    Args:
+        most: as of :func:`refuse_larger`.
+    """
+    return undisturbed(folder, lambda: _verified(folder, wanted, trusted_keys, most))
 
 
 def _verified(
-    folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys]
+    folder: Folder, wanted: Tuple[str, ...], trusted_keys: Optional[Keys], most: Optional[int]
 ) -> Tuple[Manifest, Dict[str, bytes]]:
     manifest = read_manifest(folder, trusted_keys)
+    refuse_larger(str(folder), manifest, wanted, most)
     return manifest, check_files(folder, manifest, wanted)
+
+
+def refuse_larger(place: str, manifest: Manifest, wanted: Tuple[str, ...], most: Optional[int]) -> None:
+    """Refuse a bundle of which one of the ``wanted`` files has more than ``most`` bytes, before it is read.
+
+    Raises:
+        IntegrityError: with each of them.
+    """
+    large = [ref for ref in manifest.files if ref.path in wanted and most is not None and ref.bytes > most]
+    if large:
+        problems = [f"{ref.path} has {ref.bytes:,} bytes, more than {most:,}: no build writes that" for ref in large]
+        raise IntegrityError(numbered(place, problems) + "\nDo not use it: build it again, or copy it again.")
 
 
 def check_files(folder: Folder, manifest: Manifest, wanted: Tuple[str, ...] = ()) -> Dict[str, bytes]:

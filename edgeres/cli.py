@@ -508,6 +508,7 @@ def doctor(as_json: bool) -> int:
 
 def _run(source: Optional[str], out: Optional[Path], as_json: bool, until: str, options: Dict[str, Any]) -> Bundle:
     """Run the pipeline up to a stage, show what it did, and return the bundle."""
+    from edgeres.matrix import terms_of
     from edgeres.pipeline import build as run
     from edgeres.recipe import load_recipe
     from edgeres.terminal import TerminalProgress, show_build
@@ -519,7 +520,7 @@ def _run(source: Optional[str], out: Optional[Path], as_json: bool, until: str, 
     try:
         # A user's own model may print; the answer on stdout stays one JSON object.
         with contextlib.redirect_stdout(sys.stderr):
-            bundle = run(recipe, out, until, progress, options["cluster"])
+            bundle = run(recipe, out, until, progress, options["cluster"], terms_of(source, recipe))
     finally:
         progress.stop()
     with answered():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import deque
 from typing import Callable, Iterator, List, Tuple
 
 import click
@@ -11,7 +13,7 @@ from click.shell_completion import CompletionItem
 Complete = Callable[[click.Context, click.Parameter, str], List[CompletionItem]]
 
 DEPTH = 3  # folders below what was typed in which bundles are looked for
-MOST = 2_000  # entries of folders that are looked at: a shell waits for the answer
+MOST = 20_000  # entries of folders that are looked at, files too: a shell waits for the answer
 
 
 def models(context: click.Context, parameter: click.Parameter, incomplete: str) -> List[CompletionItem]:
@@ -41,33 +43,43 @@ def paths(*endings: str, bundles: bool = True) -> Complete:
     return complete
 
 
-def _entries(folder: str, beginning: str = "") -> Iterator[str]:
-    """Yield the path of each name in a folder that begins so; hidden names where that is asked for."""
+def _entries(folder: str, left: Iterator[int], beginning: str = "") -> Iterator[Tuple[str, os.DirEntry[str]]]:
+    """Yield the path of each name in a folder that begins so, and what it is; hidden names where that is asked for.
+
+    Args:
+        left: gives one for each entry that may still be looked at.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
+        for _, entry in zip(left, entries):  # in this order, an entry more than may be is not asked for
+            if entry.name.startswith(beginning or ".") is bool(beginning):
+                yield os.path.join(folder, entry.name), entry
+
+
+def _is_folder(entry: os.DirEntry[str], links: bool) -> bool:
+    """Whether an entry is a folder, or where ``links`` count, a link to one; most file systems tell without a look."""
     try:
-        names = os.listdir(folder or ".")
+        return entry.is_dir(follow_symlinks=links)
     except OSError:
-        return
-    for name in names:
-        if name.startswith(beginning or ".") is bool(beginning):
-            yield os.path.join(folder, name)
+        return False
 
 
 def _bundles(incomplete: str) -> Iterator[str]:
-    """Yield the bundles below what was typed."""
-    left = MOST
-    waiting = [(path, DEPTH) for path in _entries(*os.path.split(incomplete)) if os.path.isdir(path)]
-    while waiting and left:
-        path, depth = waiting.pop()
-        left -= 1
+    """Yield the bundles below what was typed, those that are nearest first."""
+    left = iter(range(MOST))
+    folder, beginning = os.path.split(incomplete)
+    waiting = deque((path, DEPTH) for path, entry in _entries(folder, left, beginning) if _is_folder(entry, True))
+    while waiting:
+        path, depth = waiting.popleft()
         if os.path.isfile(os.path.join(path, "manifest.json")):
             yield path
         elif depth > 1:
-            inner = (path for path in _entries(path) if os.path.isdir(path) and not os.path.islink(path))
-            waiting += [(path, depth - 1) for path in inner]
+            inner = (path for path, entry in _entries(path, left) if _is_folder(entry, False))
+            waiting.extend((path, depth - 1) for path in inner)
 
 
 def _files(incomplete: str, endings: Tuple[str, ...]) -> Iterator[str]:
     """Yield the files of these endings whose path begins as what was typed."""
-    for path in _entries(*os.path.split(incomplete)) if endings else ():
+    folder, beginning = os.path.split(incomplete)
+    for path, _ in _entries(folder, iter(range(MOST)), beginning) if endings else ():
         if path.lower().endswith(endings) and os.path.isfile(path):
             yield path

@@ -24,14 +24,15 @@ from edgeres.artifacts import (
     summaries,
     to_data,
 )
-from edgeres.bundle import check_files, parse_manifest, read_listed, unlisted, verify_and_read, vouched_bytes
+from edgeres.bundle import check_files, parse_manifest, read_listed, signed_bytes, unlisted, verify_and_read
 from edgeres.errors import BundleError, MissingPackageError
 from edgeres.files import sha256_bytes
 from edgeres.packed import Contents, read_packed
-from edgeres.signatures import Keys, read_signatures
+from edgeres.signatures import Keys
 
 T = TypeVar("T")
 LOOKED_INTO = (files.TABLE, files.ERRORS)
+LARGEST = 64 << 20  # bytes of such a file; half a million calibration samples fit
 WORST = 3  # layers that are named in short
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
@@ -44,13 +45,13 @@ def inspect_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Dict[st
 
 def read_and_inspect(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Manifest, Dict[str, Any]]:
     """Return a verified bundle's manifest, and what :func:`inspect_bundle` returns, from one reading."""
-    manifest, contents = verify_and_read(folder, LOOKED_INTO, trusted_keys)
+    manifest, contents = verify_and_read(folder, LOOKED_INTO, trusted_keys, LARGEST)
     return manifest, {**_inside(folder, manifest, contents), "unlisted": unlisted(folder, manifest)}
 
 
 def inspect_packed(file: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Manifest, Dict[str, Any]]:
     """Return a verified packed bundle's manifest, and what :func:`inspect_bundle` returns, from one reading."""
-    front, contents = read_packed(file, LOOKED_INTO, trusted_keys)
+    front, contents = read_packed(file, LOOKED_INTO, trusted_keys, LARGEST)
     return front.manifest, {**_inside(file, front.manifest, contents), "unlisted": []}
 
 
@@ -103,10 +104,10 @@ def verify_bundle(folder: Path, trusted_keys: Optional[Keys] = None) -> Tuple[Ma
     if os.path.isfile(folder):
         contents, _ = read_packed(folder, (), trusted_keys)
         return contents.manifest, signatures_found(str(folder), contents, asked)
-    content, good = vouched_bytes(folder, trusted_keys)
+    content, found, good = signed_bytes(folder, trusted_keys)
     manifest = parse_manifest(folder, content)
     check_files(folder, manifest)
-    facts = signatures_found(str(folder), Contents(manifest, content, read_signatures(folder), good), asked)
+    facts = signatures_found(str(folder), Contents(manifest, content, found, good), asked)
     return manifest, {**facts, "unlisted": unlisted(folder, manifest)}
 
 

@@ -8,21 +8,25 @@ made where it runs. A row that fails stops no other.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import time
-from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import msgspec
 
 from edgeres import files
 from edgeres.artifacts import Bundle, Manifest, QuantizedModel, from_data
+from edgeres.bundle import read_manifest
 from edgeres.errors import BundleError, EdgeresError
 from edgeres.pipeline import Terms
 from edgeres.progress import Progress
+from edgeres.recipe import Recipe, recipe_data
 from edgeres.rows import Planned
 from edgeres.targets import board_needed, resolve
+from edgeres.workforce import hired
 
 BUILT, NEEDS_A_BOARD, FAILED = "built", "needs a board", "failed"
 
@@ -106,36 +110,57 @@ def build_rows(
 
     Args:
         out: the folder that the bundles go to, each in one of its own; by default ``build``.
-        cluster: as of :func:`edgeres.pipeline.build`.
+        cluster: as of :func:`edgeres.pipeline.build`; it is joined once, and left at the end.
         run: builds one row; by default :func:`edgeres.pipeline.build`.
 
     Raises:
         BundleError: ``out`` is a bundle itself.
+        ClusterError: the cluster does not answer, or is not fit for it; nothing was built.
     """
     if out is not None and (out / files.MANIFEST).is_file():
         raise BundleError(f"{out} is a bundle, and one of several cannot lie in it. Name another folder: --out FOLDER")
     told = progress or Progress()
     built: List[Bundle] = []
     found: List[Row] = []
-    for number, planned in enumerate(rows, 1):
-        place = planned.place(out)
-        told.row(number, len(rows), f"{planned.name}: {place}")
-        row, bundle = _built(planned, place, told, tuple(built), run or partial(_run, cluster))
-        found.append(row)
-        if bundle is not None:
-            built.append(bundle)
+    with hired(cluster, told.warn) as workforce:  # once, for all rows
+        for number, planned in enumerate(rows, 1):
+            place = planned.place(out)
+            told.row(number, len(rows), f"{planned.name}: {place}")
+            row, bundle = _built(planned, place, told, Terms(tuple(built), False, workforce), run or _run)
+            found.append(row)
+            if bundle is not None:
+                built.append(bundle)
     return Matrix(tuple(found))
 
 
-def _run(cluster: Optional[str], planned: Planned, place: Path, progress: Progress, terms: Terms) -> Bundle:
+def terms_of(source: Union[str, Path, None], recipe: Recipe) -> Optional[Terms]:
+    """Return the terms on which a bundle is built again whose engine is made elsewhere, so that it can be where that
+    engine cannot; None of any other bundle or recipe.
+
+    Such a bundle has a verdict, and compiled nothing. It may have got the engine since, where that runs.
+
+    Args:
+        source: what is built: a bundle, or what else a recipe comes from.
+        recipe: that of the bundle, with flags on top. Another target than the bundle's is to be compiled for, here.
+    """
+    if source is None or not os.path.isdir(source):
+        return None
+    with contextlib.suppress(BundleError):  # said where the bundle is needed
+        manifest = read_manifest(source)
+        then, now = (data.get("engine", {}) for data in (manifest.recipe, recipe_data(recipe)))
+        same = all(then.get(key) == now.get(key) for key in ("backend", "target"))
+        if same and "validate" in manifest.stages and "compile" not in manifest.stages:
+            return Terms(elsewhere=board_needed(recipe.engine) is not None)
+    return None
+
+
+def _run(planned: Planned, place: Path, progress: Progress, terms: Terms) -> Bundle:
     from edgeres.pipeline import build
 
-    return build(planned.recipe, place, progress=progress, cluster=cluster, terms=terms)
+    return build(planned.recipe, place, progress=progress, terms=terms)
 
 
-def _built(
-    planned: Planned, place: Path, progress: Progress, lenders: Tuple[Bundle, ...], run: Run
-) -> Tuple[Row, Optional[Bundle]]:
+def _built(planned: Planned, place: Path, progress: Progress, terms: Terms, run: Run) -> Tuple[Row, Optional[Bundle]]:
     """Build one row; return what became of it, and its bundle where there is one."""
     engine = planned.recipe.engine
     watch, start = _Watch(progress), time.perf_counter()
@@ -143,7 +168,7 @@ def _built(
     try:
         target = resolve(engine)[1]
         obstacle = board_needed(engine)
-        bundle = run(planned, place, watch, Terms(lenders, obstacle is not None))
+        bundle = run(planned, place, watch, terms._replace(elsewhere=obstacle is not None))
     except EdgeresError as problem:
         seconds = round(time.perf_counter() - start, 3)
         row = Row(planned.name, str(place), precision, target, FAILED, str(problem), seconds=seconds)

@@ -23,6 +23,7 @@ from edgeres.bundle import (
     contradictions,
     misplaced,
     parse_manifest,
+    refuse_larger,
 )
 from edgeres.errors import BundleError, IntegrityError, numbered, printable
 from edgeres.files import CHUNK, MANIFEST, SIGNATURES
@@ -248,9 +249,12 @@ def check_members(source: Source, manifest: Manifest, sink: Sink) -> None:
 
 
 def read_packed(
-    file: Place, wanted: Tuple[str, ...] = (), trusted_keys: Optional[Keys] = None
+    file: Place, wanted: Tuple[str, ...] = (), trusted_keys: Optional[Keys] = None, most: Optional[int] = None
 ) -> Tuple[Contents, Dict[str, bytes]]:
     """Return what stands in front of a packed bundle, and the bytes of the ``wanted`` files, after checking all of it.
+
+    Args:
+        most: as of :func:`edgeres.bundle.refuse_larger`.
 
     Raises:
         BundleError: it is no packed bundle.
@@ -266,6 +270,7 @@ def read_packed(
 
     with opened(file) as source:
         contents = contents_of(source, trusted_keys)
+        refuse_larger(source.path, contents.manifest, wanted, most)
         check_members(source, contents.manifest, sink)
     return contents, {path: b"".join(parts) for path, parts in found.items()}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from edgeres.artifacts import Bundle, FileRef
-from edgeres.bundle import check_files, parse_manifest, undisturbed, unlisted, vouched_bytes
+from edgeres.bundle import check_files, parse_manifest, signed_bytes, undisturbed, unlisted
 from edgeres.errors import BundleError, IntegrityError, numbered
 from edgeres.files import CHUNK, MANIFEST, SIGNATURES, open_inside, writing
 from edgeres.packed import (
@@ -27,7 +27,7 @@ from edgeres.packed import (
     too_large,
     unpacked_name,
 )
-from edgeres.signatures import Keys, Signature, read_signatures, signatures_content
+from edgeres.signatures import Keys, Signature, signatures_content
 from edgeres.workspace import Workspace
 
 
@@ -72,13 +72,12 @@ def packed_name(bundle: Place) -> str:
 
 
 def _packed(bundle: Place, place: Path, trusted_keys: Optional[Keys]) -> Packed:
-    content, _ = vouched_bytes(bundle, trusted_keys)
+    content, signatures, _ = signed_bytes(bundle, trusted_keys)
     manifest = parse_manifest(bundle, content)
     check_files(bundle, manifest)
     problems = [problem for ref in manifest.files for problem in too_large(ref)]
     if problems:
         raise BundleError(numbered(f"{bundle} cannot be packed", problems))
-    signatures = read_signatures(bundle)
     with writing(place) as stream:
         whole = hashlib.sha256()
         total = 0

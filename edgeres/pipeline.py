@@ -61,10 +61,11 @@ Made = Tuple[Any, Tuple[str, ...], str]
 class Terms(NamedTuple):
     """On what terms a bundle is built that is one of several (:mod:`edgeres.matrix`): ``lenders`` are those that are
     done, whose stages are taken over where they would come out the same; ``elsewhere`` says that the engine is made on
-    another machine, so that the verdict is on what the model means."""
+    another machine, so that the verdict is on what the model means; ``workforce`` runs the samples of all of them."""
 
     lenders: Tuple[Bundle, ...] = ()
     elsewhere: bool = False
+    workforce: Optional[Workforce] = None
 
 
 class _Reached(Exception):
@@ -364,13 +365,13 @@ class Build:
             table = self.calibrate(exported, placement.tensors, statistics, allowed, scalings)
             inputs.update(ranges=to_data(table.tensors), **recovery.depends_on(self, scalings))
             inputs["errors"] = explanation.depends_on(self)
+            steps = imported.steps_for(own, self.recipe)
             if own is not None:
-                inputs["imported"] = to_data(own)
+                inputs["imported"], inputs["steps"] = to_data(own), steps  # which a DLA has none of
 
             def work() -> Made:
                 recovered = recovery.content(self, exported, table.tensors, scalings)
                 if recovered is None:
-                    steps = imported.steps_for(own, self.recipe)
                     content, layers = int8_content(fp32, placement, table.tensors, steps)
                     twin = twin_file(fp32, placement, table.tensors, steps)
                 else:
@@ -616,7 +617,7 @@ def build(
         until: the last stage to run, of ``STAGES``; results of later ones are kept only where they still hold.
         cluster: who runs the samples, ``local`` or a Dask scheduler's address; None for this machine alone. The bundle
             is the same, to the bit.
-        terms: of a bundle that is one of several.
+        terms: of a bundle that is one of several. A workforce among them takes the place of ``cluster``.
 
     Raises:
         EdgeresError: with what is wrong and what to do; the earlier bundle, if any, is whole.
@@ -628,10 +629,12 @@ def build(
         raise BundleError(f"there is no stage {until!r}. The stages are {', '.join(STAGES)}")
     place = out or default_out(recipe)
     progress = progress or Progress()
-    with hired(cluster, progress.warn) as workforce, Workspace(place) as workspace:
+    terms = terms or Terms()
+    given = terms.workforce
+    at_work = hired(cluster, progress.warn) if given is None else contextlib.nullcontext(given)
+    with at_work as workforce, Workspace(place) as workspace:
         job = Build(recipe, workspace, until, progress, workforce)
-        if terms is not None:
-            job.elsewhere, workspace.lenders = terms.elsewhere, terms.lenders
+        job.elsewhere, workspace.lenders = terms.elsewhere, terms.lenders
         job.open_samples()
         with contextlib.suppress(_Reached):
             job.hygiene()

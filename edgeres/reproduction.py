@@ -16,6 +16,7 @@ from edgeres.artifacts import Manifest
 from edgeres.bundle import verify
 from edgeres.errors import BundleError
 from edgeres.files import ENGINES, ERRORS, MEANING, PAGE, RECIPE, REPORT
+from edgeres.matrix import terms_of
 from edgeres.pipeline import STAGES, build
 from edgeres.progress import Progress
 from edgeres.recipe import Recipe
@@ -70,7 +71,7 @@ def reproduce(
         ) from None
     with aside, _locked(aside.name):
         again = Path(aside.name) / place.name
-        build(recipe, again, until, progress, cluster)
+        build(recipe, again, until, progress, cluster, terms_of(bundle, recipe))
         after = verify(again)
     files, others = _files(before, after)
     return Reproduction(

@@ -84,8 +84,11 @@ def signatures_content(signatures: Sequence[Signature]) -> bytes:
     return b"\n".join([HEADER, *lines, b""])
 
 
-def check(folder: Union[str, os.PathLike[str]], manifest: bytes, trusted: Keys) -> Tuple[str, ...]:
-    """Return the ids of the trusted keys that vouch for a manifest's bytes; one is enough.
+def check(
+    folder: Union[str, os.PathLike[str]], manifest: bytes, trusted: Keys
+) -> Tuple[Tuple[Signature, ...], Tuple[str, ...]]:
+    """Return the signatures of a bundle, read once, and the ids of the trusted keys that by them vouch for a manifest's
+    bytes; one is enough.
 
     Raises:
         SignatureError: there is none.
@@ -93,7 +96,8 @@ def check(folder: Union[str, os.PathLike[str]], manifest: bytes, trusted: Keys) 
         MissingPackageError: cryptography is not installed.
     """
     keys = public_keys(trusted)
-    return vouching(os.fspath(folder), read_signatures(folder), manifest, keys)
+    found = read_signatures(folder)
+    return found, vouching(os.fspath(folder), found, manifest, keys)
 
 
 def vouching(place: str, found: Sequence[Signature], manifest: bytes, trusted: Sequence[PublicKey]) -> Tuple[str, ...]:

@@ -38,6 +38,7 @@ class Page(HTMLParser):
         super().__init__()
         self.found: list[Found] = []
         self.places = {""}
+        self._styles = False  # whether what comes is a style sheet
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -47,9 +48,23 @@ class Page(HTMLParser):
         for name in ("href", "src", "data", "poster", "xlink:href"):
             if name in given:
                 self.found.append(Found(tag, given[name], tag in ASSETS and not unloaded))
+        self.found += [Found(tag, address, True) for address in loaded(given.get("style", ""))]
+        self._styles = tag == "style"
         for part in given.get("srcset", "").split(","):
             if part.strip():
                 self.found.append(Found(tag, part.split()[0], True))
+
+    def handle_data(self, data: str) -> None:
+        if self._styles:
+            self.found += [Found("style", address, True) for address in loaded(data)]
+
+    def handle_endtag(self, tag: str) -> None:
+        self._styles = False
+
+
+def loaded(style: str) -> list[str]:
+    """Return the addresses that a style sheet, or an attribute ``style``, has a browser load."""
+    return [(match[1] or match[2]).strip() for match in LOADED.finditer(style)]
 
 
 def problems(site: Path) -> Iterator[str]:
@@ -64,8 +79,7 @@ def problems(site: Path) -> Iterator[str]:
             elif not urlsplit(found.address).scheme:
                 yield from (f"{place}: {why}" for why in astray(found.address, path, site, pages))
     for path in sorted(site.rglob("*.css")):
-        for match in LOADED.finditer(path.read_text(encoding="utf-8")):
-            address = match[1] or match[2]
+        for address in loaded(path.read_text(encoding="utf-8")):
             if FOREIGN.match(address):
                 yield f"{path.relative_to(site)}: loads {address}"
 
@@ -77,7 +91,9 @@ def astray(address: str, path: Path, site: Path, pages: dict[Path, Page]) -> Ite
     target = (start / unquote(parts.path).lstrip("/")).resolve() if parts.path else path
     if target.is_dir():
         target /= "index.html"
-    if not target.is_file():
+    if not target.is_relative_to(site.resolve()):
+        yield f"{address} leads out of the site"
+    elif not target.is_file():
         yield f"{address} is not there"
     elif target in pages and unquote(parts.fragment) not in pages[target].places:
         yield f"{address}: there is no place of that name"

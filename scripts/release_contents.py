@@ -4,13 +4,14 @@
     python scripts/release_contents.py version [--tag v1.2.3]
     python scripts/release_contents.py contents dist
 
-`version` prints it. `contents` lists both archives in short, and compares them with what git has: an sdist is the
-checkout, a wheel is edgeres/ with calibration/ as edgeres/dossier/.
+`version` prints it. `contents` lists both archives in short, and compares them with what git has, byte for byte: an
+sdist is the commit that is checked out, a wheel is its edgeres/ with calibration/ as edgeres/dossier/.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import subprocess
 import sys
@@ -52,10 +53,21 @@ def version_problems(version: str, tag: str) -> list[str]:
     return problems
 
 
-def tracked() -> set[str]:
-    """Return the names of all files that git has."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True).stdout
-    return {name for name in listed.decode().split("\0") if name}
+def committed() -> dict[str, bytes]:
+    """Return all files of the commit that is checked out, by name."""
+    packed = subprocess.run(["git", "archive", "HEAD"], cwd=REPOSITORY, capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        return files_of(tar)
+
+
+def files_of(tar: tarfile.TarFile) -> dict[str, bytes]:
+    """Return the ordinary files of a tar, by name."""
+    found = {}
+    for item in tar.getmembers():
+        stream = tar.extractfile(item) if item.isreg() else None
+        if stream is not None:
+            found[item.name] = stream.read()
+    return found
 
 
 def in_wheel(name: str) -> str | None:
@@ -65,11 +77,13 @@ def in_wheel(name: str) -> str | None:
     return name if name.startswith("edgeres/") else None
 
 
-def difference(what: str, wanted: set[str], found: set[str]) -> list[str]:
-    """Return what is missing and what should not be there, in words."""
-    missing, extra = sorted(wanted - found), sorted(found - wanted)
+def difference(what: str, wanted: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
+    """Return what is missing, what should not be there, and what has other bytes, in words."""
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     problems = [f"{what} lacks {name}" for name in missing]
-    return problems + [f"{what} holds {name}, which git does not have" for name in extra]
+    problems += [f"{what} holds {name}, which git does not have" for name in extra]
+    changed = (name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name])
+    return problems + [f"{what} holds {name} with other bytes than the commit's" for name in changed]
 
 
 def summary(path: Path, sizes: dict[str, int]) -> str:
@@ -83,21 +97,24 @@ def summary(path: Path, sizes: dict[str, int]) -> str:
     return "\n".join([f"{path.name}: {path.stat().st_size:,} bytes, {len(sizes)} files", *rows])
 
 
+def without(files: dict[str, bytes], names: set[str]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if name not in names}
+
+
 def check_contents(folder: Path) -> list[str]:
     """List both archives, and return what is wrong with them."""
     wheel, sdist = next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
     with zipfile.ZipFile(wheel) as archive:
-        inside = {item.filename: item.file_size for item in archive.infolist() if not item.is_dir()}
+        inside = {item.filename: archive.read(item) for item in archive.infolist() if not item.is_dir()}
     with tarfile.open(sdist) as tar:
-        members = tar.getmembers()
-    unusual = [item.name for item in members if not item.isreg()]
-    packed = {item.name.partition("/")[2]: item.size for item in members if item.isreg()}
-    print(summary(wheel, inside))
-    print(summary(sdist, packed))
-    have = tracked()
-    code = {name for name in inside if ".dist-info/" not in name}
-    problems = difference("the wheel", {place for name in have if (place := in_wheel(name))}, code)
-    problems += difference("the sdist", have - OF_GIT, set(packed) - OF_GIT - OF_THE_BUILD)
+        unusual = [item.name for item in tar.getmembers() if not item.isreg()]
+        packed = {name.partition("/")[2]: content for name, content in files_of(tar).items()}
+    print(summary(wheel, {name: len(content) for name, content in inside.items()}))
+    print(summary(sdist, {name: len(content) for name, content in packed.items()}))
+    have = committed()
+    code = {name: content for name, content in inside.items() if ".dist-info/" not in name}
+    problems = difference("the wheel", {place: have[name] for name in have if (place := in_wheel(name))}, code)
+    problems += difference("the sdist", without(have, OF_GIT), without(packed, OF_GIT | OF_THE_BUILD))
     problems += [f"the sdist holds {name}, which is no file" for name in unusual]
     if wheel.stat().st_size >= LARGEST:
         problems.append(f"the wheel has {wheel.stat().st_size:,} bytes: it has to stay under {LARGEST:,}")

@@ -130,6 +130,8 @@ def test_a_page_that_has_rotted_is_refused(there: str, instead: str, said: str, 
     ("shown", "printed", "same"),
     [
         ("┃ SQNR ┃ 42.2 dB ┃", "┃   SQNR   ┃ 41.9 dB   ┃\n", True),
+        ("drop +0.10 pp", "drop +0.14 pp", True),
+        ("drop +0.10 pp", "drop +0.90 pp", False),
         ("11 layers, 3.0 s", "11 layers, 12 ms", True),
         ("11 layers", "12 layers", False),
         ("signed by 0d13f6070337ae7f", "signed by ffffffffffffffff", True),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -12,14 +13,18 @@ import pytest
 
 import edgeres
 from command_line import edgeres as command
+from edgeres import matrix as matrix_module
+from edgeres import pipeline
 from edgeres.artifacts import Manifest
 from edgeres.bundle import verify
-from edgeres.errors import BackendError, BundleError, EdgeresError, RecipeError
+from edgeres.errors import BackendError, BundleError, EdgeresError, MissingPackageError, RecipeError
 from edgeres.files import MANIFEST
 from edgeres.matrix import BUILT, FAILED, NEEDS_A_BOARD, Row
 from edgeres.pipeline import Build
 from edgeres.progress import Progress
 from edgeres.recipe import dossier
+from edgeres.samples import Samples
+from edgeres.workforce import Alone, Workforce
 
 Write = Callable[..., Path]
 
@@ -123,6 +128,13 @@ def test_what_cannot_be_compiled_here_becomes_a_bundle_that_waits_for_its_engine
         with pytest.raises(BundleError, match="edgeres compile"):
             edgeres.load(row.bundle)
     assert rows[1].model_bytes == (Path(rows[1].bundle) / "model.int8.onnx").stat().st_size
+    # Where it was made, it can be checked and built again; for another target its engine would have to be made here.
+    checked = command("build", "--check", "--out", rows[2].bundle, "--json")
+    assert json.loads(checked.stdout)["files"]["report.json"] == "same"
+    again = edgeres.build(rows[2].bundle, out=tmp_path / "again")
+    assert models_of(Path(again.path)) == models_of(Path(rows[2].bundle))
+    with pytest.raises(MissingPackageError, match="needs the package"):
+        edgeres.build(rows[2].bundle, target="dla0", out=tmp_path / "other")
     # It goes where its engine is made as any other bundle does.
     edgeres.unpack(edgeres.pack(rows[1].bundle).path, tmp_path / "there")
     assert verify(tmp_path / "there") == verify(rows[1].bundle)
@@ -155,6 +167,27 @@ def test_the_exit_code_is_1_for_a_verdict_that_fails_and_for_a_row_that_does(wri
     assert "nowhere.pth" in failed.stdout
 
 
+def test_a_cluster_is_joined_once_for_all_rows(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    went = []
+
+    class Counted(Alone):
+        def look(self, samples: Samples) -> list[str]:
+            went.append("looked")
+            return super().look(samples)
+
+    @contextlib.contextmanager
+    def counted(cluster: str, warn: object) -> Iterator[Workforce]:
+        went.append(f"joined {cluster}")
+        yield Counted()
+        went.append("left")
+
+    for module in (matrix_module, pipeline):
+        monkeypatch.setattr(module, "hired", counted)
+    path = write('target = "cpu"', 'name = "other"\ntarget = "cpu"', weights="nowhere.pth")
+    assert len(edgeres.build_matrix(path, out=tmp_path / "out", cluster="tcp://here").rows) == 2
+    assert went == ["joined tcp://here", *["looked"] * 4, "left"]
+
+
 def test_a_verdict_that_fails_is_not_good(tmp_path: Path) -> None:
     row = Row("a", "b", "int8", "cpu", BUILT, verdict="fail")
     assert not row.good
@@ -171,6 +204,7 @@ def test_a_second_run_reuses_its_own_bundles_and_keeps_engines_of_a_board(write:
     (place / "engines").mkdir()
     (place / "engines/gpu.engine").write_bytes(b"a plan")
     bind_engine(place, manifest)
+    assert edgeres.build(place).manifest.engines[0].target == "gpu"
     second = edgeres.build_matrix(path, out=tmp_path / "out")
     assert second.rows[1].state == BUILT
     assert (place / "engines/gpu.engine").read_bytes() == b"a plan"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import tarfile
 import zipfile
@@ -48,13 +50,29 @@ def test_a_tag_is_of_its_version_and_the_changelog_is_dated(
 def test_what_is_missing_or_too_much_in_an_archive_is_named(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(script, "tracked", lambda: {"edgeres/a.py", "edgeres/b.py", "calibration/x.png", "README.md"})
-    for name in ("edgeres/a.py", "edgeres/dossier/x.png", "edgeres/c.pyc", "edgeres-1.dist-info/METADATA"):
+    names = ("edgeres/a.py", "edgeres/b.py", "calibration/x.png", "README.md")
+    have = {**dict.fromkeys(names, b"text"), "edgeres/d.py": b"as it was committed"}
+    monkeypatch.setattr(script, "committed", lambda: have)
+    for name in (
+        "edgeres/a.py",
+        "edgeres/dossier/x.png",
+        "edgeres/c.pyc",
+        "edgeres/d.py",
+        "edgeres-1.dist-info/METADATA",
+    ):
         with zipfile.ZipFile(tmp_path / "edgeres-1-py3-none-any.whl", "a") as wheel:
             wheel.writestr(name, "text")
     (tmp_path / "file").write_text("text")
     with tarfile.open(tmp_path / "edgeres-1.tar.gz", "w:gz") as sdist:
-        for name in ("PKG-INFO", "edgeres/a.py", "edgeres/b.py", "calibration/x.png", "README.md", "secret"):
+        for name in (
+            "PKG-INFO",
+            "edgeres/a.py",
+            "edgeres/b.py",
+            "edgeres/d.py",
+            "calibration/x.png",
+            "README.md",
+            "secret",
+        ):
             sdist.add(tmp_path / "file", f"edgeres-1/{name}")
         link = tarfile.TarInfo("edgeres-1/link")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -62,7 +80,9 @@ def test_what_is_missing_or_too_much_in_an_archive_is_named(
     assert script.check_contents(tmp_path) == [
         "the wheel lacks edgeres/b.py",
         "the wheel holds edgeres/c.pyc, which git does not have",
+        "the wheel holds edgeres/d.py with other bytes than the commit's",
         "the sdist holds secret, which git does not have",
+        "the sdist holds edgeres/d.py with other bytes than the commit's",
         "the sdist holds edgeres-1/link, which is no file",
     ]
     assert "edgeres/dossier: 1 files, 4 bytes" in capsys.readouterr().out
@@ -87,6 +107,46 @@ def test_a_workflow_runs_actions_of_known_commits(path: Path) -> None:
     assert jobs["permissions"] == {"contents": "read"} or all("permissions" in job for job in jobs["jobs"].values())
 
 
+def test_tools_that_make_a_release_are_of_known_versions() -> None:
+    text = (REPOSITORY / ".github/workflows/release.yml").read_text()
+    wanted = [word for line in re.findall(r"pip install (.*)", text) for word in line.split()]
+    assert wanted
+    assert [word for word in wanted if not re.fullmatch(r"[\w-]+==[\d.]+", word)] == []
+
+
+TOOLS = """#!/usr/bin/env bash
+case "$*" in
+    *contents.py\\ version*) echo 1 ;;
+    "-m build --outdir "*) mkdir "$4" && echo 1 >"$4/edgeres-1-py3-none-any.whl" && echo 2 >"$4/edgeres-1.tar.gz" ;;
+    "-m twine "*) {twine} ;;
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/edgeres" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("twine", "good"),
+    [(":", True), ("echo more >>dist/edgeres-1.tar.gz", False), ("echo other >dist/other-1-py3-none-any.whl", False)],
+)
+def test_what_a_tool_does_to_the_archives_is_not_released(twine: str, good: bool, tmp_path: Path) -> None:
+    for folder in ("scripts", "tests", "examples", "bin"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(REPOSITORY / "scripts/release", tmp_path / "scripts/release")
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "bin/python").write_text(TOOLS.replace("{twine}", twine))
+    (tmp_path / "bin/git").write_text("#!/bin/sh\necho 1\n")
+    for tool in (tmp_path / "bin").iterdir():
+        tool.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": str(tmp_path / "bin/python"),
+    }
+    done = subprocess.run([tmp_path / "scripts/release"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is good, done.stderr
+    assert (tmp_path / "dist/SHA256SUMS").exists() is good
+    assert good or "Release none of it" in done.stderr
+
+
 def test_forms_and_citation_are_valid_yaml() -> None:
     for path in (REPOSITORY / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         form = yaml.safe_load(path.read_text())
@@ -103,4 +163,4 @@ def test_what_git_has_is_what_a_checkout_has(script: ModuleType) -> None:
     )
     if done.returncode:
         pytest.skip("no git checkout: this is an sdist")
-    assert {"pyproject.toml", "edgeres/__init__.py"} <= script.tracked()
+    assert {"pyproject.toml", "edgeres/__init__.py"} <= script.committed().keys()

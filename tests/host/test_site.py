@@ -104,16 +104,24 @@ def check() -> Iterator[Any]:
         ('<a href="/gone/">', "/gone/ is not there"),
         ('<link rel="stylesheet" href="https://fonts.example/css">', "loads https://fonts.example/css"),
         ('<script src="//cdn.example/x.js">', "loads //cdn.example/x.js"),
+        ('<a href="../SECURITY.md">', "../SECURITY.md leads out of the site"),
+        ('<a href="/../SECURITY.md">', "leads out of the site"),
+        ('<p style="background: url(https://cdn.example/x.png)">', "loads https://cdn.example/x.png"),
+        ('<style>@import "https://fonts.example/css";</style>', "loads https://fonts.example/css"),
+        ("<style>p { background: url( https://cdn.example/y.png ) }</style>", "loads https://cdn.example/y.png"),
         ('<img srcset="https://cdn.example/x.png 2x">', "loads https://cdn.example/x.png"),
     ],
 )
 def test_what_is_wrong_with_a_site_is_found(html: str, said: str, check: Any, tmp_path: Path) -> None:
-    (tmp_path / "other.html").write_text('<p id="here">', encoding="utf-8")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "SECURITY.md").write_text("is there, and not in the site", encoding="utf-8")
+    (tmp_path / "site/other.html").write_text('<p id="here">', encoding="utf-8")
     good = '<a href="other.html#here"><a href="https://example.org/"><link rel="canonical" href="https://example.org/">'
-    (tmp_path / "index.html").write_text(good, encoding="utf-8")
-    assert list(check(tmp_path)) == []
-    (tmp_path / "index.html").write_text(good + html, encoding="utf-8")
-    (found,) = check(tmp_path)
+    site = tmp_path / "site"
+    (site / "index.html").write_text(good, encoding="utf-8")
+    assert list(check(site)) == []
+    (site / "index.html").write_text(good + html, encoding="utf-8")
+    (found,) = check(site)
     assert said in found
 
 

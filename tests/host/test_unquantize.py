@@ -621,6 +621,26 @@ def test_layers_that_the_file_leaves_in_float_stay_there(graph: Graph, tmp_path:
     assert lint(onnx.load(out / "model.int8.onnx")) == []
 
 
+def test_a_dlas_row_does_not_take_over_a_model_whose_steps_are_the_files(graph: Graph, tmp_path: Path) -> None:
+    """Its steps are wider than what the weights need, so a DLA's model, which keeps none of them, is another."""
+    text, values = nncf()
+    wide = {**values, "s1": 1.3 * values["s1"], "s2": 1.3 * values["s2"]}
+    onnx.save(graph(text.replace("[N,3,8,8]", "[N,3,32,32]"), wide, 13), tmp_path / "theirs.onnx")
+    shared = f"""name = "net"
+model = {{ source = "theirs.onnx" }}
+calibration = {{ samples = "{dossier() / "digits" / "calibration"}", count = 8 }}
+"""
+    rows = "".join(f'[[targets]]\ntarget = "{target}"\n' for target in ("gpu", "dla0"))
+    (tmp_path / "recipe.toml").write_text(shared + rows)
+    matrix = edgeres.build_matrix(tmp_path / "recipe.toml", out=tmp_path / "out")
+    assert "observe" in matrix.rows[1].reused
+    assert "quantize" not in matrix.rows[1].reused
+    for row, kept in zip(matrix.rows, (True, False), strict=True):
+        model = onnx.load(Path(row.bundle) / "model.int8.onnx")
+        scales = [onnx.numpy_helper.to_array(each) for each in model.graph.initializer]
+        assert any(np.array_equal(each, wide["s1"]) for each in scales) is kept
+
+
 def test_weights_alone_are_nothing_to_keep(graph: Graph, tmp_path: Path) -> None:
     text = """net (float[N,3,32,32] x) => (float[N,4] y) {
         w = DequantizeLinear <axis = 0> (q1, s1, z4) c = Conv (x, w) r = Relu (c) p = GlobalAveragePool (r)

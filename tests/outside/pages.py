@@ -51,7 +51,8 @@ BARE = {"tutorial.md"}
 
 SETUP = re.compile(r"\s*(python3? -m venv|pip install|sudo apt|scripts/test\b|[A-Z]+=\S+ pip install|\. \.venv/)")
 SECONDS = 600
-NEAR = 0.15  # of a number with a decimal point, or 1 where that is more
+NEAR = 0.15  # of a number with a decimal point
+LEAST = 0.05  # what it may be off by however small it is
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)$")
 TITLE = re.compile(r'title="([^"]*)"')
@@ -254,9 +255,8 @@ def difference(shown: str, printed: str, exact: bool = True) -> str:
     """Return in what an output differs from what a page shows; an empty text where it does not."""
     wanted, found = plain(shown), plain(printed)
     if not exact:
-        wanted, found = (
-            re.sub(r"[+-]?\d[\d,.]*\d|[+-]?\d", "0", LAYERS.sub("<layer>", text)) for text in (wanted, found)
-        )
+        texts = (LAYERS.sub("<layer>", text) for text in (wanted, found))
+        wanted, found = (re.sub(r"[+-]?\d[\d,.]*\d|[+-]?\d", "0", text) for text in texts)
     pattern = "".join(
         r"(?:.*?)" if part == "..." else r"(\d[\d,]*\.\d+)" if DECIMAL.fullmatch(part) else re.escape(part)
         for part in re.split(r"(\.\.\.|\d[\d,]*\.\d+)", wanted)
@@ -284,7 +284,7 @@ def number(text: str) -> float:
 
 def near(wanted: float, found: float) -> bool:
     """Tell whether two numbers are about the same."""
-    return abs(wanted - found) <= max(1.0, NEAR * abs(wanted))
+    return abs(wanted - found) <= max(LEAST, NEAR * abs(wanted)) + 1e-9
 
 
 def check_prose(text: str, place: str) -> None:
@@ -293,4 +293,5 @@ def check_prose(text: str, place: str) -> None:
     for line, content in enumerate(text.split("\n"), start=1):
         if line not in fenced:
             for said in CODE.findall(content):
-                check_command(shlex.split(re.sub(r"[\[\]]|…", "", said))[1:], f"{place}:{line}", complete=False)
+                typed = re.sub(r"[\[\]]|…", "", said).partition(" | ")[0]
+                check_command(shlex.split(typed)[1:], f"{place}:{line}", complete=False)

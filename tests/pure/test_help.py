@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -9,16 +10,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, Iterator, List
 
 import click
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
+from edgeres import completion
 from edgeres.architectures import ARCHITECTURES
 from edgeres.cli import cli
-from edgeres.completion import MOST
 from edgeres.guide import LESSONS, SHELLS
 from edgeres.recipe import METHODS, TARGETS
 
@@ -174,28 +175,37 @@ def test_files_are_completed_by_their_ending(line: str, found: List[str], place:
     assert completed(line) == found
 
 
-def test_a_folder_of_many_folders_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_many_files_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: List[str] = []
-    isfile = os.path.isfile
+    scandir = os.scandir
 
-    def counted(path: str) -> bool:
-        looked.append(path)
-        return isfile(path)
+    @contextlib.contextmanager
+    def counted(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with scandir(path) as entries:
+            yield (looked.append(entry.path) or entry for entry in entries)  # type: ignore[func-returns-value]
 
-    for number in range(60):
-        for inner in range(60):
-            (tmp_path / f"a{number}/{inner}").mkdir(parents=True)
+    for number in range(20):
+        (tmp_path / f"a{number}").mkdir()
+        for inner in range(20):
+            (tmp_path / f"a{number}/{inner}.png").touch()
+    (tmp_path / "a7/net").mkdir()
+    (tmp_path / "a7/net/manifest.json").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os.path, "isfile", counted)
-    completed("pack a")
-    assert len(looked) <= MOST
+    assert completed("pack a") == ["<dir>", "a7/net"]
+    monkeypatch.setattr(completion, "MOST", 100)
+    monkeypatch.setattr(os, "scandir", counted)
+    for question in ("isfile", "isdir"):
+        asked = getattr(os.path, question)
+        monkeypatch.setattr(os.path, question, lambda path, asked=asked: looked.append(path) or asked(path))
+    assert "<dir>" in completed("pack a")
+    assert len(looked) <= 2 * 100
 
 
 def test_a_folder_that_may_not_be_read_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     assert completed("pack build/") == ["<dir>"]
 
 

@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 
 import edgeres
 from edgeres import files as files_module
+from edgeres import inspection, packing
 from edgeres import packed as packed_module
-from edgeres import packing
 from edgeres import workspace as workspace_module
-from edgeres.artifacts import Engine, Manifest, Preprocessing, to_json
+from edgeres.artifacts import Engine, FileRef, Manifest, Preprocessing, to_json
 from edgeres.bundle import verify
 from edgeres.cli import cli
 from edgeres.errors import BundleError, IntegrityError, SignatureError, SigningKeyError
-from edgeres.files import MANIFEST, SIGNATURES, content_ref
+from edgeres.files import MANIFEST, SIGNATURES, content_ref, sha256_file
 from edgeres.inspection import inspect_bundle, verify_bundle
 from edgeres.packed import header, is_packed, read_packed
 from edgeres.workspace import Workspace
@@ -554,6 +554,24 @@ def test_memory_is_bounded_however_large_the_files_are(tmp_path: Path) -> None:
     assert verify(tmp_path / "again") == verify(tmp_path / "bundle")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_table_that_no_build_writes_is_refused_before_it_is_read(packed: bool, tmp_path: Path) -> None:
+    bundle = make(tmp_path / "net", {"model.int8.onnx": b"model", "calibration.json": b""})
+    with open(bundle / "calibration.json", "wb") as stream:
+        stream.truncate(inspection.LARGEST + 1)
+    digest, model = sha256_file(bundle / "calibration.json"), content_ref("model.int8.onnx", b"model")
+    refs = (FileRef("calibration.json", digest, inspection.LARGEST + 1), model)
+    (bundle / MANIFEST).write_bytes(to_json(Manifest("net", "int8", {}, Preprocessing((4, 4)), refs, {}, {})))
+    place = Path(edgeres.pack(bundle).path) if packed else bundle
+    tracemalloc.start()
+    try:
+        with pytest.raises(IntegrityError, match=r"calibration\.json has 67,108,865 bytes, more than 67,108,864"):
+            (inspection.inspect_packed if packed else inspect_bundle)(place)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_manifest_of_another_version_stays_as_it_is(bundle: Path, tmp_path: Path) -> None:
     """Its bytes may be written otherwise than this edgeres writes them, and may be signed."""
     compact = json.dumps(json.loads((bundle / MANIFEST).read_bytes())).encode()
@@ -612,6 +630,32 @@ def test_a_signed_bundle_is_packed_with_its_signatures_and_asked_for_them_first(
     with pytest.raises(SigningKeyError, match="list of trusted keys is empty"):
         edgeres.unpack(made.path, tmp_path / "never", trusted_keys=[])
     assert not (tmp_path / "never").exists()
+
+
+def test_the_signatures_that_were_checked_are_the_ones_that_are_packed_and_told(
+    bundle: Path, keys: Tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeres.signing import sign_bundle
+
+    key = sign_bundle(bundle, keys[0]).key
+    signed = (bundle / SIGNATURES).read_bytes()
+    for module, door in ((packing, edgeres.pack), (inspection, inspection.verify_bundle)):
+        (bundle / SIGNATURES).write_bytes(signed)
+        parse = module.parse_manifest
+
+        def late(*told: Any, parse: Callable[..., Manifest] = parse) -> Manifest:
+            (bundle / SIGNATURES).unlink()
+            return parse(*told)
+
+        monkeypatch.setattr(module, "parse_manifest", late)
+        made = door(bundle, trusted_keys=[keys[1]])
+        told = (
+            [one.key for one in made.signatures]
+            if door is edgeres.pack
+            else [one["key"] for one in made[1]["signatures"]]
+        )
+        assert told == [key]
+    edgeres.unpack(f"{bundle}.edgeres", tmp_path / "again", trusted_keys=[keys[1]])
 
 
 def test_with_a_key_any_flipped_bit_is_found(bundle: Path, keys: Tuple[Path, Path, Path], tmp_path: Path) -> None:
