@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from typing import Callable, Iterator, List, Tuple
+from typing import Any, Callable, Iterator, List, Tuple
 
 import click
 from click.shell_completion import CompletionItem
@@ -43,7 +43,7 @@ def paths(*endings: str, bundles: bool = True) -> Complete:
     return complete
 
 
-def _entries(folder: str, left: Iterator[int], beginning: str = "") -> Iterator[Tuple[str, os.DirEntry[str]]]:
+def _entries(folder: str, left: Iterator[int], beginning: str = "") -> Iterator[Tuple[str, Any]]:
     """Yield the path of each name in a folder that begins so, and what it is; hidden names where that is asked for.
 
     Args:
@@ -55,7 +55,7 @@ def _entries(folder: str, left: Iterator[int], beginning: str = "") -> Iterator[
                 yield os.path.join(folder, entry.name), entry
 
 
-def _is_folder(entry: os.DirEntry[str], links: bool) -> bool:
+def _is_folder(entry: Any, links: bool) -> bool:
     """Whether an entry is a folder, or where ``links`` count, a link to one; most file systems tell without a look."""
     try:
         return entry.is_dir(follow_symlinks=links)
