@@ -58,7 +58,7 @@ def _entries(folder: str, left: Iterator[int], beginning: str = "") -> Iterator[
 def _is_folder(entry: Any, links: bool) -> bool:
     """Whether an entry is a folder, or where ``links`` count, a link to one; most file systems tell without a look."""
     try:
-        return entry.is_dir(follow_symlinks=links)
+        return bool(entry.is_dir(follow_symlinks=links))
     except OSError:
         return False
 
