@@ -40,6 +40,7 @@ ELSEWHERE = {
     "on the Jetson": "a board",
     "on a PC with a GPU": "a GPU",
     "on the robot": "a camera, or ROS",
+    "on several machines": "other machines",
     "where TensorRT is": "trtexec, or TensorRT's headers",
     "with your own files": "files that only the reader has",
     "with push rights": "the right to publish",
