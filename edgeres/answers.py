@@ -18,6 +18,8 @@ def print_json(data: Any) -> None:
     """Print plain data as indented JSON."""
     finite = msgspec.json.decode(msgspec.json.encode(data))  # JSON has no NaN and no infinity: they are null
     text = json.dumps(finite, indent=2, ensure_ascii=False)
+    # Names of strangers may hold what moves a terminal's cursor or its direction of writing: the same JSON, in letters.
+    text = "".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text)
     click.echo(text.replace("##[", r"#\u0023[") if on_github() else text)  # the same JSON, and no command: see streams
 
 

@@ -15,6 +15,7 @@ import logging
 import queue
 import re
 import signal
+import threading
 import time
 import uuid
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 ADDRESS = re.compile(r"(tcp|tls|ws|wss)://[^\s/]+:[0-9]+/?")
 LOCAL = re.compile(r"local(:([1-9][0-9]{0,2}))?")
 CONNECT = 20.0  # seconds to wait for the scheduler
+GRACE, LOOK = 3.0, 0.05  # seconds more for what comes behind the connection; between looks whether it is there
 PATIENCE = 60.0  # seconds to wait for a first worker, and for another one where all were lost
 TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # which are one from Python 3.11 on
 LOCALS = 4  # workers of this machine for each of its cores at most: each is a process of some hundred MB
@@ -195,17 +197,60 @@ def _connected(address: str) -> Iterator[Client]:
         raise ClusterError(
             f"{address!r} is no cluster. Name a Dask scheduler (tcp://HOST:8786, tls://HOST:8786), or local, or local:4"
         )
-    try:
-        client = Client(address, timeout=CONNECT, set_as_default=False)
-    except (OSError, ValueError, RuntimeError, TypeError) as problem:  # as many kinds as there are ways to fail
+    encrypted = address.startswith(("tls:", "wss:"))
+    if encrypted and Security().get_connection_args("client").get("ssl_context") is None:
         raise ClusterError(
-            f"no Dask scheduler answers at {address} within {CONNECT:.0f} s ({first_line(problem)}). Start one: "
-            "dask scheduler; and workers: dask worker ADDRESS"
-        ) from None
+            f"{address} is reached by TLS, and Dask's configuration names no certificates. Say "
+            "distributed.comm.tls.ca-file, .client.cert and .client.key in ~/.config/dask/distributed.yaml, or in "
+            "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, …__CLIENT__CERT and …__CLIENT__KEY"
+        )
+    client = _client(address)
     try:
         yield client
     finally:
         _closed(client)
+
+
+class _Client(Client):  # type: ignore[misc]
+    """A client that is closed by the block that it is made for, and not by garbage collection: where nobody answered,
+    that would wait for as long again."""
+
+    def __del__(self) -> None:
+        pass
+
+
+def _client(address: str) -> Client:
+    """Return a client of a scheduler.
+
+    Whoever accepts a connection and says nothing, or no end of something else, has no more time than one that is not
+    there: Dask's own limit is for the connection alone.
+
+    Raises:
+        ClusterError: nobody answers, or no scheduler does.
+    """
+    found: List[Any] = []
+
+    def connect() -> None:
+        try:
+            found.append(_Client(address, timeout=CONNECT, set_as_default=False))
+        except Exception as problem:  # as many kinds as there are ways to fail
+            found.append(problem)
+
+    threading.Thread(target=connect, name="edgeres-connect", daemon=True).start()
+    until = time.monotonic() + CONNECT + GRACE
+    while not found and time.monotonic() < until:
+        time.sleep(LOOK)
+    if not found:
+        raise ClusterError(
+            f"something accepts connections at {address}, but does not answer as a Dask scheduler within "
+            f"{CONNECT + GRACE:.0f} s. Check the address: a scheduler prints it when it starts"
+        )
+    if isinstance(found[0], Exception):
+        raise ClusterError(
+            f"no Dask scheduler answers at {address} within {CONNECT:.0f} s ({first_line(found[0])}). Start one: "
+            "dask scheduler; and workers: dask worker ADDRESS"
+        )
+    return found[0]
 
 
 def _closed(one: Any) -> None:

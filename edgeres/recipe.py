@@ -41,6 +41,7 @@ LARGEST_BATCH = (1 << 31) - 1
 LARGEST_WORKSPACE = (1 << 43) - 1  # in MiB; in bytes it has 63 bits
 TARGETS = ("cpu", "gpu", "dla0", "dla1", "rtx")
 DOSSIER_PREFIX = "edgeres:"
+MOST_CLASSES = 1_000_000  # a classifier of ResNet-50 for so many has 8 GB
 MOST_MINUTES = 7 * 24 * 60
 LARGEST_RECIPE = 1 << 16  # bytes: a recipe is a page of text
 MOST_DOTS = 1_000  # in a line: Python's reader takes gigabytes for a key of 30,000 parts
@@ -487,8 +488,8 @@ def _model_mistakes(model: ModelSection) -> List[str]:
         problems.append(f"model.source: there is no model {model.source!r} ({hint}; {others})")
     if onnx and model.weights:
         problems.append("model.weights: an .onnx file has its weights inside; leave weights out")
-    if model.num_classes is not None and model.num_classes < 1:
-        problems.append(f"model.num_classes: {model.num_classes} is not a positive number of classes")
+    if model.num_classes is not None and not 1 <= model.num_classes <= MOST_CLASSES:
+        problems.append(f"model.num_classes: {model.num_classes} is not a number of classes from 1 to {MOST_CLASSES:,}")
     if model.seed < 0:
         problems.append(f"model.seed: {model.seed} is negative")
     return problems

@@ -172,6 +172,8 @@ def show_verified(manifest: Manifest, facts: Dict[str, Any], as_json: bool) -> N
             said = f"does not run here: {'; '.join(why)}" if why else "fits this machine"
             click.echo(one_line(f"the engine for {engine.target} {said}"))
         if not manifest.engines:
-            click.echo(one_line(f"it has no engine yet. Make one for this machine: edgeres compile {folder}"))
+            model = "quantize" in manifest.stages or manifest.precision == "fp32"
+            make = "one for this machine: edgeres compile" if model else "the model, and one: edgeres build"
+            click.echo(one_line(f"it has no engine yet. Make {make} {folder}"))
         for path in facts["unlisted"]:
             click.echo(one_line(f"not part of the bundle, not checked: {path}"))

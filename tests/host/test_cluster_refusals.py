@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,6 +91,27 @@ def test_a_scheduler_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatc
         pipeline.build(load_recipe(), tmp_path / "out", cluster="tcp://127.0.0.1:9")
     assert time.monotonic() - start < 30
     assert list(tmp_path.iterdir()) == []  # no work was begun
+
+
+def test_what_accepts_a_connection_and_says_nothing_has_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "CONNECT", 1.0)
+    monkeypatch.setattr(room, "GRACE", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begun = time.monotonic()
+        with (
+            pytest.raises(ClusterError, match="Dask scheduler"),
+            room.joined(f"tcp://127.0.0.1:{silent.getsockname()[1]}", nothing),
+        ):
+            pass
+        assert time.monotonic() - begun < 30
+
+
+def test_tls_without_certificates_is_told_at_once() -> None:
+    with (
+        pytest.raises(ClusterError, match=r"names no certificates\. Say distributed\.comm\.tls"),
+        room.joined("tls://127.0.0.1:9", nothing),
+    ):
+        pass
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

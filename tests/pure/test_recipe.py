@@ -270,6 +270,9 @@ def test_size_and_resize() -> None:
 def test_num_classes_are_the_users_where_given() -> None:
     assert load_recipe(None, {"model.source": "resnet18", "model.num_classes": 10}).model.num_classes == 10
     assert load_recipe(None, {"model.source": "package:make"}).model.num_classes is None
+    for number in (0, 999_999_999):
+        with pytest.raises(RecipeError, match="not a number of classes from 1 to 1,000,000"):
+            load_recipe(None, {"model.source": "resnet18", "model.num_classes": number})
 
 
 def test_the_size_of_an_onnx_file_is_open_until_it_is_looked_up() -> None:
