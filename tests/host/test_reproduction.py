@@ -151,7 +151,7 @@ def test_it_is_built_beside_the_bundle_also_where_that_is_named_from_within(
     (bundle / "mine").mkdir()
     places: list[Path] = []
 
-    def copied(recipe: Recipe, out: Path, until: str, progress: object) -> None:
+    def copied(recipe: Recipe, out: Path, *rest: object) -> None:
         places.append(out)
         shutil.copytree(place / "bundle", out)
 
@@ -165,7 +165,7 @@ def test_it_is_built_beside_the_bundle_also_where_that_is_named_from_within(
 def test_what_an_engine_of_a_gpu_answered_is_not_compared(
     place: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    def built(recipe: Recipe, out: Path, until: str, progress: object) -> None:
+    def built(recipe: Recipe, out: Path, *rest: object) -> None:
         shutil.copytree(place / "bundle", out)
 
     def verified(bundle: Path) -> Manifest:

@@ -55,7 +55,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_warning_is_an_error(page: str, text: str, said: str, site: Path, tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
     shutil.copytree(REPOSITORY / "scripts", tmp_path / "scripts")
-    shutil.copy(REPOSITORY / "mkdocs.yml", tmp_path)
+    for name in ("mkdocs.yml", "SECURITY.md"):
+        shutil.copy(REPOSITORY / name, tmp_path)
     (tmp_path / "edgeres").symlink_to(REPOSITORY / "edgeres")
     with (tmp_path / "docs" / page).open("a", encoding="utf-8") as file:
         file.write(f"\n{text}\n")

@@ -168,7 +168,7 @@ def test_no_test_file_is_needed_and_none_is_made(session: Session) -> None:
     assert session.run("--edgeres-bundle", "good", "--edgeres-data", "samples").ret == 0
     place = session.pytester.path
     (call,) = session.calls()
-    assert call == {"bundle": str(place / "good"), "data": str(place / "samples"), "max_drop": None}
+    assert call == {"bundle": str(place / "good"), "data": str(place / "samples"), "max_drop": None, "workforce": None}
     assert sorted(path.name for path in (place / "good").iterdir()) == ["manifest.json"]
 
 
