@@ -129,6 +129,15 @@ def signatures_found(place: str, contents: Contents, asked: bool) -> Dict[str, A
     }
 
 
+def missing_engine(manifest: Manifest, folder: str) -> str:
+    """Return what to do where a bundle has no engine; an empty text where it has one."""
+    if manifest.engines:
+        return ""
+    model = "quantize" in manifest.stages or manifest.precision == "fp32"
+    make = "one where it runs: edgeres compile" if model else "the model, and one: edgeres build"
+    return f"it has no engine yet. Make {make} {folder}"
+
+
 def signature_words(signature: Dict[str, Any]) -> str:
     """Return one of ``signatures`` of :func:`verify_bundle` in words."""
     if signature["trusted"]:

@@ -13,6 +13,7 @@ from edgeres.artifacts import Bundle, FileRef
 from edgeres.bundle import check_files, parse_manifest, signed_bytes, undisturbed, unlisted
 from edgeres.errors import BundleError, IntegrityError, numbered
 from edgeres.files import CHUNK, MANIFEST, SIGNATURES, open_inside, writing
+from edgeres.inspection import missing_engine
 from edgeres.packed import (
     END,
     SUFFIX,
@@ -33,7 +34,8 @@ from edgeres.workspace import Workspace
 
 class Packed(NamedTuple):
     """A packed bundle: its ``path``, size in ``bytes`` and SHA-256, how many ``files`` it holds, and which files of the
-    folder it does not (``unlisted``: the manifest does not name them)."""
+    folder it does not (``unlisted``: the manifest does not name them); ``missing`` says what to do where it holds no
+    engine."""
 
     path: str
     bytes: int
@@ -41,6 +43,7 @@ class Packed(NamedTuple):
     files: int
     unlisted: Tuple[str, ...]
     signatures: Tuple[Signature, ...]
+    missing: str
 
 
 def pack(bundle: Place, file: Optional[Place] = None, trusted_keys: Optional[Keys] = None) -> Packed:
@@ -98,7 +101,8 @@ def _packed(bundle: Place, place: Path, trusted_keys: Optional[Keys]) -> Packed:
             write(padding(ref.bytes))
         write(END)
     left = tuple(unlisted(bundle, manifest))
-    return Packed(str(place), total, whole.hexdigest(), len(manifest.files), left, signatures)
+    missing = missing_engine(manifest, os.fspath(bundle))
+    return Packed(str(place), total, whole.hexdigest(), len(manifest.files), left, signatures, missing)
 
 
 def _copy(bundle: Place, ref: FileRef, write: Callable[[bytes], None]) -> None:

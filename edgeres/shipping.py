@@ -50,6 +50,8 @@ def pack(bundle: Path, out: Optional[Path], trusted_keys: Optional[Tuple[str, ..
         click.echo(one_line(f"{made.path}: {made.files} files, {made.bytes:,} bytes, SHA-256 {made.sha256}"))
         for path in made.unlisted:
             click.echo(one_line(f"not part of the bundle, not packed: {path}"))
+        if made.missing:
+            click.echo(one_line(made.missing))
         click.echo(printable(f"next, where it goes: edgeres unpack {Path(made.path).name}"))
     return OK
 
@@ -152,7 +154,7 @@ def _passphrase(new: bool = False) -> bytes:
 def show_verified(manifest: Manifest, facts: Dict[str, Any], as_json: bool) -> None:
     """Print what was verified of a bundle, ``facts`` as of :func:`edgeres.inspection.verify_bundle`, and which of its
     engines fit this machine."""
-    from edgeres.inspection import signature_words
+    from edgeres.inspection import missing_engine, signature_words
     from edgeres.packed import unpacked_name
     from edgeres.targets import misfits
     from edgeres.validation.cases import one_line
@@ -171,9 +173,8 @@ def show_verified(manifest: Manifest, facts: Dict[str, Any], as_json: bool) -> N
         for engine, why in fits:
             said = f"does not run here: {'; '.join(why)}" if why else "fits this machine"
             click.echo(one_line(f"the engine for {engine.target} {said}"))
-        if not manifest.engines:
-            model = "quantize" in manifest.stages or manifest.precision == "fp32"
-            make = "one for this machine: edgeres compile" if model else "the model, and one: edgeres build"
-            click.echo(one_line(f"it has no engine yet. Make {make} {folder}"))
+        lacking = missing_engine(manifest, folder)
+        if lacking:
+            click.echo(one_line(lacking))
         for path in facts["unlisted"]:
             click.echo(one_line(f"not part of the bundle, not checked: {path}"))

@@ -708,6 +708,7 @@ def test_the_commands_pack_verify_and_unpack(bundle: Path, tmp_path: Path, monke
     assert json.loads(run("inspect", "net.edgeres", "--json")[1])["name"] == inspect_bundle(Path("net"))["name"]
     told = json.loads(run("unpack", "net.edgeres", "--out", "other", "--json")[1])
     assert (told["bundle"], told["files"], told["intact"], told["trusted"]) == ("other", 5, True, None)
+    assert "no engine" not in out
     told = json.loads(run("pack", "other", "--json")[1])
     assert (told["path"], told["files"], told["unlisted"]) == ("other.edgeres", 5, [])
     code, out, err = run("unpack", "bundle/recipe.toml")
@@ -717,6 +718,17 @@ def test_the_commands_pack_verify_and_unpack(bundle: Path, tmp_path: Path, monke
         code, out, err = run(command, "net.edgeres", *(["net"] if command == "diff" else []))
         assert code == 1
         assert "edgeres unpack net.edgeres" in err
+
+
+def test_a_bundle_without_an_engine_is_packed_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "half", {"model.fp32.onnx": b"net"})
+    for command in (("pack", "half"), ("verify", "half"), ("verify", "half.edgeres")):
+        code, out, _ = run(*command)
+        assert code == 0
+        assert "it has no engine yet. Make the model, and one: edgeres build half" in out
 
 
 def test_an_engine_that_is_gone_is_warned_of(file: Path, tmp_path: Path) -> None:
