@@ -141,14 +141,23 @@ MOST_TOLD = 40  # problems in one message; another network's weights have hundre
 
 
 def numbered(where: str, problems: List[str]) -> str:
-    """Join a place and what is wrong there into one message; several problems stand on lines of their own."""
+    """Join a place and what is wrong there into one message; several problems stand on lines of their own.
+
+    Names in them come from outside: a line break in one must not make a line that looks like ours.
+    """
+    told = [unbroken(one) for one in problems[:MOST_TOLD]]
     if len(problems) == 1:
-        return f"{where}: {problems[0]}"
+        return f"{unbroken(where)}: {told[0]}"
     more = [f"  … and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
-    return "\n".join([f"{where}: {len(problems)} problems", *(f"  - {one}" for one in problems[:MOST_TOLD]), *more])
+    return "\n".join([f"{unbroken(where)}: {len(problems)} problems", *(f"  - {one}" for one in told), *more])
 
 
 def few(names: Sequence[str], shown: int = 3) -> str:
     """Return names as words: the first ones, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return ", ".join(map(unbroken, names[:shown])) + more
+
+
+def unbroken(text: str) -> str:
+    """Return text with its line breaks escaped."""
+    return text.replace("\n", "\\n")

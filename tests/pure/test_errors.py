@@ -90,3 +90,9 @@ def test_a_long_list_is_cut_and_says_by_how_much() -> None:
     assert lines[-1] == "  … and 7 more"
     assert len(lines) == MOST_TOLD + 2
     assert (few(["a", "b"]), few(["a", "b", "c", "d"])) == ("a, b", "a, b, c and 1 more")
+
+
+def test_a_line_break_in_a_strangers_name_makes_no_line() -> None:
+    assert numbered("a\nplace", ["x\nPASS: good"]) == "a\\nplace: x\\nPASS: good"
+    assert numbered("here", ["x\ny", "z"]).splitlines() == ["here: 2 problems", "  - x\\ny", "  - z"]
+    assert few(["a\n::error::b", "c"]) == "a\\n::error::b, c"
