@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -136,6 +137,7 @@ def test_a_read_of_the_weights_that_fails_is_a_sentence_and_any_other_failure_a_
         raise OSError(errno.EIO, "Input/output error")
 
     recipe = load_recipe(None, {"precision": "fp32"})
+    importlib.import_module("edgeres.samples.images")  # first entered below, it would keep what stands there for good
     with monkeypatch.context() as patched:
         patched.setattr("edgeres.files.sha256_file", fail)
         with pytest.raises(EdgeresError, match=r"weights\.safetensors: Input/output error.*goes on where it stopped"):
