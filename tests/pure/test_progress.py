@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from edgeres import cli
+from edgeres import answers
 from edgeres.progress import Progress, counted
 from edgeres.terminal import TerminalProgress
 
@@ -54,5 +54,5 @@ def test_a_bar_without_unrest_has_no_thread(unrest: bool, threads: int, monkeypa
 
 
 def test_json_has_no_numbers_that_json_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._print_json({"scale": [float("nan"), float("inf"), 0.5], "name": "ü"})
+    answers.print_json({"scale": [float("nan"), float("inf"), 0.5], "name": "ü"})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"scale": [None, None, 0.5], "name": "ü"}
