@@ -52,7 +52,7 @@ STAGES = (
     "validate",
 )  # fmt: skip
 MODEL_STAGES = ("export", "calibrate", "quantize")  # what an engine is compiled from
-FORMAT = 9  # part of every key: raise it when a stage's result changes with the same inputs
+FORMAT = 10  # part of every key: raise it when a stage's result changes with the same inputs
 
 Made = Tuple[Any, Tuple[str, ...], str]
 """What a stage's work returns: its noun (or plain data), the files it wrote, and a few words on what it made."""
@@ -360,8 +360,10 @@ class Build:
             every = {*plan_file(fp32, exported.modules, keep).tensors, *placement.tensors}
             shifted = activation_range(self.recipe) == "shifted"
             statistics = self.observe(exported, tuple(sorted(every)))
-            allowed = shiftable_file(fp32, placement) if shifted else frozenset()
+            allowed = shiftable_file(fp32, placement, not shifted) if shifted or recovery.level(self) else frozenset()
             scalings = recovery.equalize(self, exported, placement, statistics, allowed)
+            if not shifted and not scalings:
+                allowed = frozenset()  # what a shift buys for nothing is part of recovery, and there is none
             table = self.calibrate(exported, placement.tensors, statistics, allowed, scalings)
             inputs.update(ranges=to_data(table.tensors), **recovery.depends_on(self, scalings))
             inputs["errors"] = explanation.depends_on(self)
@@ -382,7 +384,7 @@ class Build:
                         self.warn(text)
                 learned = recovery.learned(self, twin.ranges, scalings)
                 return explanation.explained(
-                    self, self._write_int8(content, layers, twin.ranges, learned), exported, twin
+                    self, self._write_int8(content, layers, twin.ranges, learned, shifted), exported, twin
                 )
 
         record = self.stage("quantize", inputs, precision, work)
@@ -394,8 +396,13 @@ class Build:
         layers: Tuple[LayerPlan, ...],
         ranges: Mapping[str, TensorRange],
         learned: Dict[str, TensorRange],
+        shifted: bool,
     ) -> Made:
-        """Write the Q/DQ model, and its second form where that is another."""
+        """Write the Q/DQ model, and its second form where that is another.
+
+        Args:
+            shifted: whether shifts may cost border maps, or are only those that come for nothing.
+        """
         from edgeres.quantize import mixed_content
 
         name = files.model_file("int8")
@@ -416,19 +423,19 @@ class Build:
         paths += [integer] if integer else []
         count = sum(layer.precision == "int8" for layer in layers)
         grouped = sum(layer.precision == "int8" for layer in layers if layer.node in self.grouped)
-        shifted = sum(value.shift > 0 for value in ranges.values())
+        full = sum(value.shift > 0 for value in ranges.values())
         noun = QuantizedModel(
             file=files.file_ref(self.workspace.folder, name),
             precision="int8",
             layers=layers,
             mixed=files.file_ref(self.workspace.folder, second) if second else None,
-            activation_range="shifted" if shifted else "symmetric",
+            activation_range="shifted" if shifted and full else "symmetric",
             grouped_int8=grouped,
             integer=files.file_ref(self.workspace.folder, integer) if integer else None,
             learned=learned,
         )
         made = f"{name}, {counted(count, 'layer')} in int8"
-        made += f", {counted(shifted, 'tensor')} over the full range" if shifted else ""
+        made += f", {counted(full, 'tensor')} over the full range" if full else ""
         return noun, tuple(paths), made
 
     def _write_integer(self, name: str) -> str:

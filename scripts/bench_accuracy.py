@@ -251,7 +251,7 @@ def rows(depth: int, data: Path, count: int, hostile: bool, peers: Sequence[Peer
                 yield row(f"edgeres, {activations}", method, int8, observing + time.perf_counter() - start)
             for rungs in RUNGS:
                 start = time.perf_counter()
-                allowed = shiftable(fp32, placement) if activations == "shifted" else frozenset()
+                allowed = shiftable(fp32, placement, free=activations == "symmetric")
                 tables = {
                     name: expected_noise(statistics.tensors[name], SHIFTED if name in allowed else SYMMETRIC)
                     for name in placement.tensors

@@ -40,9 +40,9 @@ def grouped_in_file(fp32: Path) -> dict[str, str]:
     return grouped_nodes(Graph(onnx.load(fp32, load_external_data=False)))
 
 
-def shiftable_file(fp32: Path, placement: Placement) -> frozenset[str]:
+def shiftable_file(fp32: Path, placement: Placement, free: bool) -> frozenset[str]:
     """Return which ranges of an FP32 file may be shifted; see :func:`edgeres.quantize.shiftable.shiftable`."""
-    return shiftable(onnx.load(fp32), placement)
+    return shiftable(onnx.load(fp32), placement, free)
 
 
 def int8_content(

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 
 from edgeres.quantize.graph import RESHAPES, Graph, attribute
-from edgeres.quantize.offset import carried, shapes_of
+from edgeres.quantize.offset import carried, is_flat, shapes_of
 from edgeres.quantize.placement import Placement
 
 ALWAYS = ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
@@ -14,11 +14,15 @@ OF_THE_FIRST = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Sl
 OF_ALL = ("Add", "Mul", "Concat")
 
 
-def shiftable(model: onnx.ModelProto, placement: Placement) -> frozenset[str]:
+def shiftable(model: onnx.ModelProto, placement: Placement, free: bool = False) -> frozenset[str]:
     """Return the tensors of ``placement.tensors`` that may be shifted; whether one was seen negative is not asked here.
 
     All that reads one in int8 must be able to give the shift back. A convolution with padding needs its input's height
     and width for that; a residual addition passes the shift on; a Mul or a Sigmoid has no int8 form to begin with.
+
+    Args:
+        free: only those that biases alone give back, without a border map, and what the first convolution makes: its
+            noise goes through all of the network.
     """
     graph, shapes = Graph(model), shapes_of(model)
     nodes = {node.name: node for node in graph.nodes}
@@ -26,7 +30,11 @@ def shiftable(model: onnx.ModelProto, placement: Placement) -> frozenset[str]:
     for point in placement.points:
         for name, index in point.readers:
             node = nodes[name]
-            if node.op_type != "Add" and (index or carried(graph, node, np.ones(()), shapes) is None):
+            if node.op_type == "Add":
+                continue
+            offset = None if index else carried(graph, node, np.ones(()), shapes)
+            maps = free and graph.convolutions_above[point.tensor] > 1
+            if offset is None or (maps and not is_flat(offset)):
                 found.discard(point.range_of)
     return frozenset(found)
 

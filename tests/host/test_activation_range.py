@@ -21,6 +21,7 @@ from edgeres.compilation import FOR_A_DLA, SYMMETRIC_INSTEAD, Source, activation
 from edgeres.errors import BackendError, EdgeresError
 from edgeres.files import file_ref
 from edgeres.progress import Progress
+from edgeres.quantize.describe import describe_file
 from edgeres.recipe import dossier, engine_section, load_recipe
 
 
@@ -91,8 +92,9 @@ def test_each_way_is_a_flag_away_and_nothing_is_observed_again(bundle: Path) -> 
     assert model_of(bundle).activation_range == "symmetric"
     assert changed.report is not None
     assert changed.report.activation_range == "symmetric"
-    assert not any(shifts_of(bundle))
+    assert 0 < sum(shift > 0 for shift in shifts_of(bundle)) < len(shifts_of(bundle)) // 2  # what comes for nothing
     assert relus(bundle) > 0
+    assert describe_file(bundle / "model.int8.onnx")["activation_range"] == "symmetric"
     symmetric = (bundle / "model.int8.onnx").read_bytes()
     again, ran = build(bundle, activation_range="shifted")
     assert ran == ["equalize", "calibrate", "quantize", "compile", "validate"]
@@ -103,6 +105,13 @@ def test_each_way_is_a_flag_away_and_nothing_is_observed_again(bundle: Path) -> 
     assert again.report.sqnr_db > changed.report.sqnr_db
     assert (bundle / "model.int8.onnx").read_bytes() != symmetric
     assert build(bundle)[1] == []  # auto means the same here
+
+
+def test_without_recovery_a_symmetric_model_has_no_shift_at_all(bundle: Path) -> None:
+    build(bundle, activation_range="symmetric", recovery="none")
+    assert model_of(bundle).activation_range == "symmetric"
+    assert not any(shifts_of(bundle))
+    assert "edgeres.shifts" not in {e.key for e in onnx.load(bundle / "model.int8.onnx").metadata_props}
 
 
 def test_where_nothing_can_be_shifted_the_model_is_symmetric(bundle: Path) -> None:
@@ -141,6 +150,7 @@ def test_auto_follows_the_backend_that_auto_means(usable: bool, wanted: str, mon
 def test_a_bundle_that_is_quantized_for_a_dla_is_symmetric(bundle: Path) -> None:
     run("quantize", bundle, "--backend", "tensorrt", "--target", "dla0")
     assert model_of(bundle).activation_range == "symmetric"
+    assert not any(shifts_of(bundle))  # a DLA has no recovery
 
 
 def run(command: str, bundle: Path, *options: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -209,7 +219,7 @@ def test_elsewhere_nothing_is_said(target: str, shifted: bool, bundle: Path, mon
 
 
 def test_a_table_and_a_manifest_from_before_are_symmetric(bundle: Path) -> None:
-    build(bundle, activation_range="symmetric")
+    build(bundle, activation_range="symmetric", recovery="none")
     table = json.loads((bundle / "calibration.json").read_bytes())
     for value in table["tensors"].values():
         del value["shift"]

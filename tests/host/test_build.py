@@ -579,7 +579,8 @@ def test_real_nets_keep_their_accuracy(
 ) -> None:
     """FP32 is the checkpoint's own; INT8 beats the best peer measured on these images (25.9 and 24.7 dB).
 
-    The full int8 range after each ReLU takes at least half of the noise power off what symmetric ranges leave.
+    The full int8 range after each ReLU takes a fifth of the noise power or more off what symmetric ranges leave, which
+    have it where that comes for nothing.
     """
     cifar = shared_data / "cifar10"
     weights = next((cifar / "checkpoints").glob(f"resnet{depth}-*.th"))
@@ -601,5 +602,5 @@ def test_real_nets_keep_their_accuracy(
     assert symmetric is not None
     assert symmetric.sqnr_db is not None
     assert exact.sqnr_db is not None
-    assert symmetric.sqnr_db >= floor - 3
-    assert exact.sqnr_db >= symmetric.sqnr_db + 2
+    assert symmetric.sqnr_db >= floor + 1
+    assert exact.sqnr_db >= symmetric.sqnr_db + 1

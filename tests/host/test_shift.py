@@ -363,6 +363,49 @@ def test_what_may_be_shifted(case: str, graph: Text) -> None:
     assert shiftable(model, plan(model, {})) == wanted
 
 
+FREE = {
+    "basic": (
+        "c = Conv <pads = [1, 1, 1, 1]> (x, w8_8_3_3) r = Relu (c) d = Conv <pads = [1, 1, 1, 1]> (r, w8_8_3_3) "
+        "s = Relu (d) e = Conv <pads = [1, 1, 1, 1]> (s, v8_8_3_3) f = Add (e, r) y = Relu (f)",
+        {"r"},
+    ),
+    "bottleneck": (
+        "c = Conv <pads = [1, 1, 1, 1]> (x, w8_8_3_3) r = Relu (c) d = Conv (r, w8_8_1_1) s = Relu (d) "
+        "e = Conv <pads = [1, 1, 1, 1]> (s, v8_8_3_3) t = Relu (e) f = Conv (t, v8_8_1_1) g = Add (f, r) u = Relu (g) "
+        "y = Conv (u, b8_8_1_1)",
+        {"r", "t", "u"},
+    ),
+    "pooled": (
+        "c = Conv <pads = [1, 1, 1, 1]> (x, w8_8_3_3) r = Relu (c) p = MaxPool <kernel_shape = [2, 2]> (r) "
+        "d = Conv <pads = [1, 1, 1, 1]> (p, v8_8_3_3) s = Relu (d) q = MaxPool <kernel_shape = [2, 2]> (s) "
+        "y = Conv <pads = [1, 1, 1, 1]> (q, b8_8_3_3)",
+        {"p"},
+    ),
+    "twice": (
+        "c = Conv (x, w8_8_1_1) d = Conv (c, w8_8_1_1) r = Relu (d) e = Conv (r, v8_8_1_1) "
+        "f = Conv <pads = [1, 1, 1, 1]> (r, v8_8_3_3) y = Add (e, f)",
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FREE)
+def test_what_a_bias_alone_gives_back(case: str, graph: Text) -> None:
+    """And what the first convolution makes. Nothing is added to any image but that one's map, and no ReLU is new."""
+    body, wanted = FREE[case]
+    model = graph(f"net (float[N,8,12,12] x) => (float[N,8,P,Q] y) {{ {body} }}", weights_for(body), valid=False)
+    placement = plan(model, {})
+    assert shiftable(model, placement, free=True) == wanted
+    assert wanted <= shiftable(model, placement)
+    plain, free = (
+        operators(write_int8(model, placement, {name: range_of(4.0, name in found) for name in placement.tensors}))
+        for found in (frozenset(), wanted)
+    )
+    maps = 1 if wanted & {"r", "p"} and case != "bottleneck" else 0
+    assert free["Add"] == plain["Add"] + maps
+    assert free["Relu"] <= plain["Relu"] - len(wanted)
+
+
 @pytest.mark.parametrize("offset", [[0.5, -0.25, 2.0], [0.0, 0.0, 1.0]])
 def test_a_shift_per_channel_is_given_back_too(offset: list[float], graph: Text, exact: Exact) -> None:
     w = np.random.default_rng(0).standard_normal((4, 3, 3, 3)).astype(np.float32)

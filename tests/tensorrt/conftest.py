@@ -196,8 +196,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Quantiz
     """Return ``quantized(net, activations, size)``: a network by its name in the catalogue, or by its description, made
     once per session.
 
-    ``activations`` are ``symmetric``, or ``shifted`` to the full int8 range; ``size`` is the image's, in pixels, by
-    default the network's own.
+    ``activations`` are ``symmetric``, or ``shifted`` to the full int8 range, or ``free``: shifted where that comes for
+    nothing, as recovery has it in symmetric models. ``size`` is the image's, in pixels, by default the network's own.
     """
 
     @cache
@@ -209,7 +209,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Quantiz
         fp32 = onnx.load(source)
         placement = plan(fp32, exported.modules)
         batch = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
-        allowed = shiftable(fp32, placement) if activations == "shifted" else ()
+        allowed = () if activations == "symmetric" else shiftable(fp32, placement, activations == "free")
         ranges = choose(observe(source, placement.tensors, [batch]), "minmax", 99.99, allowed)
         path = folder / "model.int8.onnx"
         onnx.save(write_int8(fp32, placement, ranges), path)

@@ -144,11 +144,14 @@ def test_every_name_is_built_as_planned(
         assert (layer.precision, layer.inputs[0], layer.constants[0]) == (kind,) * 3, node
 
 
+@pytest.mark.parametrize("form", ["shifted", "free"])
 @pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18", "resnet50"])
-def test_the_full_int8_range_costs_no_layer(name: str, rtx: Any, quantized: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_full_int8_range_costs_no_layer(
+    name: str, form: str, rtx: Any, quantized: Callable[..., Any], tmp_path: Path
+) -> None:
     symmetric, shifted = (
         rtx.build(quantized(name, activations).request(tmp_path / f"{activations}.engine")).layers
-        for activations in ("symmetric", "shifted")
+        for activations in ("symmetric", form)
     )
     assert len(shifted) == len(symmetric)
     # Nor does any layer read or write another type: each kernel has its shift or its map in it.
