@@ -93,9 +93,10 @@ class QuantizationSection(msgspec.Struct, frozen=True):
     """``keep_float`` are shell patterns of torch modules that stay in float.
 
     ``activation_range`` is ``symmetric``, with which recovery shifts only what comes for nothing; ``shifted``, which
-    gives all that is never negative the full int8 range; or ``auto``, which takes what suits the engine's target. ``recovery`` is how much is done for the accuracy: ``none``,
-    ``fast``, ``full``, or ``auto``, which is ``fast``, and more where the verdict is ``fail``. Then ``auto`` and
-    ``full`` also give layers back to float until the accuracy budget is kept, for up to ``budget_minutes``; 0: neither.
+    gives all that is never negative the full int8 range; or ``auto``, which takes what suits the engine's target.
+    ``recovery`` is how much is done for the accuracy: ``none``, ``fast``, ``full``, or ``auto``, which is ``fast``, and
+    more where the verdict is ``fail``. Then ``auto`` and ``full`` also give layers back to float until the accuracy
+    budget is kept, for up to ``budget_minutes``; 0: neither.
     ``grouped`` is how convolutions in groups run: ``int8``, ``float``, or ``auto``, which is by the engine's target.
     ``weight_range`` is ``full``; ``paired``, which keeps neighbours within what 16 bits hold beside any byte; or
     ``auto``, by the engine's target.

@@ -81,7 +81,7 @@ def _facts(model: onnx.ModelProto) -> dict[str, Any]:
 
 
 def _has_maps_inside(graph: Graph) -> bool:
-    """Whether a convolution behind the second one gets a border map: what is the same for every image is no residual."""
+    """Whether a convolution behind the second one gets a border map: a constant is no residual."""
     return any(
         reader.op_type == "Add" and any(graph.constant(name) is not None for name in reader.input)
         for node in graph.nodes
