@@ -7,6 +7,7 @@ forbids the browser to run anything or to fetch anything.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -44,6 +45,7 @@ def render(contents: Contents) -> bytes:
     return text.encode("utf-8")
 
 
+@functools.lru_cache(maxsize=None)  # it compiles the templates once
 def _environment() -> Environment:
     made = Environment(
         autoescape=True,
