@@ -12,8 +12,9 @@ from edgeres.errors import QuantizationError, printable
 if TYPE_CHECKING:
     import numpy as np
 
-    from edgeres.pipeline import Build, Made
+    from edgeres.pipeline import Build
     from edgeres.quantize.simulate import Twin
+    from edgeres.stages import Made
 
 SECONDS = 30.0  # after which no further images are read; a ResNet-50 at 224×224 takes a third of that on two cores
 WORST = 3  # layers that a build's line names

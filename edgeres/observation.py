@@ -10,11 +10,13 @@ from edgeres.artifacts import ExportedModel, FileRef, to_data
 from edgeres.errors import CalibrationError
 from edgeres.progress import counted
 from edgeres.provenance import versions
+from edgeres.stages import STAGES, Reached
 from edgeres.workforce import Observation
 
 if TYPE_CHECKING:
     from edgeres.calibrate import Statistics
-    from edgeres.pipeline import Build, Made
+    from edgeres.pipeline import Build
+    from edgeres.stages import Made
 
 KEEP_EVERY = 30.0  # seconds of calibration that an interruption may cost; writing it takes a few tenths of one
 
@@ -26,6 +28,8 @@ def observe(job: Build, exported: ExportedModel, tensors: Tuple[str, ...]) -> Fi
         CalibrationError: there are no samples, or the model does not run on them.
     """
     samples = job.calibration
+    if samples is None and STAGES.index("observe") > job.last:
+        raise Reached
     if samples is None:
         raise CalibrationError("int8 needs calibration samples. Name a folder of images: --calibration FOLDER")
     preprocessing = job.recipe.preprocessing

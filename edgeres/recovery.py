@@ -25,10 +25,11 @@ from edgeres.noise import Scaling, scalings_from_bytes, scalings_to_bytes
 from edgeres.provenance import versions
 
 if TYPE_CHECKING:
-    from edgeres.pipeline import Build, Made
+    from edgeres.pipeline import Build
     from edgeres.quantize import Placement, Solo
     from edgeres.quantize.recover import Recovery
     from edgeres.quantize.simulate import Twin
+    from edgeres.stages import Made
 
 LEVELS = {"none": 0, "fast": 1, "auto": 1, "full": 2}
 TOOLS = ("torch", "onnx", "numpy")

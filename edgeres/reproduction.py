@@ -17,9 +17,10 @@ from edgeres.bundle import verify
 from edgeres.errors import BundleError
 from edgeres.files import ENGINES, ERRORS, MEANING, PAGE, RECIPE, REPORT
 from edgeres.matrix import terms_of
-from edgeres.pipeline import STAGES, build
+from edgeres.pipeline import build
 from edgeres.progress import Progress
 from edgeres.recipe import Recipe
+from edgeres.stages import STAGES
 
 NOT_COMPARED = (RECIPE, PAGE, ERRORS, ENGINES)
 """What tells of places and of the machine; what is added up in torch's threads, in an order that their number changes;

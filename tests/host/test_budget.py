@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import command_line
 import edgeres
-from edgeres import models
+from edgeres import calibration, models
 from edgeres.artifacts import Bundle, Climb
 from edgeres.bundle import verify
 from edgeres.inspection import inspect_bundle
@@ -257,7 +257,7 @@ def test_a_skip_that_loses_the_range_it_shared_gets_one_of_its_own(climbed: Clim
         exported = job.export()
         job.given_back = {"/layer2/layer2.0/conv1/Conv": "because"}
         layers = {layer.node: layer for layer in job.quantize(exported).layers}
-        table = job.table(exported)
+        table = calibration.table(job, exported)
     assert (layers["/layer2/layer2.0/conv1/Conv"].precision, layers["/layer2/layer2.0/conv1/Conv"].reason) == (
         "float",
         "because",

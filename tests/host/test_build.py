@@ -438,6 +438,7 @@ def test_random_weights_are_said_loudly(tmp_path: Path) -> None:
 
 def test_a_table_of_another_model_is_refused(tmp_path: Path) -> None:
     """A foreign calibration.json, in a work folder that claims it, must not be used."""
+    from edgeres import calibration
     from edgeres.pipeline import Build
     from edgeres.recipe import load_recipe
     from edgeres.workspace import Workspace
@@ -455,12 +456,12 @@ def test_a_table_of_another_model_is_refused(tmp_path: Path) -> None:
         ):
             workspace.write("calibration.json", json.dumps({**table, field: value}).encode())
             with pytest.raises(CalibrationError, match="belongs to another"):
-                job.table(exported)
+                calibration.table(job, exported)
         workspace.write(
             "calibration.json", json.dumps({**table, "samples": {**table["samples"], "digest": "0"}}).encode()
         )
         with pytest.raises(CalibrationError, match="belongs to another set of samples"):
-            job.table(exported)
+            calibration.table(job, exported)
 
 
 def test_broken_images_are_all_named_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -312,9 +312,10 @@ def test_an_older_bundle_on_a_robot_has_no_parts_to_tell(bundle: Path, monkeypat
 def test_a_build_for_another_backend_computes_the_meaning_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from edgeres import engines
     from edgeres.pipeline import Build
 
-    choose, open_record = Build.judged_engine, workforce.open_record
+    choose, open_record = engines.judged, workforce.open_record
 
     def judged(job: Build, model: QuantizedModel, engine: Engine) -> Engine:
         return msgspec.structs.replace(choose(job, model, engine), backend="tensorrt")
@@ -323,7 +324,7 @@ def test_a_build_for_another_backend_computes_the_meaning_on_the_cpu(
         run = open_record(content, msgspec.structs.replace(record, backend="cpu"), *rest)
         return run if record.backend == "cpu" else Rough(run)
 
-    monkeypatch.setattr(Build, "judged_engine", judged)
+    monkeypatch.setattr(engines, "judged", judged)
     monkeypatch.setattr(workforce, "open_record", rough)
     made = edgeres.build(**options(tmp_path), out=tmp_path / "bundle", recovery="none")
     assert made.report is not None

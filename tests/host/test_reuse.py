@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import edgeres
+from edgeres import comparison
 from edgeres.artifacts import CalibrationTable, Engine, EngineLayer, FileRef, from_json
 from edgeres.bundle import verify
 from edgeres.errors import EdgeresError
@@ -238,7 +239,7 @@ def test_a_report_that_tells_of_other_engines_too_keeps_the_quantized_models_log
         record = workspace.reuse("validate", stages["validate"].key)
         assert record is not None
         job.engines = (Engine("gpu", "tensorrt", "int8", FileRef("engines/gpu.engine", "0", 1), {}, {}, layers=layers),)
-        report = job.told(record)
+        report = comparison.told(job, record)
         assert report.layers
         assert [ref.path for ref in workspace.records["validate"].files] == ["report.json", "quantized.npz"]
 

@@ -45,8 +45,11 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
     "pytest": ("pytest_plugin.py",),  # which nothing but pytest loads
     "pynvml": ("board.py",),  # clocks and power of NVIDIA GPUs, where it is installed
 }
-# The order of the work is written in the language alone.
-NO_THIRD_PARTY = ("pipeline.py",)
+# The order of the work, and what its stages depend on, are written in the language alone.
+NO_THIRD_PARTY = (
+    *("pipeline.py", "stages.py", "exporting.py", "calibration.py"),
+    *("quantization.py", "engines.py", "comparison.py"),
+)
 ROOMS = {"models", "export", "calibrate", "quantize", "backends", "runtime", "validation", "samples", "page"}
 ENGINES = {"cpu", "tensorrt"}
 # The rooms that never run on a robot; the rest is the runtime half, for Python 3.8.
