@@ -16,8 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 import edgeres
-from edgeres import cli as cli_module
-from edgeres import files, judge, workforce
+from edgeres import building, engines, files, judge, workforce
 from edgeres.artifacts import (
     Bundle,
     Climb,
@@ -109,7 +108,7 @@ def test_the_worst_layers_are_named_in_short_and_with_the_flag_that_keeps_them(
 ) -> None:
     """The flags that are advised name what a build takes."""
     manifest, errors = verify(bundle), errors_of(bundle)
-    short = cli_module._build_json(Bundle(str(bundle), manifest), [])["errors"]
+    short = building._build_json(Bundle(str(bundle), manifest), [])["errors"]
     assert [entry["module"] for entry in short] == [layer.module or layer.node for layer in errors.layers[:3]]
     assert [(x["share"], x["own_sqnr_db"]) for x in short] == [(x.share, x.own_sqnr_db) for x in errors.layers[:3]]
     worst, untried = repairs(bundle, manifest)
@@ -312,7 +311,6 @@ def test_an_older_bundle_on_a_robot_has_no_parts_to_tell(bundle: Path, monkeypat
 def test_a_build_for_another_backend_computes_the_meaning_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgeres import engines
     from edgeres.pipeline import Build
 
     choose, open_record = engines.judged, workforce.open_record

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from edgeres import ci
 from edgeres.artifacts import LayerSummary, Report
-from edgeres.cli import VERDICT_CODES, _report_json
 from edgeres.errors import BundleError, SampleError
+from edgeres.judging import VERDICT_CODES, report_json
 from edgeres.measurements import LatencyLimit, LatencyReport
 from edgeres.validation import against_baseline, compare, short_form
 from edgeres.validation.cases import cases
@@ -311,9 +311,9 @@ def test_a_verdict_is_against_fp32_and_the_outcome_counts_the_baseline() -> None
     root = ET.fromstring(junit(WORSE, "b", 0))
     values = {node.attrib["name"]: node.attrib["value"] for node in root.iter("property")}
     assert (values["verdict"], values["outcome"]) == ("pass", "fail")
-    told = _report_json(WORSE)
+    told = report_json(WORSE)
     assert (told["verdict"], told["baseline"]["verdict"], told["outcome"]) == ("pass", "fail", "fail")
-    assert _report_json(GOOD)["outcome"] == "pass"
+    assert report_json(GOOD)["outcome"] == "pass"
 
 
 def test_what_failed_stands_first() -> None:

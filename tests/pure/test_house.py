@@ -19,8 +19,8 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
     "numpy": ("",),
     "msgspec": ("",),
     "click": (
-        *("cli.py", "answers.py", "completion.py", "exits.py", "guide.py"),
-        *("manual.py", "options.py", "shipping.py", "tables.py"),
+        *("cli.py", "answers.py", "building.py", "completion.py", "exits.py", "guide.py"),
+        *("judging.py", "manual.py", "options.py", "shipping.py", "tables.py"),
     ),
     "rich": ("terminal.py",),
     "tomli": ("recipe.py",),
@@ -57,7 +57,7 @@ HOST_ROOMS = {"models", "export", "calibrate", "quantize"}
 # A room may enter these other rooms; any other pair of rooms exchanges nouns and arrays only.
 MAY_ENTER = {"runtime": {"backends"}}
 # Those who call the rooms; a room never calls back.
-CALLERS = {"cli", "pipeline", "tables", "terminal"}
+CALLERS = {"cli", "building", "judging", "pipeline", "tables", "terminal"}
 # The command line: the only files that print and exit.
 SPEAKERS = ("cli.py", "exits.py", "terminal.py", "__main__.py")
 SPEECH = {"print", "exit", "quit", "sys.exit", "os._exit", "logging.basicConfig"}
