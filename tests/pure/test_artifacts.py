@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeres import artifacts, measurements
+from edgeres import artifacts, inputs, measurements, nets, verdicts
 from edgeres.artifacts import (
     Attribution,
     BaselineChange,
@@ -252,7 +252,7 @@ TABLE = CalibrationTable(
 def test_no_noun_is_left_out() -> None:
     there = {
         kind
-        for room in (artifacts, measurements)
+        for room in (artifacts, inputs, nets, verdicts, measurements)
         for _, kind in inspect.getmembers(room, inspect.isclass)
         if kind.__module__ == room.__name__
     }
