@@ -1,6 +1,6 @@
 """The recipe: what the user wants, from TOML and flags, with every mistake reported at once.
 
-A TOML file has the sections below as tables; a flag is an override with a dotted name, such as
+A TOML file has the sections (:mod:`edgeres.sections`) as tables; a flag is an override with a dotted name, such as
 ``{"calibration.method": "entropy"}``. Paths are relative to the file that names them (for flags, to the current
 folder); ``edgeres:`` in front of a path means the dossier that comes with edgeres.
 """
@@ -12,37 +12,48 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Collection, Dict, List, Mapping, NamedTuple, Optional, Sequence, Union
 
 import msgspec
 
 from edgeres import OPTIONS
-from edgeres.architectures import ARCHITECTURES, Architecture
-from edgeres.artifacts import Preprocessing, to_data
+from edgeres.artifacts import to_data
 from edgeres.errors import RecipeError
-from edgeres.files import is_url, read_bounded
+from edgeres.files import read_bounded
+from edgeres.mistakes import engine_mistakes, mistakes
+from edgeres.places import DOSSIER_PREFIX, absolute, dossier, locate, place_of
 from edgeres.preprocess import PAD
+from edgeres.sections import BACKENDS, METHODS, PRECISIONS, SECTIONS, TARGETS, EngineSection, Recipe, ValidationSection
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PRECISIONS = ("fp32", "fp16", "int8")
-METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
-ACTIVATION_RANGES = ("auto", "symmetric", "shifted")
-GROUPED = ("auto", "int8", "float")
-WEIGHT_RANGES = ("auto", "full", "paired")
-RECOVERIES = ("auto", "none", "fast", "full")
-POLICIES = ("ci", "point")
-ENGINE_INPUTS = ("auto", "uint8", "float32")
-BACKENDS = ("auto", "cpu", "tensorrt", "tensorrt-rtx")
-LARGEST_BATCH = (1 << 31) - 1
-LARGEST_WORKSPACE = (1 << 43) - 1  # in MiB; in bytes it has 63 bits
-TARGETS = ("cpu", "gpu", "dla0", "dla1", "rtx")
-DOSSIER_PREFIX = "edgeres:"
-MOST_CLASSES = 1_000_000  # a classifier of ResNet-50 for so many has 8 GB
-MOST_MINUTES = 7 * 24 * 60
+__all__ = [
+    "BACKENDS",
+    "DEFAULT_RECIPE",
+    "FLAGS",
+    "METHODS",
+    "PRECISIONS",
+    "SECTIONS",
+    "TABLE",
+    "TARGETS",
+    "EngineSection",
+    "Raw",
+    "Recipe",
+    "ValidationSection",
+    "decode",
+    "dossier",
+    "engine_section",
+    "load_recipe",
+    "locate",
+    "place_of",
+    "read_raw",
+    "read_section",
+    "recipe_data",
+]
+
 LARGEST_RECIPE = 1 << 16  # bytes: a recipe is a page of text
 MOST_DOTS = 1_000  # in a line: Python's reader takes gigabytes for a key of 30,000 parts
 TABLE = "targets"
@@ -52,162 +63,6 @@ ONE_ALONE = (
 )
 DEFAULT_RECIPE = DOSSIER_PREFIX + "recipes/digits-int8.toml"
 IMAGENET_SIZE, IMAGENET_RESIZE = 224, 256
-
-
-class ModelSection(msgspec.Struct, frozen=True):
-    """``source`` is a name from ``edgeres models``, ``package.module:callable``, or an ``.onnx`` file."""
-
-    source: str = ""
-    weights: Optional[str] = None
-    num_classes: Optional[int] = None
-    seed: int = 0
-
-    @property
-    def onnx(self) -> Optional[Path]:
-        """The ``.onnx`` file that the model is, or None where it is a name or a callable."""
-        return locate(self.source) if self.source.lower().endswith(".onnx") else None
-
-
-class InputSection(msgspec.Struct, frozen=True):
-    """``size`` is [height, width] in pixels; the rest as in :class:`edgeres.artifacts.Preprocessing`."""
-
-    size: Optional[Tuple[int, int]] = None
-    resize: Optional[int] = None
-    mean: Tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: Tuple[float, float, float] = (0.229, 0.224, 0.225)
-    color: str = "rgb"
-    fit: str = "crop"
-    pad: Optional[Tuple[int, int, int]] = None
-
-
-class CalibrationSection(msgspec.Struct, frozen=True):
-    """``samples`` is a folder, a list file or an array file; ``count`` of them are used, spread evenly over all."""
-
-    samples: Optional[str] = None
-    count: int = 512
-    method: str = "auto"
-    percentile: float = 99.99
-
-
-class QuantizationSection(msgspec.Struct, frozen=True):
-    """``keep_float`` are shell patterns of torch modules that stay in float.
-
-    ``activation_range`` is ``symmetric``, with which recovery shifts only what comes for nothing; ``shifted``, which
-    gives all that is never negative the full int8 range; or ``auto``, which takes what suits the engine's target.
-    ``recovery`` is how much is done for the accuracy: ``none``, ``fast``, ``full``, or ``auto``, which is ``fast``, and
-    more where the verdict is ``fail``. Then ``auto`` and ``full`` also give layers back to float until the accuracy
-    budget is kept, for up to ``budget_minutes``; 0: neither.
-    ``grouped`` is how convolutions in groups run: ``int8``, ``float``, or ``auto``, which is by the engine's target.
-    ``weight_range`` is ``full``; ``paired``, which keeps neighbours within what 16 bits hold beside any byte; or
-    ``auto``, by the engine's target.
-    """
-
-    keep_float: Tuple[str, ...] = ()
-    activation_range: str = "auto"
-    grouped: str = "auto"
-    weight_range: str = "auto"
-    recovery: str = "auto"
-    budget_minutes: float = 10.0
-
-
-class ValidationSection(msgspec.Struct, frozen=True):
-    """``max_drop`` is the accuracy budget: percentage points of top-1 that may be lost against FP32."""
-
-    samples: Optional[str] = None
-    max_drop: float = 0.5
-    policy: str = "ci"
-
-
-class EngineSection(msgspec.Struct, frozen=True):
-    """``backend`` runs the model: ``auto`` takes the best that this machine has; ``target`` is the device.
-
-    For TensorRT: ``batch`` is (min, opt, max); ``workspace_mib`` limits the builder's scratch memory;
-    ``optimization_level`` is 0…5; ``timing_cache`` is a file that speeds up the next build; ``gpu_fallback`` lets
-    layers that a DLA does not have run on the GPU; ``strict`` refuses an engine with a layer that does not run as
-    planned. ``input`` is what the engine takes: ``uint8`` pixels, a quarter of the bytes, normalized ``float32``, or
-    ``auto``: pixels where any normalized input is then still answered alike (int8 nets that read exact pixels).
-    ``timeout_minutes`` is how long the builder may take.
-    """
-
-    backend: str = "auto"
-    target: Optional[str] = None
-    batch: Tuple[int, int, int] = (1, 8, 32)
-    workspace_mib: Optional[int] = None
-    optimization_level: Optional[int] = None
-    timing_cache: Optional[str] = None
-    gpu_fallback: bool = True
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    strict: bool = False
-    input: str = "auto"
-    timeout_minutes: float = 240.0
-
-
-SECTIONS: Dict[str, type] = {
-    "model": ModelSection,
-    "input": InputSection,
-    "calibration": CalibrationSection,
-    "quantization": QuantizationSection,
-    "validation": ValidationSection,
-    "engine": EngineSection,
-}
-
-
-class Recipe(msgspec.Struct, frozen=True):
-    """What the user wants, whole: every default filled in, every path absolute."""
-
-    name: str
-    precision: str
-    model: ModelSection
-    input: InputSection
-    calibration: CalibrationSection
-    quantization: QuantizationSection
-    validation: ValidationSection
-    engine: EngineSection
-
-    @property
-    def architecture(self) -> Optional[Architecture]:
-        """The named architecture, or None where the model is a callable or a file."""
-        return ARCHITECTURES.get(self.model.source)
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How frames become input.
-
-        Raises:
-            RecipeError: the size is open (an ``.onnx`` model whose size nobody has looked up yet).
-        """
-        if self.input.size is None:
-            raise RecipeError("input.size", ["is not known: say --input-size HEIGHTxWIDTH"])
-        frame = self.input
-        return Preprocessing(self.input.size, frame.resize, frame.mean, frame.std, frame.color, frame.fit, frame.pad)
-
-    def with_size(self, size: Tuple[int, int]) -> Recipe:
-        """Return the recipe for a model that turned out to take images of ``size`` (height, width)."""
-        resize = self.input.resize
-        if resize is None and self.input.fit != "letterbox":
-            resize = max(size)
-        return msgspec.structs.replace(self, input=msgspec.structs.replace(self.input, size=size, resize=resize))
-
-
-def dossier() -> Path:
-    """Return the folder of the data that comes with edgeres: in a wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "dossier"
-    return installed if installed.is_dir() else package.parent / "calibration"
-
-
-def locate(path: str, base: Optional[Path] = None) -> Path:
-    """Return the real place of a recipe's path; ``base`` is what relative paths are relative to."""
-    if path.startswith(DOSSIER_PREFIX):
-        return dossier() / path[len(DOSSIER_PREFIX) :]
-    # A ~name that is nobody's is left as it is: a file may be called so, and if not, it is reported as missing.
-    return (base or Path.cwd()) / os.path.expanduser(path)
-
-
-def place_of(source: str) -> Union[str, Path]:
-    """Return where a recipe's samples are: the URL of a store, or a real place as :func:`locate` has it."""
-    return source if is_url(source) else locate(source)
 
 
 def load_recipe(source: Union[str, Path, None] = None, overrides: Optional[Mapping[str, Any]] = None) -> Recipe:
@@ -298,11 +153,11 @@ def engine_section(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> E
         values = {name: value for name, value in values.items() if name not in ("backend", "target")}
     values.update(given)
     if isinstance(values.get("timing_cache"), str):
-        values["timing_cache"] = _absolute(values["timing_cache"], Path.cwd())
+        values["timing_cache"] = absolute(values["timing_cache"], Path.cwd())
     problems: List[str] = []
     section = read_section("engine", EngineSection, values, problems)
     if isinstance(section, EngineSection):
-        problems.extend(_engine_mistakes(section))
+        problems.extend(engine_mistakes(section))
     if problems or not isinstance(section, EngineSection):
         flags = {f"engine.{name}" for name in given}
         raise RecipeError("options", [_blamed(problem, flags) for problem in problems])
@@ -344,14 +199,10 @@ def _anchor(data: Dict[str, Any], base: Path) -> None:
     ):
         values = data.get(section)
         if isinstance(values, dict) and isinstance(values.get(key), str):
-            values[key] = _absolute(values[key], base)
+            values[key] = absolute(values[key], base)
     model = data.get("model")
     if isinstance(model, dict) and isinstance(model.get("source"), str) and model["source"].lower().endswith(".onnx"):
-        model["source"] = _absolute(model["source"], base)
-
-
-def _absolute(path: str, base: Path) -> str:
-    return path if not path or path.startswith(DOSSIER_PREFIX) or is_url(path) else str(locate(path, base).absolute())
+        model["source"] = absolute(model["source"], base)
 
 
 def decode(data: Dict[str, Any], problems: List[str]) -> Optional[Recipe]:
@@ -368,7 +219,7 @@ def decode(data: Dict[str, Any], problems: List[str]) -> Optional[Recipe]:
     if precision not in PRECISIONS:
         problems.append(f"precision: {_shown(precision)} is not one of {', '.join(PRECISIONS)}")
     recipe = Recipe(name=name, precision=precision, **sections)
-    problems.extend(problem for problem in _mistakes(recipe) if not _known(problem, problems))
+    problems.extend(problem for problem in mistakes(recipe) if not _known(problem, problems))
     return None if problems else _filled(recipe)
 
 
@@ -414,86 +265,6 @@ def _shown(value: Any) -> str:
 def _unknown(key: str, known: List[str], prefix: str) -> str:
     near = difflib.get_close_matches(key, known, 1)
     return f"{prefix}{key}: there is no such key" + (f"; did you mean {prefix}{near[0]}?" if near else "")
-
-
-def _mistakes(recipe: Recipe) -> List[str]:
-    """Return what is wrong with values that have the right type."""
-    problems = []
-    problems.extend(_model_mistakes(recipe.model))
-    if recipe.calibration.count < 1:
-        problems.append(f"calibration.count: {recipe.calibration.count} is not a positive number of samples")
-    if recipe.calibration.method not in METHODS:
-        problems.append(f"calibration.method: {recipe.calibration.method!r} is not one of {', '.join(METHODS)}")
-    if not 50 < recipe.calibration.percentile <= 100:
-        problems.append(f"calibration.percentile: {recipe.calibration.percentile} is not above 50 and at most 100")
-    if not 0 <= recipe.validation.max_drop <= 100:
-        problems.append(f"validation.max_drop: {recipe.validation.max_drop} is not between 0 and 100 percentage points")
-    if recipe.validation.policy not in POLICIES:
-        problems.append(f"validation.policy: {recipe.validation.policy!r} is not one of {', '.join(POLICIES)}")
-    problems.extend(_engine_mistakes(recipe.engine))
-    recovery = recipe.quantization.recovery
-    if recovery not in RECOVERIES:
-        problems.append(f"quantization.recovery: {recovery!r} is not one of {', '.join(RECOVERIES)}")
-    if not 0 <= recipe.quantization.budget_minutes <= MOST_MINUTES:
-        minutes = recipe.quantization.budget_minutes
-        problems.append(f"quantization.budget_minutes: {minutes} is not between 0 and {MOST_MINUTES} minutes")
-    wanted = recipe.quantization.activation_range
-    if wanted not in ACTIVATION_RANGES:
-        ranges = ", ".join(ACTIVATION_RANGES)
-        problems.append(f"quantization.activation_range: {wanted!r} is not one of {ranges}")
-    elif wanted == "shifted" and (recipe.engine.target or "").startswith("dla"):
-        problems.append("quantization.activation_range: a DLA takes symmetric ranges only; leave out, or say symmetric")
-    if recipe.quantization.grouped not in GROUPED:
-        given = recipe.quantization.grouped
-        problems.append(f"quantization.grouped: {given!r} is not one of {', '.join(GROUPED)}")
-    if recipe.quantization.weight_range not in WEIGHT_RANGES:
-        given = recipe.quantization.weight_range
-        problems.append(f"quantization.weight_range: {given!r} is not one of {', '.join(WEIGHT_RANGES)}")
-    return problems
-
-
-def _engine_mistakes(engine: EngineSection) -> List[str]:
-    problems = []
-    if engine.backend not in BACKENDS:
-        problems.append(f"engine.backend: {engine.backend!r} is not one of {', '.join(BACKENDS)}")
-    if engine.target is not None and engine.target not in TARGETS:
-        problems.append(f"engine.target: {engine.target!r} is not one of {', '.join(TARGETS)}")
-    if not 1 <= engine.batch[0] <= engine.batch[1] <= engine.batch[2]:
-        problems.append(f"engine.batch: {list(engine.batch)} is not [min, opt, max] with 1 <= min <= opt <= max")
-    if engine.batch[2] > LARGEST_BATCH:
-        problems.append(f"engine.batch: {engine.batch[2]} is more than TensorRT can count ({LARGEST_BATCH})")
-    if engine.workspace_mib is not None and not 1 <= engine.workspace_mib <= LARGEST_WORKSPACE:
-        problems.append(
-            f"engine.workspace_mib: {engine.workspace_mib} is not a number of MiB from 1 to {LARGEST_WORKSPACE}"
-        )
-    if engine.optimization_level is not None and not 0 <= engine.optimization_level <= 5:
-        problems.append(f"engine.optimization_level: {engine.optimization_level} is not between 0 and 5")
-    if not 0 < engine.timeout_minutes <= MOST_MINUTES:
-        problems.append(f"engine.timeout_minutes: {engine.timeout_minutes} is not above 0 and at most {MOST_MINUTES}")
-    if engine.input not in ENGINE_INPUTS:
-        problems.append(f"engine.input: {engine.input!r} is not one of {', '.join(ENGINE_INPUTS)}")
-    elif engine.input == "uint8" and (engine.target or "").startswith("dla"):
-        problems.append("engine.input: an engine for a DLA takes float32; leave out, or say float32")
-    return problems
-
-
-def _model_mistakes(model: ModelSection) -> List[str]:
-    problems = []
-    onnx = model.onnx is not None
-    if not model.source:
-        problems.append("model.source: is missing. Name a model: see `edgeres models`")
-    elif not onnx and ":" not in model.source and model.source not in ARCHITECTURES:
-        near = difflib.get_close_matches(model.source, list(ARCHITECTURES), 3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see `edgeres models`"
-        others = "or give package.module:callable or a .onnx file"
-        problems.append(f"model.source: there is no model {model.source!r} ({hint}; {others})")
-    if onnx and model.weights:
-        problems.append("model.weights: an .onnx file has its weights inside; leave weights out")
-    if model.num_classes is not None and not 1 <= model.num_classes <= MOST_CLASSES:
-        problems.append(f"model.num_classes: {model.num_classes} is not a number of classes from 1 to {MOST_CLASSES:,}")
-    if model.seed < 0:
-        problems.append(f"model.seed: {model.seed} is negative")
-    return problems
 
 
 def _filled(recipe: Recipe) -> Recipe:
