@@ -20,7 +20,7 @@ import pytest
 
 import edgeres
 from edgeres import cluster as room
-from edgeres import files, pipeline, provenance, shards
+from edgeres import connection, files, pipeline, provenance, shards
 from edgeres.artifacts import Preprocessing
 from edgeres.backends import cpu
 from edgeres.errors import ClusterError, EdgeresError, MissingPackageError
@@ -85,7 +85,7 @@ def test_what_is_no_address_is_told() -> None:
 
 
 def test_a_scheduler_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(room, "CONNECT", 2.0)
+    monkeypatch.setattr(connection, "CONNECT", 2.0)
     start = time.monotonic()
     with pytest.raises(ClusterError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9 within 2 s"):
         pipeline.build(load_recipe(), tmp_path / "out", cluster="tcp://127.0.0.1:9")
@@ -94,8 +94,8 @@ def test_a_scheduler_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_accepts_a_connection_and_says_nothing_has_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "CONNECT", 1.0)
-    monkeypatch.setattr(room, "GRACE", 0.5)
+    monkeypatch.setattr(connection, "CONNECT", 1.0)
+    monkeypatch.setattr(connection, "GRACE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begun = time.monotonic()
         with (
@@ -336,7 +336,7 @@ def test_work_that_is_dropped_while_it_is_waited_for_is_told() -> None:
 def test_workers_of_this_machine_that_are_late_or_too_many_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ClusterError, match="would start 999 processes"), room.joined("local:999", nothing):
         pass
-    monkeypatch.setattr(room, "PATIENCE", 0.2)
-    monkeypatch.setattr(room.LocalCluster, "scale", lambda self, count: None)
+    monkeypatch.setattr(connection, "PATIENCE", 0.2)
+    monkeypatch.setattr(connection.LocalCluster, "scale", lambda self, count: None)
     with pytest.raises(ClusterError, match="did not all start within"), room.joined("local:1", nothing):
         pass
