@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -23,13 +22,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts/faults.py"
 
 @pytest.fixture(scope="module")
 def faults() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("faults", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["faults"] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        return importlib.import_module("faults")
 
 
 def test_killed_builds_and_full_disks_lose_nothing() -> None:
@@ -96,8 +91,9 @@ def test_builds_that_fail_by_themselves_end_the_kills(faults: ModuleType, tmp_pa
 def test_a_bundle_without_any_model_is_lost(
     faults: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faults, "verify", lambda out: SimpleNamespace(engines=()))
-    wanted = {"files": dict.fromkeys(faults.SAME, "a hash"), "logits": [0.0]}
+    room = sys.modules["arena"]
+    monkeypatch.setattr(room, "verify", lambda out: SimpleNamespace(engines=()))
+    wanted = {"files": dict.fromkeys(room.SAME, "a hash"), "logits": [0.0]}
     arena = SimpleNamespace(wanted={"old": wanted, "new": wanted})
     assert faults.Arena.earlier(arena, tmp_path, True)["lost"] == "it is neither the old nor the new bundle"
 
@@ -108,7 +104,7 @@ def test_a_stage_whose_record_is_lost_counts_as_run_again(
     """What a build has finished is noted outside of its work folder."""
     finished = SimpleNamespace(files=("model.onnx",))
     monkeypatch.setattr("edgeres.workspace.Workspace.finish", lambda *given: finished)
-    faults.noting(tmp_path / "done")
+    sys.modules["injuries"].noting(tmp_path / "done")
     Workspace(tmp_path / "net").finish("export", "key", (), 0.0, {})
     finished.files = ()
     Workspace(tmp_path / "net").finish("hygiene", "key", (), 0.0, {})

@@ -31,10 +31,7 @@ ALLOWED: Dict[str, Tuple[str, ...]] = {
     "jinja2": ("page/render.py",),
     "cryptography": ("keys.py",),
     "markupsafe": ("page/render.py",),  # jinja2's own: text that is HTML already
-    "distributed": (
-        "cluster.py",
-        "connection.py",
-    ),  # Dask: the passes over the samples on many machines, where they are asked for
+    "distributed": ("cluster.py", "connection.py"),  # Dask: the passes over the samples on many machines
     "dask": ("connection.py",),  # its configuration
     "fsspec": ("samples/remote.py",),  # samples in object stores
     "google": ("export/",),  # protobuf, for the error of a damaged ONNX file

@@ -21,7 +21,7 @@ LOADERS: Dict[str, Tuple[str, object]] = {
 DOORS = {
     "edgeres/models/__init__.py": "a callable that the user names",
     "edgeres/backends/tensorrt/module.py": "TensorRT's own packages",
-    "scripts/faults.py": "edgeres' own modules",
+    "scripts/arena.py": "edgeres' own modules",
     "scripts/bench_accuracy.py": "the quantizers of its own table",
 }
 """Where a module is imported by a name that is no constant, and whose name that is."""
