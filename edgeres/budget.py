@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Collection, Optional, Tuple
 
 import msgspec
 
-from edgeres import __version__, recovery
+from edgeres import __version__, recovery, stages
 from edgeres.artifacts import Climb, ExportedModel, LayerCost, Report, Rung, from_data, to_data
 from edgeres.errors import BundleError, EdgeresError
 from edgeres.provenance import versions
@@ -281,7 +281,7 @@ def _key(job: Build, exported: ExportedModel) -> str:
     return stage_key(
         "climb",
         {
-            "format": FORMAT,
+            "format": [FORMAT, stages.FORMAT],
             "edgeres": __version__,
             "model": exported.file.sha256,
             "imported": None if job.imported is None else to_data(job.imported),

@@ -81,7 +81,7 @@ def grouped_precision(recipe: Recipe) -> str:
 
 def pairs_weights(recipe: Recipe) -> bool:
     """Whether a recipe's weights are to be such that no CPU's multiply–add saturates: what it says, or what suits its
-    target on this machine. Behind a symmetric range hardly any does.
+    target on this machine. Behind a symmetric range hardly any does; see :func:`pairs_where_shifted`.
 
     Raises:
         BackendError: the target is not one of the backend's.
@@ -90,6 +90,15 @@ def pairs_weights(recipe: Recipe) -> bool:
     if wanted != "auto":
         return wanted == "paired"
     return resolve(recipe.engine)[1] == "cpu" and activation_range(recipe) == "shifted"
+
+
+def pairs_where_shifted(recipe: Recipe) -> bool:
+    """Whether a recipe's weights are to be such beside those tensors that are shifted, where not all are.
+
+    Raises:
+        BackendError: the target is not one of the backend's.
+    """
+    return recipe.quantization.weight_range == "auto" and resolve(recipe.engine)[1] == "cpu"
 
 
 class Source(NamedTuple):
@@ -139,17 +148,17 @@ def _range_warnings(model: QuantizedModel, target: str) -> Tuple[str, ...]:
     Raises:
         BackendError: the target cannot run it.
     """
-    if model.activation_range == "symmetric" or target in SHIFTED_TARGETS:
-        return ()
-    if target.startswith("dla"):
+    if target.startswith("dla") and (model.shifted or model.activation_range == "shifted"):
         raise BackendError(
             f"{model.file.path} has activations shifted to the full int8 range, and a DLA quantizes symmetrically: up "
             "to TensorRT 10.7 it gets scales alone, without the graph that holds the shifts. Where the bundle was "
             f"built: {FOR_A_DLA}. Then compile it here."
         )
+    if model.activation_range == "symmetric" or target in SHIFTED_TARGETS:
+        return ()
     return (
-        "activations are shifted to the full int8 range, and what that costs in time on TensorRT is not measured yet. "
-        f"Compare with the model without: {SYMMETRIC_INSTEAD}",
+        "activations are shifted to the full int8 range, and what its border maps cost in time on TensorRT is not "
+        f"measured yet. Compare with the model that has none inside: {SYMMETRIC_INSTEAD}",
     )
 
 
@@ -259,6 +268,8 @@ def _ranges(folder: Path, equalized: bool) -> Dict[str, float]:
         if not all(scaling.is_plain for scaling in found.values()):
             return {}
     table = from_json(_content(folder, files.TABLE), CalibrationTable, files.TABLE)
+    if any(value.shift > 0 for value in table.tensors.values()):
+        return {}  # their reach was chosen for twice as many steps
     return {name: value.amax for name, value in table.tensors.items()}
 
 

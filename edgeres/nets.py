@@ -78,8 +78,8 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``mixed`` is the int8 model's second form, in which everything that is not quantized computes in float16: strongly
     typed TensorRT (10.12 and later) takes precisions from the graph alone. ``activation_range`` is ``shifted`` where
-    all tensors that are never negative have the full int8 range, for the price of border maps; in a ``symmetric`` model
-    some may have it that cost nothing. ``grouped_int8`` counts the int8 convolutions that are
+    tensors have the full int8 range for the price of border maps, else ``symmetric``; ``shifted`` counts all that have
+    it. ``grouped_int8`` counts the int8 convolutions that are
     in groups. ``integer`` is the same model in onnxruntime's integer operators, for a CPU. ``learned`` are the ranges
     that accuracy recovery changed: the model has these, and of all others those of the calibration table.
     """
@@ -89,6 +89,7 @@ class QuantizedModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: Tuple[LayerPlan, ...]
     mixed: Optional[FileRef] = None
     activation_range: str = "symmetric"
+    shifted: int = 0
     grouped_int8: int = 0
     integer: Optional[FileRef] = None
     learned: Dict[str, TensorRange] = {}

@@ -33,14 +33,15 @@ def quantize(job: Build, exported: ExportedModel) -> QuantizedModel:
 
     else:
         from edgeres import explanation, recovery
-        from edgeres.compilation import activation_range, pairs_weights
+        from edgeres.compilation import activation_range, pairs_weights, pairs_where_shifted
         from edgeres.quantize import grouped_in_file, int8_content, plan_file, shiftable_file, twin_file
         from edgeres.targets import resolve
 
         fp32 = job.workspace.folder / files.FP32_MODEL
         own, job.grouped = job.imported, grouped_in_file(fp32)
         inputs["left_float"] = job.left_float
-        inputs["paired"] = paired = pairs_weights(job.recipe)
+        paired = pairs_weights(job.recipe)
+        inputs["paired"] = [paired, pairs_where_shifted(job.recipe)]
         inputs["for_cpu"] = resolve(job.recipe.engine)[1] == "cpu"
         placement = plan_file(fp32, exported.modules, keep, job.left_float, paired)
         every = {*plan_file(fp32, exported.modules, keep).tensors, *placement.tensors}
@@ -69,9 +70,7 @@ def quantize(job: Build, exported: ExportedModel) -> QuantizedModel:
                 for text in imported.likeness(job, name, exported.input_name):
                     job.warn(text)
             learned = recovery.learned(job, twin.ranges, scalings)
-            return explanation.explained(
-                job, _write_int8(job, content, layers, twin.ranges, learned, shifted), exported, twin
-            )
+            return explanation.explained(job, _write_int8(job, content, layers, twin.ranges, learned), exported, twin)
 
     record = job.stage("quantize", inputs, precision, work)
     return from_data(record.facts, QuantizedModel, "stage quantize")
@@ -83,14 +82,9 @@ def _write_int8(
     layers: Tuple[LayerPlan, ...],
     ranges: Mapping[str, TensorRange],
     learned: Dict[str, TensorRange],
-    shifted: bool,
 ) -> Made:
-    """Write the Q/DQ model, and its second form where that is another.
-
-    Args:
-        shifted: whether shifts may cost border maps, or are only those that come for nothing.
-    """
-    from edgeres.quantize import mixed_content
+    """Write the Q/DQ model, and its second form where that is another."""
+    from edgeres.quantize import activation_range_of, mixed_content
 
     name = files.model_file("int8")
     job.workspace.write(name, content)
@@ -116,7 +110,8 @@ def _write_int8(
         precision="int8",
         layers=layers,
         mixed=files.file_ref(job.workspace.folder, second) if second else None,
-        activation_range="shifted" if shifted and full else "symmetric",
+        activation_range=activation_range_of(job.workspace.folder / name),
+        shifted=full,
         grouped_int8=grouped,
         integer=files.file_ref(job.workspace.folder, integer) if integer else None,
         learned=learned,

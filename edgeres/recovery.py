@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, FrozenSet, Mapping, Optional, Tuple, Union
 
 import numpy as np
 
@@ -71,8 +71,11 @@ def equalize(
 
     Empty where recovery is off, or cannot follow the model; the latter is a warning.
     """
+    from edgeres.compilation import activation_range
+
     if not level(job) or not placement.weights:
         return {}
+    free = activation_range(job.recipe) == "symmetric"
     inputs: Dict[str, Any] = {
         "model": exported.file.sha256,
         "statistics": statistics.sha256,
@@ -80,6 +83,7 @@ def equalize(
         "points": [(point.tensor, point.range_of, point.readers) for point in placement.points],
         "weights": [(weight.tensor, weight.axis, weight.readers) for weight in placement.weights],
         "shifted": sorted(shifted),
+        "free": free,
         **_samples(job),
     }
 
@@ -90,15 +94,18 @@ def equalize(
         path = job.workspace.folder / files.STATISTICS
         counted = Statistics.from_bytes(path.read_bytes(), str(path))
         found = counted.tensors
+        inner = [name for name in placement.tensors if name != exported.input_name]  # its pixels will be exact
         tables = {
-            name: expected_noise(found[name], grid_of(name in shifted and found[name].minimum >= 0))
-            for name in placement.tensors
-            if name != exported.input_name  # its pixels will be exact
+            name: expected_noise(found[name], grid_of(name in shifted and found[name].minimum >= 0)) for name in inner
         }
+        # What comes for nothing is no reason to believe the factors less.
+        before = {name: expected_noise(found[name], grid_of(False)) for name in inner} if free else tables
         fp32 = job.workspace.folder / files.FP32_MODEL
         images, batch = images_of(job)
         try:
-            scalings = find_scalings(fp32, placement, tables, counted.samples, images, batch, job.progress.advance)
+            scalings = find_scalings(
+                fp32, placement, tables, counted.samples, images, batch, job.progress.advance, before
+            )
         except QuantizationError as problem:
             job.warn(f"accuracy recovery is off: {problem}")
             scalings = {}
@@ -123,7 +130,7 @@ def content(
         return None
     from edgeres.quantize.recover import recovered_content
 
-    recovery = _recovery(job, scalings)
+    recovery = _recovery(job, scalings, ranges)
     keep = job.recipe.quantization.keep_float
     fp32 = job.workspace.folder / files.FP32_MODEL
     return recovered_content(fp32, exported.modules, keep, ranges, recovery, job.progress.advance)
@@ -140,8 +147,7 @@ def learned(job: Build, ranges: Mapping[str, TensorRange], scalings: Mapping[str
     return described(Statistics.from_bytes(path.read_bytes(), str(path)), changed, scalings)
 
 
-def _recovery(job: Build, scalings: Mapping[str, Scaling]) -> Recovery:
-    from edgeres.compilation import pairs_weights
+def _recovery(job: Build, scalings: Mapping[str, Scaling], ranges: Mapping[str, TensorRange]) -> Recovery:
     from edgeres.quantize.recover import Recovery
 
     images, batch = images_of(job)
@@ -151,8 +157,18 @@ def _recovery(job: Build, scalings: Mapping[str, Scaling]) -> Recovery:
         images=[images[start : start + batch] for start in range(0, len(images), batch)],
         rounds=reconstruction(job)[0] if level(job) > 1 else 0,
         left_float=job.left_float,
-        paired=pairs_weights(job.recipe),
+        paired=_paired(job, ranges),
     )
+
+
+def _paired(job: Build, ranges: Mapping[str, TensorRange]) -> Union[bool, FrozenSet[str]]:
+    """Return whether all weights are paired, or beside which tensors they are: what a CPU reads shifted in a symmetric
+    model takes up to 255 in its bytes, what is not at most 127."""
+    from edgeres.compilation import pairs_weights, pairs_where_shifted
+
+    if pairs_weights(job.recipe) or not pairs_where_shifted(job.recipe):
+        return pairs_weights(job.recipe)
+    return frozenset(name for name, found in ranges.items() if found.shift > 0)
 
 
 def depends_on(job: Build, scalings: Mapping[str, Scaling]) -> Dict[str, Any]:
@@ -201,8 +217,6 @@ def costs(
     job: Build, exported: ExportedModel, watch: Callable[[int, int], None]
 ) -> Tuple[Callable[[], Solo], Tuple[LayerCost, ...]]:
     """Return what each layer of the present int8 model costs alone, and what measures any choice of layers."""
-    from edgeres.compilation import pairs_weights
-
     table = from_json((job.workspace.folder / files.TABLE).read_bytes(), CalibrationTable, files.TABLE)
     path = job.workspace.folder / files.SCALINGS
     keep = job.recipe.quantization.keep_float
@@ -211,7 +225,7 @@ def costs(
     def solo() -> Solo:
         from edgeres.quantize import Solo
 
-        recovery = _recovery(job, scalings_from_bytes(path.read_bytes(), str(path)))
+        recovery = _recovery(job, scalings_from_bytes(path.read_bytes(), str(path)), table.tensors)
         fp32 = job.workspace.folder / files.FP32_MODEL
         return Solo(fp32, exported.modules, keep, table.tensors, recovery, watch)
 
@@ -220,13 +234,14 @@ def costs(
         worst = found[0].layer if found else "nothing"
         return {"images": images, "layers": to_data(found)}, (), f"{len(found)} layers and blocks alone; worst: {worst}"
 
+    paired = _paired(job, table.tensors)
     inputs: Dict[str, Any] = {
         "model": exported.file.sha256,
         "ranges": to_data(table.tensors),
         "scalings": files.sha256_file(path),
         "keep_float": keep,
         "left_float": sorted(job.left_float),
-        "paired": pairs_weights(job.recipe),
+        "paired": paired if isinstance(paired, bool) else sorted(paired),
         **_samples(job),
     }
     record = job.stage("sensitivity", inputs, "each layer alone, on calibration samples", work)

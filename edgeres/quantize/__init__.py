@@ -8,6 +8,7 @@ keeps; the rest does it from file to file.
 from __future__ import annotations
 
 from edgeres.quantize.documents import (
+    activation_range_of,
     fp16_content,
     grouped_in_file,
     int8_content,
@@ -30,6 +31,7 @@ __all__ = [
     "Placement",
     "Point",
     "Solo",
+    "activation_range_of",
     "fewest",
     "fp16_content",
     "grouped_in_file",

@@ -13,6 +13,7 @@ from edgeres.quantize.graph import Graph
 from edgeres.quantize.lint import lint
 from edgeres.quantize.offset import shifts_of
 from edgeres.quantize.pairs import kind_of, ranges_of
+from edgeres.quantize.shift import activation_range
 from edgeres.toolmarks import tool_of
 
 PLUMBING = ("QuantizeLinear", "DequantizeLinear", "Constant")
@@ -29,9 +30,8 @@ def describe_file(path: Path) -> dict[str, Any]:
 
     ``quantized_by`` is the tool that a quantized file looks like; ``ranges`` are those of its Q/DQ pairs, by tensor.
 
-    ``activation_range`` is ``shifted`` where some tensors are quantized over the full int8 range, else ``symmetric``.
-    What comes for nothing in a symmetric model does not count: shifts that biases give back, and the maps of the first
-    two convolutions, whose inputs are the pixels and what is made of these.
+    ``activation_range`` is as of :func:`edgeres.quantize.shift.activation_range`, and ``shifted`` counts the tensors
+    that are quantized over the full int8 range; the input, with a shift for each channel, does not count.
 
     Raises:
         ExportError: the file cannot be read as ONNX.
@@ -73,21 +73,12 @@ def _facts(model: onnx.ModelProto) -> dict[str, Any]:
         "inputs": graph.inputs,
         "outputs": graph.outputs,
         "layers": layers,
-        "activation_range": "shifted" if shifts_of(model) and _has_maps_inside(graph) else "symmetric",
+        "activation_range": activation_range(model),
+        "shifted": sum(not shift.ndim for shift in shifts_of(model).values()),
         "quantized_by": tool if pairs else "",
         "ranges": ranges_of(graph),
         "lint": lint(model),
     }
-
-
-def _has_maps_inside(graph: Graph) -> bool:
-    """Whether a convolution behind the second one gets a border map: a constant is no residual."""
-    return any(
-        reader.op_type == "Add" and any(graph.constant(name) is not None for name in reader.input)
-        for node in graph.nodes
-        if node.op_type == "Conv" and graph.convolutions_above[node.output[0]] > 2
-        for reader in graph.readers(node.output[0])
-    )
 
 
 def _precision(graph: Graph, node: onnx.NodeProto) -> str:

@@ -19,7 +19,7 @@ from edgeres.quantize.integer import write_integer
 from edgeres.quantize.lint import check
 from edgeres.quantize.mixed import write_mixed
 from edgeres.quantize.placement import Placement, plan
-from edgeres.quantize.shift import explained
+from edgeres.quantize.shift import activation_range, explained
 from edgeres.quantize.shiftable import shiftable
 from edgeres.quantize.simulate import Twin
 
@@ -38,6 +38,11 @@ def plan_file(
 def grouped_in_file(fp32: Path) -> dict[str, str]:
     """Return the grouped convolutions of an FP32 file; see :func:`edgeres.quantize.grouped.grouped_nodes`."""
     return grouped_nodes(Graph(onnx.load(fp32, load_external_data=False)))
+
+
+def activation_range_of(int8: Path) -> str:
+    """Return ``shifted`` or ``symmetric`` for a Q/DQ file; see :func:`edgeres.quantize.shift.activation_range`."""
+    return activation_range(onnx.load(int8))
 
 
 def shiftable_file(fp32: Path, placement: Placement, free: bool) -> frozenset[str]:

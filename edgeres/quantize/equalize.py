@@ -105,6 +105,7 @@ def equalize(
     tables: Mapping[str, NoiseTable],
     sensitivity: Mapping[str, np.ndarray],
     images: int,
+    before: Mapping[str, NoiseTable] | None = None,
 ) -> np.ndarray:
     """Return the factor of every group, float64 ``(groups,)``; 1 where a group is not free, and for all of them where
     it is doubtful that they gain anything.
@@ -120,6 +121,7 @@ def equalize(
         tables: for every quantized tensor that is to be considered.
         sensitivity: of these and of every quantized layer's output, float64 ``(C,)`` each.
         images: that ``tables`` were counted on.
+        before: tables of what the factors' gain is measured against, where that is not ``tables``.
     """
     names = [name for name in placement.tensors if name in tables and name in groups.index]
     if not names:
@@ -128,7 +130,8 @@ def equalize(
     weights = _weights(model, placement, groups, tables, sensitivity)
     free = torch.from_numpy(groups.free)
     plain = torch.zeros(len(groups), dtype=torch.float64)
-    before = _noise(activations, weights, plain, activations.best_steps(plain))
+    compared = activations if before is None else _activations(names, groups, before, sensitivity)
+    noise_before = _noise(compared, weights, plain, compared.best_steps(plain))
     log_factor = torch.from_numpy(_even(groups, names, tables, weights))
     log_steps = activations.best_steps(log_factor)
     searched = [log_factor.requires_grad_(True), log_steps.requires_grad_(True)]
@@ -144,7 +147,7 @@ def equalize(
             adam(searched, gradients, means, squares, [], counts, lr=rate, maximize=False, **ADAM)
     with torch.no_grad():
         after = _noise(activations, weights, log_factor, log_steps)
-    if float(after) * (1 + DOUBT / images) > float(before):
+    if float(after) * (1 + DOUBT / images) > float(noise_before):
         return np.ones(len(groups))
     return np.asarray(2.0 ** log_factor.detach().numpy())
 

@@ -8,7 +8,7 @@ sides or on neither.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -92,7 +92,7 @@ def plan(
     modules: Mapping[str, str],
     keep_float: Sequence[str] = (),
     given_back: Mapping[str, str] = MappingProxyType({}),
-    paired: bool = False,
+    paired: bool | Collection[str] = False,
 ) -> Placement:
     """Return where int8 goes in ``model``, with a reason for every node.
 
@@ -102,7 +102,7 @@ def plan(
         keep_float: shell patterns of torch modules, each with all that is inside it, or of node names, that stay in
             float.
         given_back: more nodes that stay in float, by name, and why.
-        paired: of all weights, as in :class:`Weight`.
+        paired: of all weights, as in :class:`Weight`, or of those that meet one of these tensors.
 
     Raises:
         QuantizationError: a pattern of ``keep_float`` names nothing.
@@ -133,7 +133,14 @@ def plan(
         Point(tensor, draft.ranges[tensor], tuple(readers))
         for tensor, readers in sorted(draft.activations.items(), key=lambda item: order[item[0]])
     )
-    weights = tuple(Weight(name, axis, tuple(readers), paired) for (name, axis), readers in draft.weights.items())
+    source = {reader: point.range_of for point in points for reader in point.readers}
+
+    def pairs(readers: Sequence[tuple[str, int]]) -> bool:
+        return paired if isinstance(paired, bool) else any(source[name, 0] in paired for name, _ in readers)
+
+    weights = tuple(
+        Weight(name, axis, tuple(readers), pairs(readers)) for (name, axis), readers in draft.weights.items()
+    )
     return Placement(points, weights, layers, tuple(name for name in kept if name not in gated))
 
 

@@ -7,7 +7,7 @@ rung is a file of its own; every one leaves a graph that the next can read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +59,7 @@ def find_scalings(
     images: np.ndarray,
     batch: int,
     watch: Watch = lambda done, total: None,
+    before: Mapping[str, NoiseTable] | None = None,
 ) -> dict[str, Scaling]:
     """Return every tensor's factors, and the sensitivities of those that are quantized.
 
@@ -68,6 +69,7 @@ def find_scalings(
         counted: how many images they were counted on.
         images: some of these, float32 ``(N, 3, H, W)``, normalized.
         batch: images per step.
+        before: see :func:`edgeres.quantize.equalize.equalize`.
 
     Raises:
         QuantizationError: the graph has an operator that recovery cannot follow.
@@ -79,7 +81,7 @@ def find_scalings(
     outputs = [node.output[0] for node in follower.nodes if node.op_type in WEIGHTED]
     wanted = [name for name in (*placement.tensors, *outputs) if name in channels]
     sensitivity = sensitivities(follower, images, wanted, batch, watch)
-    factors = groups.factors(equalize(model, placement, groups, tables, sensitivity, counted))
+    factors = groups.factors(equalize(model, placement, groups, tables, sensitivity, counted, before))
     return {name: Scaling(values, sensitivity.get(name, np.empty(0))) for name, values in factors.items()}
 
 
@@ -91,7 +93,8 @@ class Recovery:
     read exact pixels; None leaves it as it is. ``images`` are batches, float32 ``(n, 3, H, W)``, normalized.
     ``rounding``: whether weights are rounded by the layer's output, or each to its nearest. ``rounds`` are
     reconstruction's, by gradient; 0 leaves it out. ``left_float``: nodes that stay in float besides those that
-    the recipe names, and why. ``paired``: whether weights are to be such that no multiply–add saturates.
+    the recipe names, and why. ``paired``: whether weights are to be such that no multiply–add saturates, or
+    which tensors' are.
     """
 
     scalings: Mapping[str, Scaling]
@@ -100,7 +103,7 @@ class Recovery:
     rounding: bool = True
     rounds: int = 0
     left_float: Mapping[str, str] = field(default_factory=dict)
-    paired: bool = False
+    paired: bool | Collection[str] = False
 
 
 def recovered_content(

@@ -28,6 +28,7 @@ from edgeres.errors import QuantizationError
 from edgeres.quantize.graph import Graph, attribute, unused
 from edgeres.quantize.offset import SHIFTS_KEY, ZERO, Shape, carried, is_flat, shapes_of, shifts_of
 
+MAP = "_Shift"  # how the names of additions end
 TYPELESS = ("Shape", "Size")  # these look at a tensor, not at its values
 
 
@@ -214,7 +215,7 @@ class _Draft:
         self.raise_bias(node, inside.reshape(-1))
         to, node.output[0] = node.output[0], self.name(f"{node.output[0]}_unshifted")
         inputs = [node.output[0], self.constant(f"{to}_shift", offset - inside[:, :, np.newaxis, np.newaxis])]
-        return [node, helper.make_node("Add", inputs, [to], name=self.name(f"{node.name}_Shift"))]
+        return [node, helper.make_node("Add", inputs, [to], name=self.name(f"{node.name}{MAP}"))]
 
     def raise_bias(self, node: onnx.NodeProto, offset: np.ndarray) -> None:
         """Let a weighted node add ``offset``, ``(1,)`` or ``(K,)``, to its output besides what it adds already."""
@@ -239,7 +240,8 @@ class _Draft:
             found = np.asarray(values, np.float32)
         if not np.isfinite(found).all():
             raise QuantizationError(
-                f"{stem} is beyond float32 once shifted. Keep the layer in float, or use --activation-range symmetric."
+                f"{stem} is beyond float32 once shifted. Keep the layer in float, or shift nothing: "
+                "--activation-range symmetric --recovery none."
             )
         self.constants.append(numpy_helper.from_array(found, name))
         return name
@@ -249,6 +251,24 @@ class _Draft:
         name = unused(stem, self.taken)
         self.taken.add(name)
         return name
+
+
+def activation_range(model: onnx.ModelProto) -> str:
+    """Return ``shifted`` where a Q/DQ model pays for the full int8 range with border maps, else ``symmetric``.
+
+    What recovery has in front of every model does not count: the maps of the first two convolutions on any path, which
+    read the pixels and what is made of these.
+    """
+    graph = Graph(model)
+    marked = shifts_of(model)
+    maps = (node for node in graph.nodes if node.op_type == "Add" and node.name.endswith(MAP))
+    inside = any(graph.convolutions_above[node.output[0]] > 2 and _is_map(graph, node) for node in maps)
+    return "shifted" if marked and inside else "symmetric"
+
+
+def _is_map(graph: Graph, node: onnx.NodeProto) -> bool:
+    values = graph.constant(node.input[1])
+    return values is not None and values.ndim == 4 and values.shape[2:] != (1, 1)
 
 
 def effective_bias(node: onnx.NodeProto, bias: np.ndarray | None) -> np.ndarray:

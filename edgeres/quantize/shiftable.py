@@ -1,4 +1,7 @@
-"""Which tensors may be shifted to the full int8 range: what cannot be negative, and is read by layers that can cope."""
+"""Which tensors may be shifted to the full int8 range: what cannot be negative, and is read by layers that can cope.
+
+And for which of these that comes for nothing: no operation more on any image, a constant in a bias and a ReLU less.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from edgeres.quantize.placement import Placement
 ALWAYS = ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
 OF_THE_FIRST = ("MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Slice", "Identity", "Dropout", *RESHAPES)
 OF_ALL = ("Add", "Mul", "Concat")
+GLOBAL = ("GlobalAveragePool", "ReduceMean")  # of which ``carried`` has refused those that need the true value
 
 
 def shiftable(model: onnx.ModelProto, placement: Placement, free: bool = False) -> frozenset[str]:
@@ -21,8 +25,8 @@ def shiftable(model: onnx.ModelProto, placement: Placement, free: bool = False) 
     and width for that; a residual addition passes the shift on; a Mul or a Sigmoid has no int8 form to begin with.
 
     Args:
-        free: only those that biases alone give back, without a border map, and what the first convolution makes: its
-            noise goes through all of the network.
+        free: only those whose shift biases take, in front and behind, without a border map, and what the first
+            convolution makes, with a map: its noise goes through all of the network.
     """
     graph, shapes = Graph(model), shapes_of(model)
     nodes = {node.name: node for node in graph.nodes}
@@ -36,7 +40,64 @@ def shiftable(model: onnx.ModelProto, placement: Placement, free: bool = False) 
             maps = free and graph.convolutions_above[point.tensor] > 1
             if offset is None or (maps and not is_flat(offset)):
                 found.discard(point.range_of)
-    return frozenset(found)
+    return _Free(graph, nodes, placement).of(found) if free else frozenset(found)
+
+
+class _Free:
+    """Finds what is shifted for nothing. ``layers`` are the nodes in int8 that have a bias, by name."""
+
+    def __init__(self, graph: Graph, nodes: dict[str, onnx.NodeProto], placement: Placement) -> None:
+        self.graph, self.nodes, self.placement = graph, nodes, placement
+        weighted = {name for weight in placement.weights for name, _ in weight.readers}
+        self.layers = {name for name in weighted if nodes[name].op_type in ("Conv", "Gemm")}
+
+    def of(self, tensors: set[str]) -> frozenset[str]:
+        """Return those of some shiftable tensors that cost nothing; what is pooled over the image, where its pool reads
+        such a one: an addition to one value per channel stands between the two steps anyway."""
+        given = {name for name in tensors if self.is_given_back(name)}
+        images = {name for name in given if self.is_taken(name)}
+        return frozenset(images | {name for name in given if self.pooled(name) in images})
+
+    def is_given_back(self, tensor: str) -> bool:
+        """Whether all that reads a tensor does so in int8, and a bias behind it gives the shift back."""
+        uses = {(node.name, index) for node, index in self.graph.uses(tensor)}
+        points = [point for point in self.placement.points if point.range_of == tensor]
+        own = {use for point in points if point.tensor == tensor for use in point.readers}
+        readers = [(self.nodes[name], index) for point in points for name, index in point.readers]
+        return uses == own and tensor not in self.graph.outputs and all(self.can_give(*reader) for reader in readers)
+
+    def can_give(self, node: onnx.NodeProto, index: int) -> bool:
+        """Whether a reader's output gets the shift back from a bias, or is what else may be shifted for nothing."""
+        if node.op_type == "Add":
+            return self.is_layer(node.input[1 - index])
+        return node.name in self.layers or node.op_type in (*GLOBAL, "Slice", "Pad")
+
+    def is_taken(self, tensor: str) -> bool:
+        """Whether a bias in front takes the shift: of a layer, or of one that a skip is added to, and then at most a
+        ReLU and a maximum, with nobody else who reads what lies between."""
+        node = self.graph.producer.get(tensor)
+        while node is not None and node.op_type in ("Relu", "MaxPool"):
+            if not self.is_alone(node.input[0]):
+                return False
+            node = self.graph.producer.get(node.input[0])
+        if node is not None and node.op_type == "Add":
+            return any(map(self.is_layer, node.input))
+        return node is not None and node.name in self.layers
+
+    def is_layer(self, tensor: str) -> bool:
+        """Whether a tensor comes from a layer in int8 with a bias, for one reader."""
+        node = self.graph.producer.get(tensor)
+        return node is not None and node.name in self.layers and self.is_alone(tensor)
+
+    def is_alone(self, tensor: str) -> bool:
+        return len(self.graph.readers(tensor)) == 1 and tensor not in self.graph.outputs
+
+    def pooled(self, tensor: str) -> str:
+        """Return what a tensor is the mean of over the image; empty where it is no such mean."""
+        node = self.graph.producer.get(tensor)
+        while node is not None and node.op_type in RESHAPES and self.is_alone(node.input[0]):
+            node = self.graph.producer.get(node.input[0])
+        return node.input[0] if node is not None and node.op_type in GLOBAL else ""
 
 
 def nonnegative(graph: Graph) -> set[str]:

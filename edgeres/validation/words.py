@@ -86,8 +86,8 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
     steps += faster(report)
     if report.activation_range == "shifted" and report.backend == "tensorrt":
         steps.append(
-            "What the full int8 range of activations costs in time on TensorRT is not measured yet: compare with a "
-            "model without it, --activation-range symmetric."
+            "What the border maps of the full int8 range cost in time on TensorRT is not measured yet: compare with a "
+            "model that has none inside, --activation-range symmetric."
         )
     return steps
 

@@ -363,37 +363,81 @@ def test_what_may_be_shifted(case: str, graph: Text) -> None:
     assert shiftable(model, plan(model, {})) == wanted
 
 
+STEM = "c = Conv <pads = [1, 1, 1, 1]> (x, w8_8_3_3) r = Relu (c) "
 FREE = {
     "basic": (
-        "c = Conv <pads = [1, 1, 1, 1]> (x, w8_8_3_3) r = Relu (c) d = Conv <pads = [1, 1, 1, 1]> (r, w8_8_3_3) "
+        STEM + "d = Conv <pads = [1, 1, 1, 1]> (r, w8_8_3_3) "
         "s = Relu (d) e = Conv <pads = [1, 1, 1, 1]> (s, v8_8_3_3) f = Add (e, r) y = Relu (f)",
         {"r"},
+        1,
     ),
     "bottleneck": (
-        "c = Conv <pads = [1, 1, 1, 1]> (x, w8_8_3_3) r = Relu (c) d = Conv (r, w8_8_1_1) s = Relu (d) "
+        STEM + "d = Conv (r, w8_8_1_1) s = Relu (d) "
         "e = Conv <pads = [1, 1, 1, 1]> (s, v8_8_3_3) t = Relu (e) f = Conv (t, v8_8_1_1) g = Add (f, r) u = Relu (g) "
         "y = Conv (u, b8_8_1_1)",
         {"r", "t", "u"},
+        0,
     ),
     "pooled": (
-        "c = Conv <pads = [1, 1, 1, 1]> (x, w8_8_3_3) r = Relu (c) p = MaxPool <kernel_shape = [2, 2]> (r) "
+        STEM + "p = MaxPool <kernel_shape = [2, 2]> (r) "
         "d = Conv <pads = [1, 1, 1, 1]> (p, v8_8_3_3) s = Relu (d) q = MaxPool <kernel_shape = [2, 2]> (s) "
         "y = Conv <pads = [1, 1, 1, 1]> (q, b8_8_3_3)",
         {"p"},
+        1,
     ),
-    "twice": (
-        "c = Conv (x, w8_8_1_1) d = Conv (c, w8_8_1_1) r = Relu (d) e = Conv (r, v8_8_1_1) "
-        "f = Conv <pads = [1, 1, 1, 1]> (r, v8_8_3_3) y = Add (e, f)",
+    "pooled all over": (
+        STEM + "d = Conv (r, w8_8_1_1) s = Relu (d) p = GlobalAveragePool (s) q = Flatten (p) "
+        "y = Gemm <transB = 1> (q, w10_8)",
+        {"r", "s", "q"},
+        1,  # one value for each channel
+    ),
+    "pooled in part": (
+        STEM + "d = Conv (r, w8_8_1_1) s = Relu (d) p = AveragePool <kernel_shape = [2, 2]> (s) y = Conv (p, v8_8_1_1)",
+        {"r"},
+        0,
+    ),
+    "two readers, one padded": (
+        STEM + "d = Conv (r, w8_8_1_1) s = Relu (d) e = Conv (s, v8_8_1_1) "
+        "f = Conv <pads = [1, 1, 1, 1]> (s, v8_8_3_3) y = Add (e, f)",
+        {"r"},
+        0,
+    ),
+    "read in float too": (
+        STEM + "d = Conv (r, w8_8_1_1) s = Relu (d) e = Conv (s, v8_8_1_1) f = Neg (s) y = Mul (e, f)",
+        {"r"},
+        0,
+    ),
+    "before its ReLU too": (
+        STEM + "d = Conv (r, w8_8_1_1) s = Relu (d) e = Conv (s, v8_8_1_1) f = Neg (d) y = Mul (e, f)",
+        {"r"},
+        0,
+    ),
+    "ReLU6": (STEM + "d = Conv (r, w8_8_1_1) s = Clip (d, nought, six) y = Conv (s, v8_8_1_1)", {"r"}, 0),
+    "joined": (
+        STEM + "d = Conv (r, w8_8_1_1) s = Relu (d) e = Conv (r, w8_8_1_1) t = Relu (e) "
+        "u = Concat <axis = 1> (s, t) y = Conv (u, v8_16_1_1)",
+        {"r"},
+        0,
+    ),
+    "gated": (
+        STEM
+        + "d = Conv (r, w8_8_1_1) g = Sigmoid (d) h = Mul (d, g) a = Add (h, r) s = Relu (a) y = Conv (s, v8_8_1_1)",
         set(),
+        0,
     ),
+    "the output": (STEM + "d = Conv (r, w8_8_1_1) y = Relu (d) z = Conv (y, v8_8_1_1)", {"r"}, 0),
 }
 
 
 @pytest.mark.parametrize("case", FREE)
-def test_what_a_bias_alone_gives_back(case: str, graph: Text) -> None:
-    """And what the first convolution makes. Nothing is added to any image but that one's map, and no ReLU is new."""
-    body, wanted = FREE[case]
-    model = graph(f"net (float[N,8,12,12] x) => (float[N,8,P,Q] y) {{ {body} }}", weights_for(body), valid=False)
+def test_what_comes_for_nothing(case: str, graph: Text) -> None:
+    """Biases in front and behind take it. Nothing is added to any image but a map behind the first convolution's
+    output, and each ReLU in front goes."""
+    body, wanted, added = FREE[case]
+    weights = {**weights_for(body), "nought": np.float32(0), "six": np.float32(6)}
+    used = {name: values for name, values in weights.items() if name in body}
+    shape = "N,10" if "Gemm" in body else "N,8,P,Q"
+    model = graph(f"net (float[N,8,12,12] x) => (float[{shape}] y) {{ {body} }}", used, valid=False)
     placement = plan(model, {})
     assert shiftable(model, placement, free=True) == wanted
     assert wanted <= shiftable(model, placement)
@@ -401,9 +445,21 @@ def test_what_a_bias_alone_gives_back(case: str, graph: Text) -> None:
         operators(write_int8(model, placement, {name: range_of(4.0, name in found) for name in placement.tensors}))
         for found in (frozenset(), wanted)
     )
-    maps = 1 if wanted & {"r", "p"} and case != "bottleneck" else 0
-    assert free["Add"] == plain["Add"] + maps
-    assert free["Relu"] <= plain["Relu"] - len(wanted)
+    assert free["Add"] == plain["Add"] + added
+    assert free["Relu"] == plain["Relu"] - len(wanted - {"q"})
+    for name in placement.tensors if added == 0 else ():  # and no other would come so
+        if name in shiftable(model, placement) - wanted:
+            more = write_int8(model, placement, {n: range_of(4.0, n in {*wanted, name}) for n in placement.tensors})
+            assert operators(more)["Add"] > free["Add"]
+
+
+def test_behind_a_layer_in_float_nothing_is_shifted_for_nothing(graph: Text) -> None:
+    body = STEM + "d = Conv (r, w8_8_1_1) s = Relu (d) y = Conv (s, v8_8_1_1)"
+    model = graph(f"net (float[N,8,12,12] x) => (float[N,8,P,Q] y) {{ {body} }}", weights_for(body), valid=False)
+    assert shiftable(model, plan(model, {}), free=True) == {"r", "s"}
+    names = {node.output[0]: node.name for node in model.graph.node}
+    assert shiftable(model, plan(model, {}, [names["d"]]), free=True) == set()
+    assert shiftable(model, plan(model, {}, [names["c"]]), free=True) == {"s"}
 
 
 @pytest.mark.parametrize("offset", [[0.5, -0.25, 2.0], [0.0, 0.0, 1.0]])
