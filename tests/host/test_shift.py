@@ -389,7 +389,7 @@ FREE = {
         STEM + "d = Conv (r, w8_8_1_1) s = Relu (d) p = GlobalAveragePool (s) q = Flatten (p) "
         "y = Gemm <transB = 1> (q, w10_8)",
         {"r", "s", "q"},
-        1,  # one value for each channel
+        0,  # of equal ranges; of others one constant for each channel
     ),
     "pooled in part": (
         STEM + "d = Conv (r, w8_8_1_1) s = Relu (d) p = AveragePool <kernel_shape = [2, 2]> (s) y = Conv (p, v8_8_1_1)",

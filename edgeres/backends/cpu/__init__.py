@@ -19,7 +19,8 @@ import numpy as np
 import onnxruntime as ort
 
 from edgeres.artifacts import Engine, FileRef
-from edgeres.errors import BackendError, first_line
+from edgeres.backends.cpu.wire import reads_other_files
+from edgeres.errors import BackendError, few, first_line
 
 THREADS = "threads"
 LEVEL = "graph_optimization_level"
@@ -27,7 +28,10 @@ LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-EXACT = {"session.disable_quant_qdq": "1", LEVEL: "extended"}
+MOST_THREADS = 1024
+AS_WRITTEN = "session.disable_quant_qdq"
+"""The one entry of ONNX Runtime's configuration that engines have. Others name files to read and to write."""
+EXACT = {AS_WRITTEN: "1", LEVEL: "extended"}
 FAST = {LEVEL: "all"}
 """For models without Q/DQ, whose answers no rounding can flip."""
 VNNI = frozenset({"avx512_vnni", "avx_vnni", "avx512vnni", "avxvnni"})
@@ -84,13 +88,24 @@ def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] 
 
     Args:
         content: the ONNX file's bytes, already verified.
-        options: as the Engine holds them: the level of graph optimization, the threads, and session configuration
-            entries.
+        options: as the Engine holds them: the level of graph optimization, the threads, and whether Q/DQ is computed
+            as written. They come from a manifest, so any other is refused.
         threads: for one operator; None leaves it to the options, and these to onnxruntime (one per core).
 
     Raises:
-        BackendError: onnxruntime does not accept the model.
+        BackendError: onnxruntime does not accept the model, it reads other files, or an option is none of edgeres'.
     """
+    strange = [f"{key}={value}"[:100] for key, value in options.items() if not _is_ours(key, value)]
+    if strange:
+        raise BackendError(
+            f"the CPU engine has options that edgeres does not write: {few(strange)}. onnxruntime would read or write "
+            "files by some of these, so the bundle is not run. Build it again, or get it from where it was built."
+        )
+    if reads_other_files(content):
+        raise BackendError(
+            "the engine's model takes weights from other files, which the bundle's hashes do not cover, so it is not "
+            "run. Build it again, or get it from where it was built."
+        )
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # what fails is told by the exception
     try:
@@ -106,6 +121,12 @@ def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] 
         return CpuRunner(ort.InferenceSession(content, settings, providers=["CPUExecutionProvider"]))
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
         raise BackendError(f"onnxruntime does not accept this model: {first_line(problem)}") from problem
+
+
+def _is_ours(key: str, value: str) -> bool:
+    if key == THREADS:
+        return value.isascii() and value.isdigit() and len(value) < 5 and int(value) <= MOST_THREADS
+    return value in {LEVEL: tuple(LEVELS), AS_WRITTEN: ("0", "1")}.get(key, ())
 
 
 def open_model(path: Path, precision: str, threads: Optional[int] = None) -> CpuRunner:
