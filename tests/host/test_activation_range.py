@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import onnx
 import pytest
+from onnx import TensorProto
 
 import edgeres
 from edgeres import compilation, targets
@@ -114,6 +115,28 @@ def test_without_recovery_a_symmetric_model_has_no_shift_at_all(bundle: Path) ->
     assert "edgeres.shifts" not in {e.key for e in onnx.load(bundle / "model.int8.onnx").metadata_props}
 
 
+def test_beside_what_a_symmetric_model_shifts_weights_are_paired_for_a_cpu(bundle: Path) -> None:
+    """So that no kernel could saturate. The first layer reads pixels; what is not shifted has no byte beyond 127."""
+    slow = {}
+    for name in ("auto", "full"):
+        build(bundle, activation_range="symmetric", weight_range=name)
+        weights = [w for w in onnx.load(bundle / "model.int8-cpu.onnx").graph.initializer if len(w.dims) > 1]
+        slow[name] = sum(tensor.data_type == TensorProto.UINT8 for tensor in weights)
+    assert slow["auto"] <= 1 < slow["full"]
+
+
+def test_a_model_has_the_name_that_its_file_tells(bundle: Path) -> None:
+    """Whichever form was built before, and where no layer inside is in int8."""
+    keep = ["layer1.0.conv2", "layer2*", "layer3*"]
+    told = []
+    for form in ("symmetric", "shifted", "symmetric"):
+        build(bundle, activation_range=form, keep_float=keep, weight_range="full")
+        told.append((model_of(bundle).activation_range, model_of(bundle).shifted))
+        facts = describe_file(bundle / "model.int8.onnx")
+        assert (facts["activation_range"], facts["shifted"]) == told[-1]
+    assert told[0] == told[2] != told[1]
+
+
 def test_where_nothing_can_be_shifted_the_model_is_symmetric(bundle: Path) -> None:
     build(bundle, activation_range="shifted", keep_float=["layer*", "fc"])
     assert model_of(bundle).activation_range == "symmetric"
@@ -160,8 +183,10 @@ def run(command: str, bundle: Path, *options: str, code: int = 0) -> subprocess.
     return done
 
 
-@pytest.mark.parametrize("target", ["dla0", "dla1"])
-def test_a_dla_refuses_a_shifted_model_and_says_what_to_type(target: str, bundle: Path) -> None:
+@pytest.mark.parametrize(("target", "form"), [("dla0", "shifted"), ("dla1", "symmetric")])
+def test_a_dla_refuses_any_shift_and_says_what_to_type(target: str, form: str, bundle: Path) -> None:
+    build(bundle, activation_range=form)
+    assert model_of(bundle).shifted == sum(shift > 0 for shift in shifts_of(bundle)) > 0
     before = (bundle / "manifest.json").read_bytes()
     done = run("compile", bundle, "--target", target, code=1)
     assert "shifted to the full int8 range" in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +13,6 @@ from edgeres.bundle import verify
 from edgeres.reporting import page_of
 from edgeres.validation import Limits
 from hostile_bundle import HOSTILE, benchmark, made, photos
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: it drives the browser")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine to draw the page with")
 
 PHONE, DESK = (360, 740), (1200, 900)
 PAPER = (680, 960)  # A4 without its margins of 15 mm: 180 mm at 96 pixels per inch
@@ -46,14 +41,6 @@ PLACE = """element => [
   element.getBoundingClientRect().top, innerHeight, scrollY + innerHeight + 1 > document.documentElement.scrollHeight
 ]"""
 """How far below the window's edge an element begins, how high the window is, and whether it shows the page's end."""
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

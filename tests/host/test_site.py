@@ -132,23 +132,17 @@ def test_a_style_that_loads_from_elsewhere_is_found(check: Any, tmp_path: Path) 
     assert "a.css: loads https://fonts.example/x" in found
 
 
-def test_it_can_be_read_on_a_phone_and_asks_nobody(site: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: it drives the browser")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("there is no Chromium on this machine to draw the site with")
+def test_it_can_be_read_on_a_phone_and_asks_nobody(browser: Any, site: Path) -> None:
     asked: list[str] = []
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for width, height in (PHONE, DESK):
-            context = browser.new_context(viewport={"width": width, "height": height}, offline=True)
-            page = context.new_page()
-            page.on("request", lambda request: asked.append(request.url))
-            for path in sorted(site.rglob("*.html")):
-                if path.name == "404.html":  # whose addresses begin at a server's root
-                    continue
-                page.goto(path.as_uri())
-                assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (path, width)
-                assert page.evaluate(OVERFLOWING) == [], (path, width)
-        browser.close()
+    for width, height in (PHONE, DESK):
+        context = browser.new_context(viewport={"width": width, "height": height}, offline=True)
+        page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        for path in sorted(site.rglob("*.html")):
+            if path.name == "404.html":  # whose addresses begin at a server's root
+                continue
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (path, width)
+            assert page.evaluate(OVERFLOWING) == [], (path, width)
+        context.close()
     assert [url for url in asked if not url.startswith("file:")] == []

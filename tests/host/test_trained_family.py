@@ -73,7 +73,8 @@ def test_int8_answers_as_float_does(kind: str, tmp_path: Path, monkeypatch: pyte
         np.testing.assert_array_equal(net.reference.argmax(axis=1), answers)
         assert net.report.top1_reference == (answers == labels).mean()
         same = net.quantized.argmax(axis=1) == answers
-        assert net.report.agreement == same.mean() >= 0.99
+        assert same.mean() >= 0.99
+        assert abs(net.report.agreement - same.mean()) <= 0.002  # of the engine, which may round otherwise on a border
         onnx.checker.check_model(net.int8, full_check=True)
         assert lint(net.int8) == []
         gates = {module for module in net.modules("float") if ".se.fc" in module}
