@@ -101,6 +101,17 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build(tmp_path_factory.mktemp("recovered") / "bundle", activation_range="symmetric", recovery="fast")
 
 
+@pytest.fixture(scope="module")
+def equalized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a network of which nothing may be shifted."""
+    from edgeres.quantize import documents, equalize
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(equalize, "DOUBT", 0.0)
+        patch.setattr(documents, "shiftable", lambda *_: frozenset())
+        return build(tmp_path_factory.mktemp("equalized") / "bundle", activation_range="symmetric", recovery="fast")
+
+
 JUDGED = ("report.json", "quantized.npz")
 
 
@@ -259,9 +270,9 @@ def test_a_dla_that_the_release_does_not_have_leaves_the_bundle_alone(bench: Ben
 
 @pytest.mark.parametrize("version", WEAK)
 def test_ranges_of_an_equalized_model_never_go_beside_the_plain_one(
-    recovered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+    equalized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    shutil.copytree(recovered, tmp_path / "bundle")
+    shutil.copytree(equalized, tmp_path / "bundle")
     bench = Bench(tmp_path / "bundle", monkeypatch)
     double = bench.install(version)
     with pytest.raises(BackendError, match=r"equalized.*--recovery none"):
@@ -325,10 +336,26 @@ def test_a_dla_takes_normalized_input(bench: Bench) -> None:
     assert (engine.input, [tensor.dtype for tensor in double.script.inputs]) == ("float32", ["FLOAT"])
 
 
-def test_a_file_that_an_interrupted_build_has_left_makes_no_model_equalized(recovered: Path) -> None:
-    assert (recovered / "scalings.npz").is_file()
-    assert _ranges(recovered, equalized=True) == {}
-    assert _ranges(recovered, equalized=False)
+def test_a_file_that_an_interrupted_build_has_left_makes_no_model_equalized(equalized: Path) -> None:
+    assert (equalized / "scalings.npz").is_file()
+    assert _ranges(equalized, equalized=True) == {}
+    assert _ranges(equalized, equalized=False)
+
+
+def test_the_reach_of_a_shifted_tensor_is_no_range_for_a_symmetric_one(recovered: Path) -> None:
+    assert _ranges(recovered, equalized=False) == {}
+
+
+@pytest.mark.parametrize("version", DOUBLE.VERSIONS)
+def test_a_dla_gets_no_shift_of_a_symmetric_model_either(
+    recovered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    shutil.copytree(recovered, tmp_path / "bundle")
+    bench = Bench(tmp_path / "bundle", monkeypatch)
+    double = bench.install(version)
+    with pytest.raises(BackendError, match=r"shifted.*--activation-range symmetric --recovery none"):
+        bench.compile(target="dla0")
+    assert double.called("Builder.build_serialized_network") == []
 
 
 @pytest.mark.parametrize("version", DOUBLE.VERSIONS)

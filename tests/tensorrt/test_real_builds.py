@@ -144,8 +144,11 @@ def test_every_name_is_built_as_planned(
         assert (layer.precision, layer.inputs[0], layer.constants[0]) == (kind,) * 3, node
 
 
-@pytest.mark.parametrize("form", ["shifted", "free"])
-@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name in ("resnet20_cifar", "resnet18", "resnet50") for form in ("shifted", "free")]
+    + [("se_resnet50", "free")],
+)
 def test_the_full_int8_range_costs_no_layer(
     name: str, form: str, rtx: Any, quantized: Callable[..., Any], tmp_path: Path
 ) -> None:
