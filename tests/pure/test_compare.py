@@ -264,6 +264,22 @@ def test_any_number_of_points_is_a_budget(budget: Any) -> None:
     assert report.max_drop_pp == budget
 
 
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        (0.001, "0.001"),
+        (1e-5, "0.00001"),
+        (0.5, "0.50"),
+        (0, "0.00"),
+        (100, "100.00"),
+        (12.345, "12.345"),
+        (0.3, "0.30"),
+    ],
+)
+def test_a_budget_is_told_with_all_its_digits(budget: float, said: str) -> None:
+    assert f" against a budget of {said}: " in headline(judge(3, 2, 423, budget))
+
+
 def test_headlines() -> None:
     assert headline(judge(3, 2, 423, 0.5)) == (
         "INT8 loses 0.24 pp of top-1 (95 % interval of the loss -1.08 to 1.65) against a budget of 0.50: "
