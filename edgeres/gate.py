@@ -17,7 +17,7 @@ from edgeres.errors import BackendError, BundleError, EdgeresError
 from edgeres.measurements import LatencyReport
 from edgeres.runtime.loading import choose_engine
 from edgeres.signatures import Keys
-from edgeres.validation import Limits, against_limits
+from edgeres.validation import Limits, against_limits, check_rules
 from edgeres.validation.latency import BATCH, FLOATS
 from edgeres.workforce import Watch, hired
 
@@ -52,12 +52,13 @@ def gate(
         options: ``max_drop``, ``policy`` and ``baseline``; as all others, as of :func:`edgeres.judge.validate_bundle`.
 
     Raises:
-        RecipeError: a limit is none; said before the work, as what follows.
+        RecipeError: a limit, the budget or the policy is none; said before the work, as what follows.
         BackendError: ``min_speedup`` is asked for, and the bundle has no float twin of the engine.
         EdgeresError: nothing could be judged.
     """
     limits = limits or Limits()
     limits.check()
+    check_rules(options.get("max_drop"), options.get("policy"))
     given = {"backend": backend, "trusted_keys": trusted_keys, "watch": watch, **options}
 
     def judged() -> Report:

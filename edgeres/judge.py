@@ -238,7 +238,7 @@ def validate_bundle(
             report, samples_sha256=_digest(samples.sha256(), samples.labels, samples.classes or ())
         )
         if baseline is not None:
-            report = against_baseline(report, baseline, samples.labels)
+            report = against_baseline(report, baseline, samples.labels, reference.shape[1])
         return attributed(_told(report, engine.record), reference, meaning, logits, samples.labels)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from typing import List
+from typing import List, Optional
 
 from edgeres.architectures import ARCHITECTURES
+from edgeres.places import STRAYS, strays
 from edgeres.sections import (
     ACTIVATION_RANGES,
     BACKENDS,
@@ -31,6 +32,8 @@ def mistakes(recipe: Recipe) -> List[str]:
     """Return what is wrong with values that have the right type."""
     problems = []
     problems.extend(_model_mistakes(recipe.model))
+    problems.extend(_strays("calibration.samples", recipe.calibration.samples))
+    problems.extend(_strays("validation.samples", recipe.validation.samples))
     if recipe.calibration.count < 1:
         problems.append(f"calibration.count: {recipe.calibration.count} is not a positive number of samples")
     if recipe.calibration.method not in METHODS:
@@ -67,6 +70,7 @@ def engine_mistakes(engine: EngineSection) -> List[str]:
     problems = []
     if engine.backend not in BACKENDS:
         problems.append(f"engine.backend: {engine.backend!r} is not one of {', '.join(BACKENDS)}")
+    problems.extend(_strays("engine.timing_cache", engine.timing_cache))
     if engine.target is not None and engine.target not in TARGETS:
         problems.append(f"engine.target: {engine.target!r} is not one of {', '.join(TARGETS)}")
     if not 1 <= engine.batch[0] <= engine.batch[1] <= engine.batch[2]:
@@ -88,9 +92,13 @@ def engine_mistakes(engine: EngineSection) -> List[str]:
     return problems
 
 
+def _strays(key: str, path: Optional[str]) -> List[str]:
+    return [f"{key}: {path} {STRAYS}"] if path is not None and strays(path) else []
+
+
 def _model_mistakes(model: ModelSection) -> List[str]:
-    problems = []
-    onnx = model.onnx is not None
+    problems = _strays("model.weights", model.weights) + _strays("model.source", model.source)
+    onnx = model.source.lower().endswith(".onnx")
     if not model.source:
         problems.append("model.source: is missing. Name a model: see `edgeres models`")
     elif not onnx and ":" not in model.source and model.source not in ARCHITECTURES:

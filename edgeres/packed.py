@@ -96,8 +96,13 @@ def is_packed(path: Place) -> bool:
 
 
 def unpacked_name(file: Place) -> str:
-    """Return the folder that a file is unpacked into unless told otherwise, in the current one."""
-    return Path(file).stem
+    """Return the folder that a file is unpacked into unless told otherwise, in the current one.
+
+    An empty text where its name would lead elsewhere: ``..edgeres`` without its ending is the current folder, and
+    ``...edgeres`` its parent.
+    """
+    name = Path(file).stem
+    return "" if name in (".", "..") else name
 
 
 class Source:

@@ -11,7 +11,7 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from edgeres.artifacts import Bundle, FileRef
 from edgeres.bundle import check_files, parse_manifest, signed_bytes, undisturbed, unlisted
-from edgeres.errors import BundleError, IntegrityError, numbered
+from edgeres.errors import BundleError, IntegrityError, numbered, printable
 from edgeres.files import CHUNK, MANIFEST, SIGNATURES, open_inside, writing
 from edgeres.inspection import missing_engine
 from edgeres.packed import (
@@ -140,15 +140,16 @@ def unpack(
         trusted_keys: as of :func:`edgeres.load`: one of them has to have signed what is unpacked.
 
     Raises:
-        BundleError: it is no packed bundle, or ``out`` cannot be written or holds something else.
+        BundleError: it is no packed bundle, ``out`` cannot be written or holds something else, or there is no ``out``
+            and the file's name gives none.
         IntegrityError: with every file that is not as it was packed.
         SignatureError: none of the trusted keys vouches for it; the manifest was not parsed. Whatever is raised, what
             was at ``out`` is untouched.
     """
     with opened(file) as source:
+        place = _unpacked_place(file, out)
         contents = contents_of(source, trusted_keys)
         manifest = contents.manifest
-        place = Path(unpacked_name(file) if out is None else out)
         with Workspace(place) as workspace:
             if workspace.unfinished:
                 raise BundleError(
@@ -166,6 +167,18 @@ def unpack(
             lost = workspace.left_out(manifest)
             workspace.commit(manifest, (contents.content, contents.signatures))
     return Bundle(str(place), manifest), contents, _losses(lost, place)
+
+
+def _unpacked_place(file: Place, out: Optional[Place]) -> Path:
+    if out is None:
+        name = unpacked_name(file)
+        if not name:
+            shown = printable(os.fspath(file))
+            raise BundleError(f"{shown} has a name that gives no folder in the current one. Name one: --out FOLDER")
+        return Path(name)
+    if not os.fspath(out):  # which pathlib takes for the current folder
+        raise BundleError("an empty name is no folder. Name one: --out FOLDER")
+    return Path(out)
 
 
 def _require_space(folder: Path, size: int) -> None:

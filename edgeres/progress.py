@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 
 def counted(number: int, noun: str) -> str:
     """Return a number of things in words: ``1 sample``, ``1,000 samples``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def points(budget: float) -> str:
+    """Return percentage points with two digits, or as many more as they have: 0.001 is not 0.00."""
+    exponent = Decimal(repr(float(budget))).as_tuple().exponent
+    digits = max(2, -exponent) if isinstance(exponent, int) else 2  # a number that is none has a letter there
+    return f"{budget:.{digits}f}"
 
 
 class Progress:

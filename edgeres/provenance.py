@@ -66,6 +66,14 @@ def git_state(folder: Path) -> Optional[Dict[str, Any]]:
     return {"commit": head.strip(), "clean": not changed.strip()}
 
 
+def commit_words(git: object) -> str:
+    """Return in words what :func:`git_state` found, as a manifest tells it, which may hold anything; else an empty
+    text."""
+    if not isinstance(git, dict) or "commit" not in git:
+        return ""
+    return f"{git['commit']}{'' if git.get('clean') else ', with changes'}"
+
+
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout

@@ -62,13 +62,13 @@ def pack(bundle: Path, out: Optional[Path], trusted_keys: Optional[Tuple[str, ..
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=click.Path(),  # as text: as a path an empty name would be the current folder
     metavar="FOLDER",
     help="The bundle's folder. Default: FILE's name without its ending, in the current folder.",
 )
 @key_option
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object on stdout.")
-def unpack(file: Path, out: Optional[Path], trusted_keys: Optional[Tuple[str, ...]], as_json: bool) -> int:
+def unpack(file: Path, out: Optional[str], trusted_keys: Optional[Tuple[str, ...]], as_json: bool) -> int:
     """A packed bundle's folder again, whole or not at all.
 
     The manifest (and with --key who signed it) is checked before anything else is read, and every file against its hash
@@ -160,7 +160,7 @@ def show_verified(manifest: Manifest, facts: Dict[str, Any], as_json: bool) -> N
     from edgeres.validation.cases import one_line
 
     place = facts["bundle"]
-    folder = unpacked_name(place) if os.path.isfile(place) else place  # for what is advised
+    folder = (unpacked_name(place) or "FOLDER") if os.path.isfile(place) else place  # for what is advised
     fits = [(engine, misfits(engine, folder)) for engine in manifest.engines]
     with answered():
         if as_json:

@@ -17,6 +17,7 @@ from edgeres.files import PAGE
 from edgeres.inspection import layer_errors, repairs, worst_errors
 from edgeres.measurements import Benchmark, Memory
 from edgeres.progress import Progress, counted
+from edgeres.provenance import commit_words
 from edgeres.validation import (
     advice,
     baseline_headline,
@@ -304,18 +305,25 @@ def show_manifest(path: str, manifest: Manifest) -> None:
     tools = ", ".join(f"{name} {version}" for name, version in made.items()) if isinstance(made, dict) else made
     out.print(one_line(f"{path}: {manifest.name}, {manifest.precision}"))
     frame = manifest.preprocessing
-    how = f"of frames whose short side is resized to {frame.resize}"
+    how = "of frames that are not resized"
+    if frame.resize is not None:
+        how = f"of frames whose short side is resized to {frame.resize}"
     if frame.fit == "letterbox":
         how = f"of whole frames in a letterbox of {frame.pad}"
     facts: Dict[str, Any] = {
         "input": f"{frame.size[0]}×{frame.size[1]} pixels, {how}; {frame.color}, mean {frame.mean}, std {frame.std}",
-        "engines": ", ".join(f"{e.target} ({e.precision}, takes {e.input}, {e.built_for})" for e in manifest.engines)
-        or "none",
+        "engines": ", ".join(f"{e.target} ({_engine_words(e)})" for e in manifest.engines) or "none",
         "made with": tools,
-        "git": manifest.provenance.get("git"),
+        "git": commit_words(manifest.provenance.get("git")) or "none",
     }
     for name, value in facts.items():
         out.print(one_line(f"  {name}: {value}"))
     for warning in manifest.warnings:
         out.print(one_line(f"  warning: {warning}"), style="yellow")
     show_layers(summaries(manifest.engines))
+
+
+def _engine_words(engine: Engine) -> str:
+    """Return what an engine computes in and takes, and what it was built for, as far as that is known."""
+    built_for = (f"{name} {value}" for name, value in engine.built_for.items() if value)
+    return ", ".join([engine.precision, f"takes {engine.input}", *built_for])

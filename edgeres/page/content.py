@@ -19,6 +19,7 @@ from edgeres.artifacts import (
     to_data,
 )
 from edgeres.measurements import Benchmark
+from edgeres.provenance import commit_words
 
 
 class Flip(NamedTuple):
@@ -130,7 +131,6 @@ class Contents(NamedTuple):
     def origin(self) -> List[Tuple[str, str]]:
         """Where the bundle comes from: name and text."""
         recipe, made = self.manifest.recipe, self.manifest.provenance
-        git = _table(made.get("git"))
         told = {
             "model": _listed(recipe.get("model")),
             "input": _listed(to_data(self.manifest.preprocessing)),
@@ -145,7 +145,7 @@ class Contents(NamedTuple):
             ),
             "made with": _listed({"python": made.get("python"), **_table(made.get("tools"))}),
             "host": _listed(made.get("host")),
-            "commit": f"{git.get('commit')}{'' if git.get('clean') else ', with changes'}" if git else "",
+            "commit": commit_words(made.get("git")),
         }
         return [(name, text) for name, text in told.items() if text]
 

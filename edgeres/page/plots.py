@@ -7,6 +7,7 @@ from typing import List, NamedTuple, Sequence, Tuple
 
 from edgeres.artifacts import Report
 from edgeres.measurements import Benchmark, Latency
+from edgeres.progress import points
 
 WIDTH = 360.0  # of a drawing, in its own units, which are a phone's pixels
 LEFT, RIGHT = 16.0, 344.0  # where its axis begins and ends
@@ -118,7 +119,7 @@ def budget(report: Report) -> Budget:
         ),
         scale.place(0.0),
         scale.place(report.max_drop_pp),
-        f"{'; '.join(said)}; the budget is {report.max_drop_pp:.2f}.",
+        f"{'; '.join(said)}; the budget is {points(report.max_drop_pp)}.",
     )
 
 

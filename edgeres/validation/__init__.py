@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgeres.validation.baseline import against_baseline
 from edgeres.validation.cases import short_form
-from edgeres.validation.compare import attribute_drop, compare
+from edgeres.validation.compare import attribute_drop, check_rules, compare
 from edgeres.validation.latency import Limits, against_limits, latency_failure, limit_headline
 from edgeres.validation.words import advice, baseline_headline, decibels, fallen_words, headline
 
@@ -15,6 +15,7 @@ __all__ = [
     "against_limits",
     "attribute_drop",
     "baseline_headline",
+    "check_rules",
     "compare",
     "decibels",
     "fallen_words",

@@ -15,10 +15,12 @@ import msgspec
 import numpy as np
 
 from edgeres.artifacts import BaselineChange, Report
-from edgeres.errors import SampleError
+from edgeres.errors import SampleError, numbered
+from edgeres.progress import counted
 from edgeres.validation.paired import paired_change
 
 LARGEST = 1 << 30  # bytes of answers: 268 million samples
+ROUNDING = 1e-9  # of a share; less than one of so many samples
 
 
 def packed(answers: np.ndarray) -> str:
@@ -47,14 +49,16 @@ def unpacked(text: str, count: int) -> np.ndarray:
     return np.frombuffer(content, "<i4")
 
 
-def against_baseline(report: Report, baseline: Report, labels: Optional[np.ndarray]) -> Report:
+def against_baseline(report: Report, baseline: Report, labels: Optional[np.ndarray], classes: int) -> Report:
     """Return the report with its comparison with an earlier one, which has the same samples and the same budget.
 
     Args:
         labels: integers ``(N,)``, of the samples that both answered.
+        classes: how many the network knows.
 
     Raises:
-        SampleError: the earlier report is on other samples or tells none of its answers, or there are no labels.
+        SampleError: the earlier report is on other samples, fails, tells none of its answers or others than its own
+            numbers do, or there are no labels.
     """
     if labels is None or report.top1_engine is None:
         raise SampleError("a baseline is compared by what is right and wrong: give validation samples with labels")
@@ -67,6 +71,7 @@ def against_baseline(report: Report, baseline: Report, labels: Optional[np.ndarr
             "--update-baseline"
         )
     before, after = unpacked(baseline.answers, report.samples), unpacked(report.answers, report.samples)
+    _refuse_lies(baseline, before, labels, classes)
     change = paired_change(before == labels, after == labels, report.max_drop_pp, report.policy)
     return msgspec.structs.replace(
         report,
@@ -81,3 +86,30 @@ def against_baseline(report: Report, baseline: Report, labels: Optional[np.ndarr
             samples_to_decide=change.samples_to_decide,
         ),
     )
+
+
+def _refuse_lies(baseline: Report, answers: np.ndarray, labels: np.ndarray, classes: int) -> None:
+    """Refuse a baseline that was never accepted, or was changed since: whatever is worse than it would pass.
+
+    Raises:
+        SampleError: with all that is wrong.
+    """
+    problems = []
+    if baseline.accuracy() == "fail":
+        problems.append("its verdict is fail, and only an engine that passes is a baseline")
+    strange = np.flatnonzero((answers < 0) | (answers >= classes))
+    if len(strange):
+        verb = "is" if len(strange) == 1 else "are"
+        problems.append(
+            f"{counted(len(strange), 'answer')} {verb} none of the network's {classes} classes (0 to {classes - 1}), "
+            f"the first of them that to sample {strange[0]}: {answers[strange[0]]}"
+        )
+    right = int(np.sum(answers == labels))
+    told = baseline.top1_engine
+    if told is None or abs(told - right / len(answers)) > ROUNDING:
+        said = "tells no top1_engine" if told is None else f"says top1_engine {told:.10g}"
+        problems.append(f"it {said}, and of its answers {right:,} of {len(answers):,} are right")
+    if problems:
+        raise SampleError(
+            numbered("the baseline is no report that was accepted", problems) + "\nWrite it again: --update-baseline"
+        )

@@ -50,7 +50,7 @@ def compare(
         BackendError: the engine's logits are not finite, or of another shape than the reference's.
         SampleError: there are no samples, or labels do not fit them.
     """
-    _check_rules(max_drop_pp, policy)
+    check_rules(max_drop_pp, policy)
     reference, engine = np.asarray(reference), np.asarray(engine)
     labels = None if labels is None else np.asarray(labels)
     _check_logits(reference, engine)
@@ -148,14 +148,25 @@ def _sqnr_db(reference: np.ndarray, engine: np.ndarray) -> Optional[float]:
     return 10.0 * math.log10(signal / noise)
 
 
-def _check_rules(max_drop_pp: float, policy: str) -> None:
+def check_rules(max_drop: object, policy: object) -> None:
+    """Refuse what is no budget, or no policy; None is what somebody else chooses.
+
+    Raises:
+        RecipeError: with both.
+    """
     problems = []
-    if not (math.isfinite(max_drop_pp) and max_drop_pp >= 0.0):
-        problems.append(f"max_drop is {max_drop_pp}: give percentage points of top-1, 0 or more")
-    if policy not in POLICIES:
-        problems.append(f"policy is {policy!r}: choose one of {', '.join(POLICIES)}")
+    if max_drop is not None and not _is_points(max_drop):
+        problems.append(f"max_drop: {max_drop!r} is not a number between 0 and 100 percentage points")
+    if policy is not None and policy not in POLICIES:
+        problems.append(f"policy: {policy!r} is not one of {', '.join(POLICIES)}")
     if problems:
         raise RecipeError("validation", problems)
+
+
+def _is_points(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    return bool(0 <= value <= 100)
 
 
 def _check_logits(reference: np.ndarray, engine: np.ndarray) -> None:

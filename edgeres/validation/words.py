@@ -6,7 +6,7 @@ import shlex
 from typing import List, Optional, Sequence, Union
 
 from edgeres.artifacts import BaselineChange, Report
-from edgeres.progress import counted
+from edgeres.progress import counted, points
 from edgeres.validation.latency import faster
 
 # Right on fewer than this, the reference is hardly the model that its user means.
@@ -25,7 +25,7 @@ def headline(report: Report) -> str:
         )
     lower, upper = report.drop_ci95_pp
     change = f"{precision} {_change(report.drop_pp)} (95 % interval of the loss {lower:.2f} to {upper:.2f})"
-    return f"{change} against a budget of {report.max_drop_pp:.2f}: {_verdict(report, report)}."
+    return f"{change} against a budget of {points(report.max_drop_pp)}: {_verdict(report, report)}."
 
 
 def baseline_headline(report: Report) -> str:

@@ -99,7 +99,7 @@ def _recipe(path: Path) -> None:
 
 
 def _baseline(path: Path) -> None:
-    report = against_baseline(a_report(), read_baseline(path), LABELS)
+    report = against_baseline(a_report(), read_baseline(path), LABELS, KINDS)
     junit(report, "bundle", 1.0, NO_HINTS)
     summary(report, "bundle", NO_HINTS)
 

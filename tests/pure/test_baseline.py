@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import zlib
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import msgspec
 import numpy as np
@@ -36,6 +36,11 @@ def judged(wrong: int, start: int = 0, samples: str = "these", policy: str = "ci
     return msgspec.structs.replace(report, samples_sha256=samples)
 
 
+def accepted(report: Report) -> Report:
+    """Return a report as it would be by a budget that anything keeps."""
+    return msgspec.structs.replace(report, max_drop_pp=100.0, verdict="pass")
+
+
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=50))
 def test_answers_come_back(answers: List[int]) -> None:
@@ -44,7 +49,7 @@ def test_answers_come_back(answers: List[int]) -> None:
 
 def test_the_numbers_are_those_of_the_pairs() -> None:
     """The baseline is wrong on 0 to 9, this one on 5 to 24: 5 were right only now, 15 only before."""
-    found = against_baseline(judged(20, 5), from_json(to_json(judged(10)), Report, "x"), LABELS).baseline
+    found = against_baseline(judged(20, 5), from_json(to_json(judged(10)), Report, "x"), LABELS, 10).baseline
     assert found is not None
     assert found.top1 == 0.99
     assert found.drop_pp == 1.0
@@ -68,7 +73,7 @@ def test_the_numbers_are_those_of_the_pairs() -> None:
 def test_the_outcome_is_the_worse_verdict(
     before: int, after: int, against_fp32: str, against_baseline_: str, outcome: str
 ) -> None:
-    report = against_baseline(judged(after), judged(before), LABELS)
+    report = against_baseline(judged(after), accepted(judged(before)), LABELS, 10)
     assert report.baseline is not None
     assert (report.verdict, report.baseline.verdict, report.outcome()) == (against_fp32, against_baseline_, outcome)
     assert {"pass": "passes", "fail": "fails", "inconclusive": "cannot be decided"}[
@@ -83,19 +88,19 @@ def test_a_regression_within_the_budget_of_fp32_is_seen() -> None:
     answers = np.where(wrong, (LABELS + 1) % 10, LABELS)
     logits = np.eye(10, dtype=np.float32)[answers]
     report = compare(logits, logits.copy(), LABELS, max_drop_pp=1.0, backend="cpu", precision="int8")
-    report = against_baseline(msgspec.structs.replace(report, samples_sha256="these"), judged(0), LABELS)
+    report = against_baseline(msgspec.structs.replace(report, samples_sha256="these"), judged(0), LABELS, 10)
     assert report.verdict == "pass"
     assert report.outcome() == "fail"
 
 
 def test_where_only_the_baseline_fails_or_is_open_it_is_said_what_to_do() -> None:
     good = judged(0)
-    assert advice(against_baseline(good, judged(0), LABELS)) == []
+    assert advice(against_baseline(good, judged(0), LABELS, 10)) == []
     for verdict, said in (
         ("fail", "edgeres diff ACCEPTED BUNDLE"),
         ("inconclusive", "Validate on about 5,000 samples"),
     ):
-        change = against_baseline(good, judged(0), LABELS).baseline
+        change = against_baseline(good, judged(0), LABELS, 10).baseline
         assert change is not None
         change = msgspec.structs.replace(change, verdict=verdict, samples_to_decide=4_950)
         (step,) = advice(msgspec.structs.replace(good, baseline=change))
@@ -127,11 +132,48 @@ def bomb(count: int) -> str:
 )
 def test_what_cannot_be_paired(baseline: Report, labels: Optional[np.ndarray], said: str) -> None:
     with pytest.raises(SampleError, match=said):
-        against_baseline(judged(1), baseline, labels)
+        against_baseline(judged(1), baseline, labels, 10)
+
+
+def lying(answers: np.ndarray, **changes: Any) -> Report:
+    """Return an accepted report in which other answers, or other numbers, stand than the engine's."""
+    return msgspec.structs.replace(judged(1), answers=packed(answers), **changes)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "said"),
+    [
+        (judged(40), ["its verdict is fail"]),
+        (
+            msgspec.structs.replace(
+                accepted(judged(40)), baseline=against_baseline(judged(40), judged(0), LABELS, 10).baseline
+            ),
+            ["its verdict is fail"],
+        ),
+        (
+            lying(np.where(LABELS == 3, 99, LABELS), top1_engine=0.9),
+            ["100 answers are none of the network's 10 classes (0 to 9), the first of them that to sample 3: 99"],
+        ),
+        (lying(np.where(np.arange(1000) == 7, -1, LABELS), top1_engine=0.999), ["1 answer is none", "sample 7: -1"]),
+        (lying(np.zeros(1000, int)), ["says top1_engine 0.999, and of its answers 100 of 1,000 are right"]),
+        (lying(LABELS, top1_engine=None), ["tells no top1_engine"]),
+        (lying(LABELS + 10, verdict="fail"), ["verdict", "sample 0: 10", "0 of 1,000"]),
+    ],
+)
+def test_a_baseline_that_was_never_accepted_is_not_believed(baseline: Report, said: List[str]) -> None:
+    """Answers that are all wrong, beside numbers of a good engine, would let any engine pass."""
+    with pytest.raises(SampleError) as caught:
+        against_baseline(judged(0), baseline, LABELS, 10)
+    assert all(words in str(caught.value) for words in [*said, "the baseline", "--update-baseline"])
+
+
+def test_rounding_is_no_lie() -> None:
+    third = np.where(np.arange(1000) % 3 == 0, LABELS, (LABELS + 1) % 10)  # 334 are right
+    assert against_baseline(judged(0), lying(third, top1_engine=0.334 + 1e-15), LABELS, 10).baseline is not None
 
 
 def test_the_point_estimate_decides_where_that_is_the_policy() -> None:
-    found = against_baseline(judged(8, policy="point"), judged(0), LABELS).baseline
+    found = against_baseline(judged(8, policy="point"), judged(0), LABELS, 10).baseline
     assert found is not None
     assert found.verdict == "pass"
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import tracemalloc
-from typing import Optional, Tuple, Type
+from typing import Any, Optional, Tuple, Type
 
 import msgspec
 import numpy as np
 import pytest
 
+import edgeres
 from edgeres.artifacts import Report, from_json, to_json
 from edgeres.errors import BackendError, EdgeresError, ModelError, RecipeError, SampleError
 from edgeres.validation import advice, attribute_drop, compare, confidence, headline
@@ -245,11 +246,38 @@ def test_what_cannot_be_compared(
         compare(reference, engine, labels, max_drop_pp=0.5, backend="cpu", precision="int8")
 
 
-@pytest.mark.parametrize("budget", [-0.1, math.nan, math.inf])
-def test_a_budget_is_a_number(budget: float) -> None:
+@pytest.mark.parametrize("budget", [-0.1, math.nan, math.inf, 100.5, 1e9, "1", True, [1]])
+def test_a_budget_is_a_number_of_points(budget: Any) -> None:
+    """As in a recipe; said before a bundle is looked for, where one is judged, and before the work of a build."""
     with pytest.raises(RecipeError) as caught:
         compare(GOOD, GOOD, LABELS, max_drop_pp=budget, policy="mean", backend="cpu", precision="int8")
     assert len(caught.value.problems) == 2
+    for work in (lambda: edgeres.validate("nowhere", max_drop=budget), lambda: edgeres.build(max_drop=budget)):
+        with pytest.raises(RecipeError, match=r"max.drop") as caught:
+            work()
+        assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("budget", [0, 100, np.float32(0.5)])
+def test_any_number_of_points_is_a_budget(budget: Any) -> None:
+    report = compare(GOOD, GOOD, LABELS, max_drop_pp=budget, backend="cpu", precision="int8")
+    assert report.max_drop_pp == budget
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        (0.001, "0.001"),
+        (1e-5, "0.00001"),
+        (0.5, "0.50"),
+        (0, "0.00"),
+        (100, "100.00"),
+        (12.345, "12.345"),
+        (0.3, "0.30"),
+    ],
+)
+def test_a_budget_is_told_with_all_its_digits(budget: float, said: str) -> None:
+    assert f" against a budget of {said}: " in headline(judge(3, 2, 423, budget))
 
 
 def test_headlines() -> None:

@@ -689,6 +689,38 @@ def test_a_signature_that_was_left_by_a_killed_commit_does_not_come_along(file: 
     assert not (tmp_path / "out" / SIGNATURES).exists()
 
 
+@pytest.mark.parametrize("name", ["..edgeres", "...edgeres"])
+def test_a_files_name_does_not_lead_out_of_the_current_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its ending the one is the current folder, the other its parent; bundles there would be replaced."""
+    parent = make(tmp_path / "parent", name="parent")
+    current = make(parent / "current", name="current")
+    hostile = tmp_path / name
+    edgeres.pack(make(tmp_path / "other", name="other"), hostile)
+    before = tree(tmp_path)
+    monkeypatch.chdir(current)
+    code, out, err = run("unpack", hostile)
+    assert (code, out) == (1, "")
+    assert err == f"error: {hostile} has a name that gives no folder in the current one. Name one: --out FOLDER\n"
+    assert run("verify", hostile)[0] == 0
+    assert tree(tmp_path) == before
+    assert edgeres.unpack(hostile, "net").manifest.name == "other"
+
+
+def test_an_empty_name_is_not_the_current_folder(
+    file: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle)
+    before = tree(tmp_path)
+    code, out, err = run("unpack", file, "--out", "")
+    assert (code, out) == (1, "")
+    assert err == "error: an empty name is no folder. Name one: --out FOLDER\n"
+    with pytest.raises(BundleError, match="an empty name"):
+        edgeres.unpack(file, "")
+    assert tree(tmp_path) == before
+
+
 # The command line
 
 

@@ -82,6 +82,29 @@ def problem_of(source: Optional[Path], overrides: Optional[Dict[str, Any]] = Non
     return problems[0]
 
 
+# Places in the dossier
+
+
+@pytest.mark.parametrize(
+    "inside", ["../../secret", "..", "digits/../../secret", "/etc/passwd", "./../x", "//etc/passwd", "digits/..//.."]
+)
+def test_what_is_said_to_come_with_edgeres_does_not_lead_out_of_it(inside: str, place: Path) -> None:
+    path = f"edgeres:{inside}"
+    said = f"{path} leads out of the data that comes with edgeres. Name its own place, without edgeres: in front"
+    keys = ("model.weights", "calibration.samples", "validation.samples", "engine.timing_cache")
+    sections = {key.split(".")[0]: {key.split(".")[1]: path} for key in keys}
+    told = problems_of(written(place, toml({**sections, "model": {"source": "resnet18", "weights": path}})))
+    assert sorted(told) == sorted(f"{key}: {said}" for key in keys)
+    assert problem_of(None, {"model.source": f"{path}/x.onnx"}).startswith(f"--model: {path}/x.onnx leads out")
+    with pytest.raises(RecipeError, match="leads out"):
+        locate(path)
+
+
+@pytest.mark.parametrize("inside", ["digits/weights.safetensors", "digits/../digits/validation", "", "..a/b", "a..b"])
+def test_what_stays_in_the_dossier_is_found_there(inside: str) -> None:
+    assert dossier() in (locate(f"edgeres:{inside}") / "x").parents
+
+
 # The embedded default
 
 

@@ -120,6 +120,31 @@ def test_an_ascii_terminal_gets_frames_that_it_can_show() -> None:
     assert "91.73 %" in shown
 
 
+INSPECTED = """
+import sys
+from edgeres.artifacts import Engine, FileRef, Manifest, Preprocessing, from_json
+from edgeres.terminal import show_manifest
+built_for = {"onnxruntime": "1.20.0", "machine": "x86_64", "cuda": ""}
+engine = Engine("cpu", "cpu", "int8", FileRef("a", "0", 1), built_for, {})
+for git in ({"commit": "c0ffee", "clean": True}, {"commit": "c0ffee", "clean": False}, None, {}, "text"):
+    show_manifest("net", Manifest("n", "int8", {}, Preprocessing((4, 4)), (), {}, {"git": git}, (engine,)))
+"""
+
+
+def test_what_is_in_a_bundle_is_told_in_words() -> None:
+    """No value as Python writes it down."""
+    done = subprocess.run([sys.executable, "-c", INSPECTED], capture_output=True, env=environment({}), text=True)
+    assert done.returncode == 0, done.stderr
+    told = [line.strip() for line in done.stdout.splitlines()]
+    engines = "engines: cpu (int8, takes float32, onnxruntime 1.20.0, machine x86_64)"
+    assert [line for line in told if line.startswith("engines")] == [engines] * 5
+    commits = [line for line in told if line.startswith("git")]
+    assert commits == ["git: c0ffee", "git: c0ffee, with changes", "git: none", "git: none", "git: none"]
+    assert not set("{}'") & set(done.stdout)
+    assert "None" not in done.stdout
+    assert told[1].startswith("input: 4×4 pixels, of frames that are not resized; rgb, ")
+
+
 ORDERS = ("\n::stop-commands::x1", "\n  ::error::a", "\r::error::b", " ##[error]c", "\x1b[33m::error::d")
 HOSTILE = """
 import sys
