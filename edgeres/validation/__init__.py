@@ -6,7 +6,7 @@ from edgeres.validation.baseline import against_baseline
 from edgeres.validation.cases import short_form
 from edgeres.validation.compare import attribute_drop, compare
 from edgeres.validation.latency import Limits, against_limits, latency_failure, limit_headline
-from edgeres.validation.words import advice, baseline_headline, decibels, fallen_words, headline
+from edgeres.validation.words import advice, baseline_headline, decibels, doubts, fallen_words, headline
 
 __all__ = [
     "Limits",
@@ -17,6 +17,7 @@ __all__ = [
     "baseline_headline",
     "compare",
     "decibels",
+    "doubts",
     "fallen_words",
     "headline",
     "latency_failure",

@@ -35,7 +35,8 @@ def compare(
 
     The verdict is that of :func:`edgeres.validation.paired.paired_change`; without labels it is ``unlabelled``, and
     where the reference is right on fewer samples than by guessing it is ``inconclusive`` under every policy: the labels
-    are not in the model's order, and nothing can be lost of next to nothing.
+    are not in the model's order, and nothing can be lost of next to nothing. Where it is right no more often than by
+    guessing the verdict stays, and ``chance`` says so: it is one on a network that was not trained.
 
     Args:
         reference: float (N, K), the FP32 model's logits.
@@ -79,9 +80,13 @@ def compare(
     right_reference, right_engine = top_reference == labels, top_engine == labels
     changes = class_changes(labels, right_reference, right_engine, classes)
     report = _judged(report, right_reference, right_engine)
-    # Beyond chance: the whole 95 % interval after Wilson 1927 lies below one of K.
-    if wilson_interval(int(np.sum(right_reference)), len(labels))[1] < 1 / reference.shape[1]:
+    # Beyond chance: the whole 95 % interval after Wilson 1927 lies below one of K, or above it.
+    chance = 1 / reference.shape[1]
+    lower, upper = wilson_interval(int(np.sum(right_reference)), len(labels))
+    if upper < chance:
         report = msgspec.structs.replace(report, verdict="inconclusive", samples_to_decide=None, below_chance=True)
+    elif lower <= chance < 1:
+        report = msgspec.structs.replace(report, chance=chance)
     return msgspec.structs.replace(report, classes=changes)
 
 

@@ -64,12 +64,13 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
             "The engine was judged on the samples that it was calibrated with, which flatters it: name others with "
             "--validation FOLDER."
         )
+    steps += doubts(report)
     if report.below_chance:
         steps.append(
             f"FP32 itself is right on {100 * (report.top1_reference or 0):.2f} % of the samples, which is less than by "
             "guessing: the labels (sorted folder names) are not in the model's order. Give them in that order."
         )
-    elif report.top1_reference is not None and report.top1_reference < DOUBTFUL_TOP1:
+    elif report.chance is None and report.top1_reference is not None and report.top1_reference < DOUBTFUL_TOP1:
         steps.append(
             f"FP32 itself is right on only {100 * report.top1_reference:.2f} % of the samples: check that the labels "
             "(sorted folder names) are in the model's order, and mean, std and size."
@@ -90,6 +91,19 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
             "model that has none inside, --activation-range symmetric."
         )
     return steps
+
+
+def doubts(report: Report) -> List[str]:
+    """Return why a verdict means less than it says, one sentence or two each, whichever it is: told before all else."""
+    found = []
+    if report.chance is not None:
+        right = 100 * (report.top1_reference or 0)
+        found.append(
+            f"FP32 answers no better than chance can ({right:.1f} % of {report.samples:,}, "
+            f"{round(1 / report.chance):,} classes): this verdict says nothing about a trained network. Check the "
+            "weights, the labels' order (sorted folder names), and mean, std and size."
+        )
+    return found
 
 
 def _change(drop_pp: float) -> str:

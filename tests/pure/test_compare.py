@@ -12,7 +12,7 @@ import pytest
 
 from edgeres.artifacts import Report, from_json, to_json
 from edgeres.errors import BackendError, EdgeresError, ModelError, RecipeError, SampleError
-from edgeres.validation import advice, attribute_drop, compare, confidence, headline
+from edgeres.validation import advice, attribute_drop, compare, confidence, doubts, headline
 from edgeres.validation.statistics import mcnemar_exact, paired_difference_interval, samples_to_decide
 
 
@@ -88,11 +88,35 @@ def test_guessing_is_told_from_less_by_an_interval(right: int, verdict: str) -> 
     assert report.verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("right", "chance"),
+    [(81, None), (82, 0.1), (103, 0.1), (118, 0.1), (119, None), (1000, None)],
+)
+def test_a_reference_no_better_than_chance_is_told(right: int, chance: Optional[float]) -> None:
+    """SciPy: the 95 % interval of 118 of 1000 begins at 0.0995, that of 119 at 0.1004."""
+    labels = np.arange(1000) % 10
+    logits = answers(np.where(np.arange(1000) < right, labels, (labels + 1) % 10))
+    report = compare(logits, logits, labels, max_drop_pp=1.0, backend="cpu", precision="int8")
+    assert report.chance == chance
+    assert len(doubts(report)) == (chance is not None)
+    if chance is not None:
+        assert report.verdict == "pass"
+        assert advice(report) == doubts(report)  # once, and no weaker words beside it
+        assert f"no better than chance can ({right / 10:.1f} % of 1,000, 10 classes)" in doubts(report)[0]
+        assert from_json(to_json(report), Report, "report.json") == report
+
+
+def test_equal_logits_know_nothing() -> None:
+    logits, labels = np.zeros((1000, 10), np.float32), np.arange(1000) % 10
+    report = compare(logits, logits, labels, max_drop_pp=1.0, backend="cpu", precision="int8")
+    assert (report.verdict, report.chance) == ("pass", 0.1)
+
+
 def test_one_class_is_always_guessed() -> None:
     report = compare(
         np.ones((9, 1)), np.ones((9, 1)), np.zeros(9, int), max_drop_pp=50.0, backend="cpu", precision="int8"
     )
-    assert (report.verdict, report.below_chance) == ("pass", False)
+    assert (report.verdict, report.below_chance, report.chance) == ("pass", False, None)
 
 
 def test_samples_that_both_get_wrong_differently_lower_agreement_only() -> None:
