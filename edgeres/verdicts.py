@@ -95,7 +95,8 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     :mod:`edgeres.validation.baseline` says, and ``samples_sha256`` says to which samples: a later report is compared by
     them. ``verdict`` is against FP32 alone; :meth:`outcome` counts the baseline and ``latency``, too. ``below_chance``:
     FP32 is right on significantly fewer samples than by guessing, so that nothing is judged. ``chance`` is what
-    guessing gets right, 0…1, where FP32 is not significantly better than that; None elsewhere. ``latency`` is None
+    guessing gets right, 0…1, where FP32 is not significantly better than that; None elsewhere. ``different`` is how
+    many samples there are without exact repeats of the same label; None where nothing is repeated. ``latency`` is None
     where no limit was asked for, and in every bundle, which is no machine's; ``latency_error`` says why what was asked
     for could not be measured.
     """
@@ -132,6 +133,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     latency: Optional[LatencyReport] = None
     latency_error: str = ""
     chance: Optional[float] = None
+    different: Optional[int] = None
 
     def accuracy(self) -> str:
         """Return the worse of the verdicts against FP32 and, where there is one, against the baseline."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import base64
 import binascii
 import zlib
-from typing import Optional
+from typing import Optional, Sequence
 
 import msgspec
 import numpy as np
 
 from edgeres.artifacts import BaselineChange, Report
 from edgeres.errors import SampleError
-from edgeres.validation.paired import paired_change
+from edgeres.validation.paired import firsts, paired_change
 
 LARGEST = 1 << 30  # bytes of answers: 268 million samples
 
@@ -47,11 +47,14 @@ def unpacked(text: str, count: int) -> np.ndarray:
     return np.frombuffer(content, "<i4")
 
 
-def against_baseline(report: Report, baseline: Report, labels: Optional[np.ndarray]) -> Report:
+def against_baseline(
+    report: Report, baseline: Report, labels: Optional[np.ndarray], sha256: Sequence[str] = ()
+) -> Report:
     """Return the report with its comparison with an earlier one, which has the same samples and the same budget.
 
     Args:
         labels: integers ``(N,)``, of the samples that both answered.
+        sha256: their hashes, as of :func:`edgeres.validation.compare.compare`.
 
     Raises:
         SampleError: the earlier report is on other samples or tells none of its answers, or there are no labels.
@@ -67,7 +70,8 @@ def against_baseline(report: Report, baseline: Report, labels: Optional[np.ndarr
             "--update-baseline"
         )
     before, after = unpacked(baseline.answers, report.samples), unpacked(report.answers, report.samples)
-    change = paired_change(before == labels, after == labels, report.max_drop_pp, report.policy)
+    first = firsts(sha256, labels) if len(sha256) else None
+    change = paired_change(before == labels, after == labels, report.max_drop_pp, report.policy, first)
     return msgspec.structs.replace(
         report,
         baseline=BaselineChange(

@@ -13,7 +13,7 @@ from edgeres.errors import BackendError, ModelError, RecipeError, SampleError
 from edgeres.validation.baseline import packed
 from edgeres.validation.classes import class_changes
 from edgeres.validation.confidence import Sureness, chunks, sureness
-from edgeres.validation.paired import paired_change
+from edgeres.validation.paired import firsts, paired_change
 from edgeres.validation.statistics import wilson_interval
 
 POLICIES = ("ci", "point")
@@ -30,6 +30,7 @@ def compare(
     precision: str,
     samples_source: str = "validation",
     classes: Sequence[str] = (),
+    sha256: Sequence[str] = (),
 ) -> Report:
     """Return the comparison of two networks' answers to the same samples, and its verdict.
 
@@ -44,6 +45,7 @@ def compare(
         labels: integers (N,), 0…K-1, or None.
         max_drop_pp: the budget, percentage points of top-1.
         classes: their K names, where they have any.
+        sha256: the samples' N hashes, by which exact repeats are found; none where they are not known.
 
     Raises:
         RecipeError: the budget or the policy is none.
@@ -79,10 +81,13 @@ def compare(
         return report
     right_reference, right_engine = top_reference == labels, top_engine == labels
     changes = class_changes(labels, right_reference, right_engine, classes)
-    report = _judged(report, right_reference, right_engine)
+    first = firsts(sha256, labels) if len(sha256) else None
+    report = _judged(report, right_reference, right_engine, first)
+    if first is not None:
+        right_reference = right_reference[first]
     # Beyond chance: the whole 95 % interval after Wilson 1927 lies below one of K, or above it.
     chance = 1 / reference.shape[1]
-    lower, upper = wilson_interval(int(np.sum(right_reference)), len(labels))
+    lower, upper = wilson_interval(int(np.sum(right_reference)), len(right_reference))
     if upper < chance:
         report = msgspec.structs.replace(report, verdict="inconclusive", samples_to_decide=None, below_chance=True)
     elif lower <= chance < 1:
@@ -117,9 +122,9 @@ def _change(before: np.ndarray, after: np.ndarray, labels: Optional[np.ndarray])
     return Change(float(np.mean(first == second)), _sqnr_db(before, after), drop)
 
 
-def _judged(report: Report, reference: np.ndarray, engine: np.ndarray) -> Report:
+def _judged(report: Report, reference: np.ndarray, engine: np.ndarray, first: Optional[np.ndarray]) -> Report:
     """Return the report with accuracies and verdict, from which answers of the two are right, bool (N,)."""
-    change = paired_change(reference, engine, report.max_drop_pp, report.policy)
+    change = paired_change(reference, engine, report.max_drop_pp, report.policy, first)
     return msgspec.structs.replace(
         report,
         verdict=change.verdict,
@@ -130,6 +135,7 @@ def _judged(report: Report, reference: np.ndarray, engine: np.ndarray) -> Report
         discordant=change.discordant,
         mcnemar_p=change.mcnemar_p,
         samples_to_decide=change.samples_to_decide,
+        different=None if first is None else int(np.sum(first)),
     )
 
 

@@ -58,7 +58,7 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
             "Give validation samples with labels, one subfolder per class, to judge accuracy by: --validation FOLDER."
         )
     if report.verdict == "inconclusive" and not report.below_chance:
-        steps.append(_more_samples(report))
+        steps.append(_more_samples(report, report))
     if report.samples_source == "calibration" and report.verdict != "unlabelled":
         steps.append(
             "The engine was judged on the samples that it was calibrated with, which flatters it: name others with "
@@ -83,7 +83,7 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
             "two bundles, and on which samples. If the loss is meant, accept it by hand: --update-baseline."
         )
     elif report.baseline is not None and report.baseline.verdict == "inconclusive" != report.verdict:
-        steps.append(_more_samples(report.baseline))
+        steps.append(_more_samples(report, report.baseline))
     steps += faster(report)
     if report.activation_range == "shifted" and report.backend == "tensorrt":
         steps.append(
@@ -96,6 +96,12 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
 def doubts(report: Report) -> List[str]:
     """Return why a verdict means less than it says, one sentence or two each, whichever it is: told before all else."""
     found = []
+    if report.different is not None:
+        found.append(
+            f"REPEATED SAMPLES: only {report.different:,} of {report.samples:,} are different, the others are the same "
+            "files with the same labels again. Repeats tell nothing new: nothing passes that would not pass with each "
+            "counted once."
+        )
     if report.chance is not None:
         right = 100 * (report.top1_reference or 0)
         found.append(
@@ -118,6 +124,8 @@ def _verdict(report: Report, change: Union[Report, BaselineChange]) -> str:
         basis = " by the point estimate alone" if report.policy == "point" else ""
         return f"{'passes' if change.verdict == 'pass' else 'fails'} with {counted(report.samples, 'sample')}{basis}"
     undecided = f"cannot be decided with {counted(report.samples, 'sample')}"
+    if report.different is not None:
+        undecided += f", of which {report.different:,} are different"
     if change is report and report.below_chance:
         return f"{undecided}, on which FP32 itself is right less often than by guessing"
     if change.samples_to_decide is None:
@@ -136,7 +144,10 @@ def fallen_words(report: Report) -> List[str]:
     ]
 
 
-def _more_samples(change: Union[Report, BaselineChange]) -> str:
+def _more_samples(report: Report, change: Union[Report, BaselineChange]) -> str:
+    if report.different is not None:
+        needed = "more" if change.samples_to_decide is None else f"about {_about(change.samples_to_decide):,}"
+        return f"Validate on {needed} different samples: repeats of the same ones decide nothing."
     if change.samples_to_decide is None:
         return (
             "The observed loss is the budget itself, so more samples alone will not decide: choose another budget with "

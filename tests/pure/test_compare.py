@@ -106,6 +106,44 @@ def test_a_reference_no_better_than_chance_is_told(right: int, chance: Optional[
         assert from_json(to_json(report), Report, "report.json") == report
 
 
+@pytest.mark.parametrize("policy", ["ci", "point"])
+def test_repeats_of_a_sample_do_not_count(policy: str) -> None:
+    """20 images, 200 times each: with nothing discordant 765 different ones pass a budget of 0.5."""
+    labels = np.arange(4000) % 10
+    logits, names = answers(labels), [str(place % 20) for place in range(4000)]
+    rules = {"max_drop_pp": 0.5, "policy": policy, "backend": "cpu", "precision": "int8"}
+    report = compare(logits, logits, labels, sha256=names, **rules)
+    assert report.different == 20
+    assert doubts(report)[0].startswith("REPEATED SAMPLES: only 20 of 4,000 are different")
+    assert from_json(to_json(report), Report, "report.json") == report
+    if policy == "point":
+        assert report.verdict == "pass"
+        return
+    assert (report.verdict, report.samples_to_decide) == ("inconclusive", 765)
+    assert headline(report).endswith("with 4,000 samples, of which 20 are different; about 770 would.")
+    assert "Validate on about 770 different samples" in advice(report)[0]
+    enough = compare(logits, logits, labels, sha256=[str(place % 770) for place in range(4000)], **rules)
+    assert (enough.verdict, enough.different) == ("pass", 770)
+    relabelled = compare(logits, logits, labels, sha256=[str(place // 10) for place in range(4000)], **rules)
+    assert (relabelled.verdict, relabelled.different) == ("pass", None)  # of one image each label once
+
+
+def test_repeats_do_not_dilute_a_failure_nor_make_one_pass() -> None:
+    """Of 20 images one is lost; the 3,980 others of 4,000 are repeats of one that is not."""
+    reference, engine, labels = experiment(1, 0, 4000)
+    names = [str(min(place, 19)) for place in range(4000)]
+    labels[19:], reference[19:], engine[19:] = labels[19], reference[19], engine[19]
+    report = compare(
+        reference, engine, labels, max_drop_pp=0.5, policy="point", backend="cpu", precision="int8", sha256=names
+    )
+    assert (report.drop_pp, report.verdict, report.different) == (0.025, "inconclusive", 20)
+    assert "Validate on more different samples" in advice(report)[0]
+    lost = compare(
+        reference, answers((labels + 1) % 10), labels, max_drop_pp=0.5, backend="cpu", precision="int8", sha256=names
+    )
+    assert lost.verdict == "fail"
+
+
 def test_equal_logits_know_nothing() -> None:
     logits, labels = np.zeros((1000, 10), np.float32), np.arange(1000) % 10
     report = compare(logits, logits, labels, max_drop_pp=1.0, backend="cpu", precision="int8")
