@@ -19,6 +19,7 @@ def validate(job: Build, exported: ExportedModel, model: QuantizedModel, engine:
     from edgeres.backends import cpu
     from edgeres.compilation import with_layers
     from edgeres.judge import judge, known_meaning, read_reference, reference_content
+    from edgeres.validation import doubts
 
     samples, source = job.validation, "validation"
     if samples is None:
@@ -76,6 +77,8 @@ def validate(job: Build, exported: ExportedModel, model: QuantizedModel, engine:
 
     record = job.stage("validate", inputs, f"{engine.precision} on {engine.backend}", work)
     job.report = told(job, record)
+    for text in doubts(job.report):
+        job.warn(text)
 
 
 def told(job: Build, record: StageRecord) -> Report:

@@ -17,7 +17,11 @@ from edgeres.errors import BackendError, BundleError, EdgeresError
 from edgeres.measurements import LatencyReport
 from edgeres.runtime.loading import choose_engine
 from edgeres.signatures import Keys
+<<<<<<< HEAD
 from edgeres.validation import Limits, against_limits, check_rules
+=======
+from edgeres.validation import Limits, against_limits, doubts
+>>>>>>> robust
 from edgeres.validation.latency import BATCH, FLOATS
 from edgeres.workforce import Watch, hired
 
@@ -48,7 +52,7 @@ def gate(
             goes wrong there stands in ``latency_error``, so that the accuracy is not lost with it.
         cluster: who runs the samples, ``local`` or a Dask scheduler's address; None for this machine alone. The latency
             is always this machine's.
-        warn: is told what goes on in the cluster.
+        warn: is told what goes on in the cluster, and why the verdict means less than it says.
         options: ``max_drop``, ``policy`` and ``baseline``; as all others, as of :func:`edgeres.judge.validate_bundle`.
 
     Raises:
@@ -64,7 +68,10 @@ def gate(
     def judged() -> Report:
         with hired(cluster, warn) as workforce:
             hands = None if cluster is None else workforce
-            return judge.validate_bundle(bundle, images, labels, workforce=hands, **given)
+            report = judge.validate_bundle(bundle, images, labels, workforce=hands, **given)
+        for text in doubts(report):
+            warn(text)
+        return report
 
     if not limits.asked:
         return judged()

@@ -117,6 +117,7 @@ def judge(
         precision=engine.precision,
         samples_source=source,
         classes=classes,
+        sha256=reference["sha256"].tolist(),
     )
     digest = _digest(reference["sha256"], reference.get("labels"), classes)
     report = msgspec.structs.replace(report, samples_sha256=digest)
@@ -233,12 +234,17 @@ def validate_bundle(
             backend=engine.record.backend,
             precision=engine.record.precision,
             classes=samples.classes or (),
+            sha256=samples.sha256(),
         )
         report = msgspec.structs.replace(
             report, samples_sha256=_digest(samples.sha256(), samples.labels, samples.classes or ())
         )
         if baseline is not None:
+<<<<<<< HEAD
             report = against_baseline(report, baseline, samples.labels, reference.shape[1])
+=======
+            report = against_baseline(report, baseline, samples.labels, samples.sha256())
+>>>>>>> robust
         return attributed(_told(report, engine.record), reference, meaning, logits, samples.labels)
 
 

@@ -24,6 +24,8 @@ PAD = (114, 114, 114)
 MIDDLE = 128.0
 """The pixel that int8 holds as zero."""
 LARGEST_SIDE = 8192  # pixels: more is a typing mistake, and would ask for gigabytes per frame
+MOST_PIXELS = LARGEST_SIDE**2  # of a frame: 67 million, more than the cameras of robots have
+LONGEST_SIDE = MOST_PIXELS // 128  # pixels: a side more is a file made to hurt; decoders and weights pay for each row
 
 
 class Window(NamedTuple):
@@ -187,6 +189,11 @@ def _window(height: int, width: int, preprocessing: Preprocessing) -> Window:
             resized = (max(1, round(height / width * size[1])), size[1])
         else:
             resized = (size[0], max(1, min(size[1], round(width / height * size[0]))))
+        if max(height, width) > LONGEST_SIDE and resized != (height, width):
+            raise SampleError(
+                f"a frame of {_words((height, width))} is too long to be scaled into a letterbox: a side has "
+                f"{LONGEST_SIDE:,} pixels at most. Cut it, or leave it out."
+            )
         return Window(resized, *(round((whole - part) * 0.5) for whole, part in zip(size, resized)))
     if preprocessing.resize is not None and preprocessing.resize != short:
         long = int(preprocessing.resize * max(height, width) / short)

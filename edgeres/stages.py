@@ -10,7 +10,7 @@ STAGES = (
     "validate",
 )  # fmt: skip
 MODEL_STAGES = ("export", "calibrate", "quantize")  # what an engine is compiled from
-FORMAT = 10  # part of every key: raise it when a stage's result changes with the same inputs
+FORMAT = 11  # part of every key: raise it when a stage's result changes with the same inputs
 
 Made = Tuple[Any, Tuple[str, ...], str]
 """What a stage's work returns: its noun (or plain data), the files it wrote, and a few words on what it made."""

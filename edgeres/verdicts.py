@@ -94,9 +94,11 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     which the two are right on different samples. ``answers`` are the engine's, packed as
     :mod:`edgeres.validation.baseline` says, and ``samples_sha256`` says to which samples: a later report is compared by
     them. ``verdict`` is against FP32 alone; :meth:`outcome` counts the baseline and ``latency``, too. ``below_chance``:
-    FP32 is right on significantly fewer samples than by guessing, so that nothing is judged. ``latency`` is None where
-    no limit was asked for, and in every bundle, which is no machine's; ``latency_error`` says why what was asked for
-    could not be measured.
+    FP32 is right on significantly fewer samples than by guessing, so that nothing is judged. ``chance`` is what
+    guessing gets right, 0…1, where FP32 is not significantly better than that; None elsewhere. ``different`` is how
+    many samples there are without exact repeats of the same label; None where nothing is repeated. ``latency`` is None
+    where no limit was asked for, and in every bundle, which is no machine's; ``latency_error`` says why what was asked
+    for could not be measured.
     """
 
     samples: int
@@ -130,6 +132,8 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     below_chance: bool = False
     latency: Optional[LatencyReport] = None
     latency_error: str = ""
+    chance: Optional[float] = None
+    different: Optional[int] = None
 
     def accuracy(self) -> str:
         """Return the worse of the verdicts against FP32 and, where there is one, against the baseline."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeres.artifacts import Preprocessing
 from edgeres.errors import SampleError
-from edgeres.preprocess import prepare
+from edgeres.preprocess import MOST_PIXELS, prepare
 from edgeres.samples.collection import Samples, in_order
 
 THUMBNAIL = 32  # pixels on a side
@@ -136,7 +136,15 @@ def _plain(side: int, resize: Optional[int]) -> Preprocessing:
 def _covering(frame: np.ndarray, side: int) -> np.ndarray:
     """Return a frame, repeated where it is smaller than a square of ``side``: the network will enlarge it too."""
     times = [-(-side // extent) for extent in frame.shape[:2]]
-    return frame if max(times) == 1 else frame.repeat(times[0], 0).repeat(times[1], 1)
+    if max(times) == 1:
+        return frame
+    height, width = (extent * often for extent, often in zip(frame.shape, times))
+    if height * width > MOST_PIXELS:
+        raise SampleError(
+            f"a frame of {frame.shape[1]} x {frame.shape[0]} (width x height) is too thin to be enlarged: that makes "
+            f"more than the limit of {MOST_PIXELS:,} pixels. Cut it, or leave it out."
+        )
+    return frame.repeat(times[0], 0).repeat(times[1], 1)
 
 
 def thumbnail(frame: np.ndarray) -> np.ndarray:

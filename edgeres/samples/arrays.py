@@ -12,7 +12,8 @@ import numpy as np
 
 from edgeres.archive import header_of, names_in, read_npz
 from edgeres.errors import SampleError, few, first_line
-from edgeres.samples.listing import MOST_PIXELS, MOST_SAMPLES
+from edgeres.preprocess import MOST_PIXELS
+from edgeres.samples.listing import MOST_SAMPLES
 
 # What a .npz may claim to hold once it is unpacked: more is a mistake, or meant to fill the memory.
 LARGEST_BYTES = 64 << 30

@@ -14,7 +14,8 @@ from PIL import Image, UnidentifiedImageError, features
 
 from edgeres.errors import SampleError
 from edgeres.files import sha256_bytes, sha256_file
-from edgeres.samples.listing import LARGEST_FILE, MOST_PIXELS, Listing, Place
+from edgeres.preprocess import LONGEST_SIDE, MOST_PIXELS
+from edgeres.samples.listing import LARGEST_FILE, Listing, Place
 
 FULL_SCALE = 65535
 LOSSLESS = 64  # pixels: a frame no larger is a few kB as it is, and JPEG would smear what little it has
@@ -156,6 +157,11 @@ def _opened(path: Place, known: Optional[str] = None) -> Iterator[Image.Image]:
             if image.width * image.height > _most_pixels():
                 raise SampleError(
                     f"{image.width} x {image.height} pixels are more than the limit of {_most_pixels():,}"
+                )
+            # Pillow keeps a pointer to each row, and a thin image has as many rows as pixels: 65 million take 2 GB.
+            if max(image.size) > LONGEST_SIDE:
+                raise SampleError(
+                    f"{image.width} x {image.height} pixels are too thin: a side has {LONGEST_SIDE:,} at most"
                 )
             yield image
 

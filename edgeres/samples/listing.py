@@ -12,13 +12,11 @@ import numpy as np
 
 from edgeres.errors import SampleError, numbered
 from edgeres.files import read_bounded
-from edgeres.preprocess import LARGEST_SIDE
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 LARGEST_LIST = 1 << 28  # bytes: 128 for each of the most samples
 LONGEST_LINE = 1 << 13  # characters: a path that Linux opens has 4,096 bytes at most, and a label stands behind it
 MOST_SAMPLES = 1 << 21  # ImageNet has 1.3 million to train on
-MOST_PIXELS = LARGEST_SIDE**2  # of a frame: 67 million, more than the cameras of robots have
 LARGEST_FILE = 1 << 30  # bytes of an image: the most pixels take half of it with 64 bits each
 MOST_ENTRIES = 1 << 22  # files and folders, looked at one by one
 MOST_LINKS = 1 << 15  # folders reached by a link: few links into one another make paths without end

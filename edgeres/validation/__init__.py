@@ -6,7 +6,7 @@ from edgeres.validation.baseline import against_baseline
 from edgeres.validation.cases import short_form
 from edgeres.validation.compare import attribute_drop, check_rules, compare
 from edgeres.validation.latency import Limits, against_limits, latency_failure, limit_headline
-from edgeres.validation.words import advice, baseline_headline, decibels, fallen_words, headline
+from edgeres.validation.words import advice, baseline_headline, decibels, doubts, fallen_words, headline
 
 __all__ = [
     "Limits",
@@ -18,6 +18,7 @@ __all__ = [
     "check_rules",
     "compare",
     "decibels",
+    "doubts",
     "fallen_words",
     "headline",
     "latency_failure",

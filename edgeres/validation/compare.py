@@ -13,7 +13,7 @@ from edgeres.errors import BackendError, ModelError, RecipeError, SampleError
 from edgeres.validation.baseline import packed
 from edgeres.validation.classes import class_changes
 from edgeres.validation.confidence import Sureness, chunks, sureness
-from edgeres.validation.paired import paired_change
+from edgeres.validation.paired import firsts, paired_change
 from edgeres.validation.statistics import wilson_interval
 
 POLICIES = ("ci", "point")
@@ -30,12 +30,14 @@ def compare(
     precision: str,
     samples_source: str = "validation",
     classes: Sequence[str] = (),
+    sha256: Sequence[str] = (),
 ) -> Report:
     """Return the comparison of two networks' answers to the same samples, and its verdict.
 
     The verdict is that of :func:`edgeres.validation.paired.paired_change`; without labels it is ``unlabelled``, and
     where the reference is right on fewer samples than by guessing it is ``inconclusive`` under every policy: the labels
-    are not in the model's order, and nothing can be lost of next to nothing.
+    are not in the model's order, and nothing can be lost of next to nothing. Where it is right no more often than by
+    guessing the verdict stays, and ``chance`` says so: it is one on a network that was not trained.
 
     Args:
         reference: float (N, K), the FP32 model's logits.
@@ -43,6 +45,7 @@ def compare(
         labels: integers (N,), 0…K-1, or None.
         max_drop_pp: the budget, percentage points of top-1.
         classes: their K names, where they have any.
+        sha256: the samples' N hashes, by which exact repeats are found; none where they are not known.
 
     Raises:
         RecipeError: the budget or the policy is none.
@@ -78,10 +81,17 @@ def compare(
         return report
     right_reference, right_engine = top_reference == labels, top_engine == labels
     changes = class_changes(labels, right_reference, right_engine, classes)
-    report = _judged(report, right_reference, right_engine)
-    # Beyond chance: the whole 95 % interval after Wilson 1927 lies below one of K.
-    if wilson_interval(int(np.sum(right_reference)), len(labels))[1] < 1 / reference.shape[1]:
+    first = firsts(sha256, labels) if len(sha256) else None
+    report = _judged(report, right_reference, right_engine, first)
+    if first is not None:
+        right_reference = right_reference[first]
+    # Beyond chance: the whole 95 % interval after Wilson 1927 lies below one of K, or above it.
+    chance = 1 / reference.shape[1]
+    lower, upper = wilson_interval(int(np.sum(right_reference)), len(right_reference))
+    if upper < chance:
         report = msgspec.structs.replace(report, verdict="inconclusive", samples_to_decide=None, below_chance=True)
+    elif lower <= chance < 1:
+        report = msgspec.structs.replace(report, chance=chance)
     return msgspec.structs.replace(report, classes=changes)
 
 
@@ -112,9 +122,9 @@ def _change(before: np.ndarray, after: np.ndarray, labels: Optional[np.ndarray])
     return Change(float(np.mean(first == second)), _sqnr_db(before, after), drop)
 
 
-def _judged(report: Report, reference: np.ndarray, engine: np.ndarray) -> Report:
+def _judged(report: Report, reference: np.ndarray, engine: np.ndarray, first: Optional[np.ndarray]) -> Report:
     """Return the report with accuracies and verdict, from which answers of the two are right, bool (N,)."""
-    change = paired_change(reference, engine, report.max_drop_pp, report.policy)
+    change = paired_change(reference, engine, report.max_drop_pp, report.policy, first)
     return msgspec.structs.replace(
         report,
         verdict=change.verdict,
@@ -125,6 +135,7 @@ def _judged(report: Report, reference: np.ndarray, engine: np.ndarray) -> Report
         discordant=change.discordant,
         mcnemar_p=change.mcnemar_p,
         samples_to_decide=change.samples_to_decide,
+        different=None if first is None else int(np.sum(first)),
     )
 
 

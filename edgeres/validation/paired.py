@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
@@ -24,12 +24,37 @@ class PairedChange(NamedTuple):
     samples_to_decide: Optional[int]
 
 
-def paired_change(before: np.ndarray, after: np.ndarray, max_drop_pp: float, policy: str) -> PairedChange:
+def firsts(sha256: Sequence[str], labels: np.ndarray) -> Optional[np.ndarray]:
+    """Return which samples are no exact repeats of earlier ones with the same label, bool ``(N,)``; None where all are
+    different, or no hashes are told."""
+    known: Set[Tuple[str, int]] = set()
+    new = np.ones(len(labels), bool)
+    for place, sample in enumerate(zip(map(str, sha256), labels.tolist())):
+        new[place] = sample not in known
+        known.add(sample)
+    return None if new.all() else new
+
+
+def paired_change(
+    before: np.ndarray, after: np.ndarray, max_drop_pp: float, policy: str, first: Optional[np.ndarray] = None
+) -> PairedChange:
     """Return the change from which answers of two networks are right, bool ``(N,)`` each.
 
     With the policy ``ci`` the verdict is ``pass`` where the whole 95 % interval of the drop lies under the budget,
-    ``fail`` where it lies above, else ``inconclusive``; with ``point`` the drop itself decides.
+    ``fail`` where it lies above, else ``inconclusive``; with ``point`` the drop itself decides. The interval supposes
+    that the samples are independent, which repeats are not: with ``first``, of :func:`firsts`, nothing passes that
+    would not pass by these alone.
     """
+    change = _counted(before, after, max_drop_pp, policy)
+    if first is None or change.verdict == "fail":
+        return change
+    once = _counted(before[first], after[first], max_drop_pp, policy)
+    if once.verdict == "pass":
+        return change
+    return change._replace(verdict="inconclusive", samples_to_decide=once.samples_to_decide)
+
+
+def _counted(before: np.ndarray, after: np.ndarray, max_drop_pp: float, policy: str) -> PairedChange:
     n = len(before)
     b, c = int(np.sum(before & ~after)), int(np.sum(after & ~before))
     # One division of whole numbers, so that 3 of 1000 are the very float that a budget of 0.3 is.

@@ -58,18 +58,19 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
             "Give validation samples with labels, one subfolder per class, to judge accuracy by: --validation FOLDER."
         )
     if report.verdict == "inconclusive" and not report.below_chance:
-        steps.append(_more_samples(report))
+        steps.append(_more_samples(report, report))
     if report.samples_source == "calibration" and report.verdict != "unlabelled":
         steps.append(
             "The engine was judged on the samples that it was calibrated with, which flatters it: name others with "
             "--validation FOLDER."
         )
+    steps += doubts(report)
     if report.below_chance:
         steps.append(
             f"FP32 itself is right on {100 * (report.top1_reference or 0):.2f} % of the samples, which is less than by "
             "guessing: the labels (sorted folder names) are not in the model's order. Give them in that order."
         )
-    elif report.top1_reference is not None and report.top1_reference < DOUBTFUL_TOP1:
+    elif report.chance is None and report.top1_reference is not None and report.top1_reference < DOUBTFUL_TOP1:
         steps.append(
             f"FP32 itself is right on only {100 * report.top1_reference:.2f} % of the samples: check that the labels "
             "(sorted folder names) are in the model's order, and mean, std and size."
@@ -82,7 +83,7 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
             "two bundles, and on which samples. If the loss is meant, accept it by hand: --update-baseline."
         )
     elif report.baseline is not None and report.baseline.verdict == "inconclusive" != report.verdict:
-        steps.append(_more_samples(report.baseline))
+        steps.append(_more_samples(report, report.baseline))
     steps += faster(report)
     if report.activation_range == "shifted" and report.backend == "tensorrt":
         steps.append(
@@ -90,6 +91,25 @@ def advice(report: Report, worst: Sequence[str] = (), untried: str = "") -> List
             "model that has none inside, --activation-range symmetric."
         )
     return steps
+
+
+def doubts(report: Report) -> List[str]:
+    """Return why a verdict means less than it says, one sentence or two each, whichever it is: told before all else."""
+    found = []
+    if report.different is not None:
+        found.append(
+            f"REPEATED SAMPLES: only {report.different:,} of {report.samples:,} are different, the others are the same "
+            "files with the same labels again. Repeats tell nothing new: nothing passes that would not pass with each "
+            "counted once."
+        )
+    if report.chance is not None:
+        right = 100 * (report.top1_reference or 0)
+        found.append(
+            f"FP32 answers no better than chance can ({right:.1f} % of {report.samples:,}, "
+            f"{round(1 / report.chance):,} classes): this verdict says nothing about a trained network. Check the "
+            "weights, the labels' order (sorted folder names), and mean, std and size."
+        )
+    return found
 
 
 def _change(drop_pp: float) -> str:
@@ -104,6 +124,8 @@ def _verdict(report: Report, change: Union[Report, BaselineChange]) -> str:
         basis = " by the point estimate alone" if report.policy == "point" else ""
         return f"{'passes' if change.verdict == 'pass' else 'fails'} with {counted(report.samples, 'sample')}{basis}"
     undecided = f"cannot be decided with {counted(report.samples, 'sample')}"
+    if report.different is not None:
+        undecided += f", of which {report.different:,} are different"
     if change is report and report.below_chance:
         return f"{undecided}, on which FP32 itself is right less often than by guessing"
     if change.samples_to_decide is None:
@@ -122,7 +144,10 @@ def fallen_words(report: Report) -> List[str]:
     ]
 
 
-def _more_samples(change: Union[Report, BaselineChange]) -> str:
+def _more_samples(report: Report, change: Union[Report, BaselineChange]) -> str:
+    if report.different is not None:
+        needed = "more" if change.samples_to_decide is None else f"about {_about(change.samples_to_decide):,}"
+        return f"Validate on {needed} different samples: repeats of the same ones decide nothing."
     if change.samples_to_decide is None:
         return (
             "The observed loss is the budget itself, so more samples alone will not decide: choose another budget with "

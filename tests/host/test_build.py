@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -434,6 +435,34 @@ def test_random_weights_are_said_loudly(tmp_path: Path) -> None:
     report = verify(tmp_path / "bundle").report
     assert report is not None
     assert (report.verdict, report.samples_source, report.top1_engine) == ("unlabelled", "calibration", None)
+
+
+def test_a_list_that_repeats_its_images_does_not_pass(tmp_path: Path) -> None:
+    """20 of the digits, 50 lines each: 1,000 that are different would pass."""
+    recipe, watcher = small_recipe(tmp_path), Watcher()
+    images = [sorted((tmp_path / f"validation/{digit}").iterdir())[:2] for digit in range(10)]
+    lines = [f"validation/{digit}/{image.name} {digit}" for digit in range(10) for image in images[digit]]
+    (tmp_path / "list.txt").write_text("\n".join(lines * 50) + "\n")
+    recipe.write_text(recipe.read_text().replace('samples = "validation"', 'samples = "list.txt"'))
+    made = edgeres.build(recipe, out=tmp_path / "bundle", progress=watcher).manifest.report
+    again = edgeres.validate(tmp_path / "bundle")
+    for report in (made, again):
+        assert report is not None
+        assert (report.samples, report.different, report.verdict) == (1000, 20, "inconclusive")
+    assert sum("REPEATED SAMPLES: only 20 of 1,000" in text for text in watcher.warnings) == 1
+
+
+def test_a_net_that_knows_nothing_is_said_loudly(tmp_path: Path) -> None:
+    watcher = Watcher()
+    recipe = small_recipe(tmp_path)
+    recipe.write_text(re.sub(r", weights = \"[^\"]*\"", "", recipe.read_text()))
+    edgeres.build(recipe, out=tmp_path / "bundle", progress=watcher)
+    report = edgeres.validate(tmp_path / "bundle")
+    assert report.chance == 0.1
+    (said,) = [text for text in watcher.warnings if "no better than chance" in text]
+    assert said.endswith("mean, std and size.")
+    assert "of 40, 10 classes): this verdict says nothing about a trained network" in said
+    assert said in verify(tmp_path / "bundle").warnings
 
 
 def test_a_table_of_another_model_is_refused(tmp_path: Path) -> None:

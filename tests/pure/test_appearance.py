@@ -89,6 +89,12 @@ def test_frames_smaller_than_the_patch_can_be_looked_at() -> None:
     assert seen(frames, None, None).sides.tolist() == [1, 1, 1]
 
 
+def test_a_thin_frame_is_not_repeated_to_gigabytes() -> None:
+    frames = np.broadcast_to(np.uint8(7), (1, 1, 5_000_000, 3))
+    with pytest.raises(SampleError, match=r"images\[0\].* 5000000 x 1 .* too thin to be enlarged"):
+        seen(frames, None, None)
+
+
 def test_a_frame_that_does_not_cover_the_input_is_named() -> None:
     with pytest.raises(SampleError, match=r"images\[0\].*does not cover"):
         seen(np.zeros((2, 20, 20, 3), np.uint8), (32, 32), None)

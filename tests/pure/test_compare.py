@@ -13,7 +13,7 @@ import pytest
 import edgeres
 from edgeres.artifacts import Report, from_json, to_json
 from edgeres.errors import BackendError, EdgeresError, ModelError, RecipeError, SampleError
-from edgeres.validation import advice, attribute_drop, compare, confidence, headline
+from edgeres.validation import advice, attribute_drop, compare, confidence, doubts, headline
 from edgeres.validation.statistics import mcnemar_exact, paired_difference_interval, samples_to_decide
 
 
@@ -89,11 +89,73 @@ def test_guessing_is_told_from_less_by_an_interval(right: int, verdict: str) -> 
     assert report.verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("right", "chance"),
+    [(81, None), (82, 0.1), (103, 0.1), (118, 0.1), (119, None), (1000, None)],
+)
+def test_a_reference_no_better_than_chance_is_told(right: int, chance: Optional[float]) -> None:
+    """SciPy: the 95 % interval of 118 of 1000 begins at 0.0995, that of 119 at 0.1004."""
+    labels = np.arange(1000) % 10
+    logits = answers(np.where(np.arange(1000) < right, labels, (labels + 1) % 10))
+    report = compare(logits, logits, labels, max_drop_pp=1.0, backend="cpu", precision="int8")
+    assert report.chance == chance
+    assert len(doubts(report)) == (chance is not None)
+    if chance is not None:
+        assert report.verdict == "pass"
+        assert advice(report) == doubts(report)  # once, and no weaker words beside it
+        assert f"no better than chance can ({right / 10:.1f} % of 1,000, 10 classes)" in doubts(report)[0]
+        assert from_json(to_json(report), Report, "report.json") == report
+
+
+@pytest.mark.parametrize("policy", ["ci", "point"])
+def test_repeats_of_a_sample_do_not_count(policy: str) -> None:
+    """20 images, 200 times each: with nothing discordant 765 different ones pass a budget of 0.5."""
+    labels = np.arange(4000) % 10
+    logits, names = answers(labels), [str(place % 20) for place in range(4000)]
+    rules = {"max_drop_pp": 0.5, "policy": policy, "backend": "cpu", "precision": "int8"}
+    report = compare(logits, logits, labels, sha256=names, **rules)
+    assert report.different == 20
+    assert doubts(report)[0].startswith("REPEATED SAMPLES: only 20 of 4,000 are different")
+    assert from_json(to_json(report), Report, "report.json") == report
+    if policy == "point":
+        assert report.verdict == "pass"
+        return
+    assert (report.verdict, report.samples_to_decide) == ("inconclusive", 765)
+    assert headline(report).endswith("with 4,000 samples, of which 20 are different; about 770 would.")
+    assert "Validate on about 770 different samples" in advice(report)[0]
+    enough = compare(logits, logits, labels, sha256=[str(place % 770) for place in range(4000)], **rules)
+    assert (enough.verdict, enough.different) == ("pass", 770)
+    relabelled = compare(logits, logits, labels, sha256=[str(place // 10) for place in range(4000)], **rules)
+    assert (relabelled.verdict, relabelled.different) == ("pass", None)  # of one image each label once
+
+
+def test_repeats_do_not_dilute_a_failure_nor_make_one_pass() -> None:
+    """Of 20 images one is lost; the 3,980 others of 4,000 are repeats of one that is not."""
+    reference, engine, labels = experiment(1, 0, 4000)
+    names = [str(min(place, 19)) for place in range(4000)]
+    labels[19:], reference[19:], engine[19:] = labels[19], reference[19], engine[19]
+    report = compare(
+        reference, engine, labels, max_drop_pp=0.5, policy="point", backend="cpu", precision="int8", sha256=names
+    )
+    assert (report.drop_pp, report.verdict, report.different) == (0.025, "inconclusive", 20)
+    assert "Validate on more different samples" in advice(report)[0]
+    lost = compare(
+        reference, answers((labels + 1) % 10), labels, max_drop_pp=0.5, backend="cpu", precision="int8", sha256=names
+    )
+    assert lost.verdict == "fail"
+
+
+def test_equal_logits_know_nothing() -> None:
+    logits, labels = np.zeros((1000, 10), np.float32), np.arange(1000) % 10
+    report = compare(logits, logits, labels, max_drop_pp=1.0, backend="cpu", precision="int8")
+    assert (report.verdict, report.chance) == ("pass", 0.1)
+
+
 def test_one_class_is_always_guessed() -> None:
     report = compare(
         np.ones((9, 1)), np.ones((9, 1)), np.zeros(9, int), max_drop_pp=50.0, backend="cpu", precision="int8"
     )
-    assert (report.verdict, report.below_chance) == ("pass", False)
+    assert (report.verdict, report.below_chance, report.chance) == ("pass", False, None)
 
 
 def test_samples_that_both_get_wrong_differently_lower_agreement_only() -> None:

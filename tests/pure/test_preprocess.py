@@ -213,6 +213,19 @@ def test_one_frame_is_not_taken_for_a_batch() -> None:
         prepare_batch(noise(8, 8), Preprocessing((8, 8)))
 
 
+@pytest.mark.parametrize("tall", [False, True])
+def test_a_frame_too_long_to_be_scaled_into_a_letterbox_is_refused(tall: bool) -> None:
+    """Its weights took 7 GB, of 65 million pixels in a row."""
+    preprocessing = Preprocessing((32, 32), None, fit="letterbox", pad=(1, 2, 3))
+
+    def line(length: int) -> np.ndarray:  # one pixel, seen many times: it takes no memory
+        return np.broadcast_to(np.uint8(7), (length, 1, 3) if tall else (1, length, 3))
+
+    assert prepare(line(524_288), preprocessing).shape == (3, 32, 32)
+    with pytest.raises(SampleError, match=r"too long to be scaled into a letterbox: a side has 524,288 pixels at most"):
+        prepare(line(524_289), preprocessing)
+
+
 def test_a_frame_smaller_than_the_crop_is_refused_with_both_sizes() -> None:
     with pytest.raises(SampleError, match=r"30 x 20 .* crop 32 x 24 .* resize to at least 32"):
         prepare(noise(20, 30), Preprocessing((24, 32)))

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
 
@@ -515,6 +516,24 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(SampleError, match=rf"a\.png: .*limit of {limit}\b"):
         samples.frame(0)
     assert "limit" in samples.check()[0]
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_thin_images_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tall: bool
+) -> None:
+    """65 million rows of one pixel are fewer pixels than the limit, and took Pillow 2 GB."""
+    put(tmp_path / "a.png")
+    header = struct.pack(">II", *((1, 65_000_000) if tall else (65_000_000, 1))) + bytes((8, 2, 0, 0, 0))
+    chunk = b"IHDR" + header
+    content = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    (tmp_path / "a.png").write_bytes(content + data)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("it was decoded"))
+    samples = open_samples(tmp_path)
+    with pytest.raises(SampleError, match=r"a\.png: .* are too thin: a side has 524,288 at most"):
+        samples.frame(0)
+    assert "too thin" in samples.check()[0]
 
 
 def test_without_pillow_arrays_are_read_and_images_name_the_extra(

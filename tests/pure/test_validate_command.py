@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Tuple
 
 import msgspec
 import numpy as np
@@ -36,6 +36,11 @@ REPORTS = {
 }
 
 
+GUESSING = compare(
+    *(2 * [np.zeros((4000, 10), np.float32)]), np.arange(4000) % 10, max_drop_pp=1.0, backend="cpu", precision="int8"
+)
+
+
 @pytest.fixture
 def validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Validate:
     """Return a call of `edgeres validate net` in a folder of its own, with what is to be found; it gives the code."""
@@ -52,6 +57,17 @@ def validate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Validate:
         return exit_code(cli.cli, ["validate", "net", *arguments])
 
     return call
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_net_that_knows_nothing_passes_with_a_warning(
+    validate: Validate, capsys: pytest.CaptureFixture[str], flags: Tuple[str, ...]
+) -> None:
+    assert validate("", *flags, judge=lambda *told, **options: GUESSING) == 0
+    out, err = capsys.readouterr()
+    words = "FP32 answers no better than chance can (10.0 % of 4,000, 10 classes)"
+    assert f"warning: {words}" in " ".join(err.split())
+    assert json.loads(out)["chance"] == 0.1 if flags else words in " ".join(out.split())
 
 
 def test_the_verdict_is_told_where_its_file_cannot_be_written(
