@@ -17,11 +17,7 @@ from edgeres.errors import BackendError, BundleError, EdgeresError
 from edgeres.measurements import LatencyReport
 from edgeres.runtime.loading import choose_engine
 from edgeres.signatures import Keys
-<<<<<<< HEAD
-from edgeres.validation import Limits, against_limits, check_rules
-=======
-from edgeres.validation import Limits, against_limits, doubts
->>>>>>> robust
+from edgeres.validation import Limits, against_limits, check_rules, doubts
 from edgeres.validation.latency import BATCH, FLOATS
 from edgeres.workforce import Watch, hired
 

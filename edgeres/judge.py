@@ -240,11 +240,7 @@ def validate_bundle(
             report, samples_sha256=_digest(samples.sha256(), samples.labels, samples.classes or ())
         )
         if baseline is not None:
-<<<<<<< HEAD
-            report = against_baseline(report, baseline, samples.labels, reference.shape[1])
-=======
-            report = against_baseline(report, baseline, samples.labels, samples.sha256())
->>>>>>> robust
+            report = against_baseline(report, baseline, samples.labels, reference.shape[1], samples.sha256())
         return attributed(_told(report, engine.record), reference, meaning, logits, samples.labels)
 
 
