@@ -15,14 +15,9 @@ import msgspec
 import numpy as np
 
 from edgeres.artifacts import BaselineChange, Report
-<<<<<<< HEAD
 from edgeres.errors import SampleError, numbered
 from edgeres.progress import counted
-from edgeres.validation.paired import paired_change
-=======
-from edgeres.errors import SampleError
 from edgeres.validation.paired import firsts, paired_change
->>>>>>> robust
 
 LARGEST = 1 << 30  # bytes of answers: 268 million samples
 ROUNDING = 1e-9  # of a share; less than one of so many samples
@@ -54,22 +49,15 @@ def unpacked(text: str, count: int) -> np.ndarray:
     return np.frombuffer(content, "<i4")
 
 
-<<<<<<< HEAD
-def against_baseline(report: Report, baseline: Report, labels: Optional[np.ndarray], classes: int) -> Report:
-=======
 def against_baseline(
-    report: Report, baseline: Report, labels: Optional[np.ndarray], sha256: Sequence[str] = ()
+    report: Report, baseline: Report, labels: Optional[np.ndarray], classes: int, sha256: Sequence[str] = ()
 ) -> Report:
->>>>>>> robust
     """Return the report with its comparison with an earlier one, which has the same samples and the same budget.
 
     Args:
         labels: integers ``(N,)``, of the samples that both answered.
-<<<<<<< HEAD
         classes: how many the network knows.
-=======
         sha256: their hashes, as of :func:`edgeres.validation.compare.compare`.
->>>>>>> robust
 
     Raises:
         SampleError: the earlier report is on other samples, fails, tells none of its answers or others than its own
@@ -86,13 +74,9 @@ def against_baseline(
             "--update-baseline"
         )
     before, after = unpacked(baseline.answers, report.samples), unpacked(report.answers, report.samples)
-<<<<<<< HEAD
     _refuse_lies(baseline, before, labels, classes)
-    change = paired_change(before == labels, after == labels, report.max_drop_pp, report.policy)
-=======
     first = firsts(sha256, labels) if len(sha256) else None
     change = paired_change(before == labels, after == labels, report.max_drop_pp, report.policy, first)
->>>>>>> robust
     return msgspec.structs.replace(
         report,
         baseline=BaselineChange(

@@ -61,7 +61,7 @@ def test_the_numbers_are_those_of_the_pairs() -> None:
 
 
 def test_repeats_do_not_pass_against_a_baseline() -> None:
-    found = against_baseline(judged(0), judged(0), LABELS, [str(place % 20) for place in range(1000)]).baseline
+    found = against_baseline(judged(0), judged(0), LABELS, 10, [str(place % 20) for place in range(1000)]).baseline
     assert found is not None
     assert found.verdict == "inconclusive"
     assert found.samples_to_decide is not None
