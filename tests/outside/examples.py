@@ -54,7 +54,7 @@ def example(kind: Any, name: str = "") -> Any:
     if origin is tuple:
         return tuple(example(one, name) for one in inner if one is not Ellipsis)
     if origin is dict:
-        return {"a": example(inner[1], name)}
+        return {"threads": "1"} if name == "options" else {"a": example(inner[1], name)}  # an engine's own
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return kind(**{field: example(hint, field) for field, hint in get_type_hints(kind).items()})
     plain = {int: 1, float: 0.5, bool: False, str: WORDS.get(name, name), Any: "anything"}

@@ -72,7 +72,7 @@ class Refusal:
         assert not out, "it was refused, and answers"
         assert "Traceback" not in err
         assert "error" in err.lower()
-        assert bad.name.partition(".")[0] in err or folder.name in err, "what is wrong is somewhere else"
+        assert bad.name.partition(".")[0] in err or folder.name in err, f"what is wrong is somewhere else: {err}"
         assert not (folder / "owned").exists(), "a file's name was obeyed"
         raise EdgeresError(err)
 
