@@ -14,12 +14,12 @@ import click
 import edgeres
 from edgeres.answers import answered, print_json
 from edgeres.building import build, calibrate, compile_, export, quantize
-from edgeres.completion import paths, targets
+from edgeres.completion import paths
 from edgeres.errors import printable
 from edgeres.exits import OK, exit_code
 from edgeres.guide import Taught, completion, manual
 from edgeres.judging import limits_of, validate, within
-from edgeres.options import Seconds, Size, Sizes, key_option, latency_options
+from edgeres.options import Seconds, Size, Sizes, backend_option, key_option, latency_options
 from edgeres.shipping import keygen, pack, sign, unpack, verify
 from edgeres.streams import guard
 
@@ -39,12 +39,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("bundle", shell_complete=paths())
-@click.option(
-    "--backend",
-    default="auto",
-    shell_complete=targets,
-    help="Which of the bundle's engines, or its target; default: the first.",
-)
+@backend_option
 @click.option("--batch", "batches", type=Sizes(), help="Batch sizes. Default: 1,8,32, as far as the engine takes them.")
 @click.option("--seconds", type=Seconds(0, min_open=True), default=5.0, help="For each batch size. Default: 5.")
 @click.option("--runs", type=click.IntRange(1), help="Calls of each model that count, in place of --seconds.")

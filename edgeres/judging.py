@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional
 import click
 
 from edgeres.answers import answered, print_json
-from edgeres.completion import paths, targets
+from edgeres.completion import paths
 from edgeres.errors import BundleError, EdgeresError
 from edgeres.exits import FAILED, OK, UNDECIDED
-from edgeres.options import cluster_option, key_option, latency_options
+from edgeres.options import backend_option, cluster_option, key_option, latency_options
 from edgeres.streams import order
 
 if TYPE_CHECKING:
@@ -29,12 +29,7 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False, resolve_path=True)
 
 @click.command()
 @click.argument("bundle", shell_complete=paths())
-@click.option(
-    "--backend",
-    default="auto",
-    shell_complete=targets,
-    help="Which of the bundle's engines, or its target; default: the first.",
-)
+@backend_option
 @click.option("--validation", metavar="PATH", help="Other samples than the bundle was built with.")
 @click.option(
     "--max-drop", type=click.FloatRange(0, 100), metavar="PP", help="Accuracy budget; default: the bundle's own."

@@ -276,6 +276,12 @@ cluster_option = click.option(
 )
 
 
+backend_option = click.option(
+    "--backend",
+    default="auto",
+    shell_complete=targets,
+    help="Which of the bundle's engines, or its target; default: the first.",
+)
 key_option = click.option(
     "--key",
     "trusted_keys",

@@ -166,8 +166,10 @@ def _paired(job: Build, ranges: Mapping[str, TensorRange]) -> Union[bool, Frozen
     model takes up to 255 in its bytes, what is not at most 127."""
     from edgeres.compilation import pairs_weights, pairs_where_shifted
 
-    if pairs_weights(job.recipe) or not pairs_where_shifted(job.recipe):
-        return pairs_weights(job.recipe)
+    if pairs_weights(job.recipe):
+        return True
+    if not pairs_where_shifted(job.recipe):
+        return False
     return frozenset(name for name, found in ranges.items() if found.shift > 0)
 
 

@@ -112,6 +112,11 @@ def equalized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build(tmp_path_factory.mktemp("equalized") / "bundle", activation_range="symmetric", recovery="fast")
 
 
+def copied(bundle: Path, place: Path) -> Path:
+    """Return a copy of a bundle, to be compiled."""
+    return Path(shutil.copytree(bundle, place / "bundle"))
+
+
 JUDGED = ("report.json", "quantized.npz")
 
 
@@ -190,8 +195,7 @@ class Bench:
 
 @pytest.fixture
 def bench(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    shutil.copytree(made, tmp_path / "bundle")
-    return Bench(tmp_path / "bundle", monkeypatch)
+    return Bench(copied(made, tmp_path), monkeypatch)
 
 
 @pytest.mark.parametrize("version", DOUBLE.VERSIONS)
@@ -272,8 +276,7 @@ def test_a_dla_that_the_release_does_not_have_leaves_the_bundle_alone(bench: Ben
 def test_ranges_of_an_equalized_model_never_go_beside_the_plain_one(
     equalized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    shutil.copytree(equalized, tmp_path / "bundle")
-    bench = Bench(tmp_path / "bundle", monkeypatch)
+    bench = Bench(copied(equalized, tmp_path), monkeypatch)
     double = bench.install(version)
     with pytest.raises(BackendError, match=r"equalized.*--recovery none"):
         bench.compile(target="dla0")
@@ -287,8 +290,7 @@ def test_a_net_of_whole_pixels_takes_them(
     recovered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     """From the builder's input to the answer to a frame, on every release; the bundle's other files stay."""
-    shutil.copytree(recovered, tmp_path / "bundle")
-    bench = Bench(tmp_path / "bundle", monkeypatch)
+    bench = Bench(copied(recovered, tmp_path), monkeypatch)
     double = bench.install(version)
     engine, _ = bench.compile(target="gpu")
     assert (engine.input, engine.whole_pixels) == ("uint8", True)
@@ -350,8 +352,7 @@ def test_the_reach_of_a_shifted_tensor_is_no_range_for_a_symmetric_one(recovered
 def test_a_dla_gets_no_shift_of_a_symmetric_model_either(
     recovered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    shutil.copytree(recovered, tmp_path / "bundle")
-    bench = Bench(tmp_path / "bundle", monkeypatch)
+    bench = Bench(copied(recovered, tmp_path), monkeypatch)
     double = bench.install(version)
     with pytest.raises(BackendError, match=r"shifted.*--activation-range symmetric --recovery none"):
         bench.compile(target="dla0")

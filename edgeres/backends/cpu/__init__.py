@@ -29,6 +29,7 @@ LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 MOST_THREADS = 1024
+AGAIN = "Somebody changed it after it was built: copy it again from where that was done, or there: edgeres build BUNDLE"
 AS_WRITTEN = "session.disable_quant_qdq"
 """The one entry of ONNX Runtime's configuration that engines have. Others name files to read and to write."""
 EXACT = {AS_WRITTEN: "1", LEVEL: "extended"}
@@ -99,12 +100,12 @@ def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] 
     if strange:
         raise BackendError(
             f"the CPU engine has options that edgeres does not write: {few(strange)}. onnxruntime would read or write "
-            "files by some of these, so the bundle is not run. Build it again, or get it from where it was built."
+            f"files by some of these, so the bundle is not run. {AGAIN}"
         )
     if reads_other_files(content):
         raise BackendError(
             "the engine's model takes weights from other files, which the bundle's hashes do not cover, so it is not "
-            "run. Build it again, or get it from where it was built."
+            f"run. {AGAIN}"
         )
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # what fails is told by the exception
