@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 
 from edgeres.artifacts import FileRef, Manifest, from_data, from_json
-from edgeres.errors import BundleError, IntegrityError, numbered
+from edgeres.cpu_settings import strange
+from edgeres.errors import BundleError, IntegrityError, few, numbered
 from edgeres.files import MANIFEST, SIGNATURES, NotOrdinary, open_inside, read_at_most, read_hashed
 from edgeres.recipe import BACKENDS, PRECISIONS, SECTIONS, TARGETS
 from edgeres.signatures import Keys, Signature, check, key_list, read_signatures
@@ -279,6 +280,9 @@ def contradictions(manifest: Manifest) -> List[str]:
     for engine in manifest.engines:
         if refs.get(engine.file.path) != engine.file:
             problems.append(f"the engine for {engine.target} is {engine.file.path}, which is not in the list of files")
+        foreign = strange(engine.options) if engine.backend == "cpu" else []
+        if foreign:
+            problems.append(f"the engine for {engine.target} has settings that edgeres does not write: {few(foreign)}")
     return problems
 
 

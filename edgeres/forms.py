@@ -14,6 +14,7 @@ import numpy as np
 
 from edgeres.artifacts import Engine, ExportedModel, FileRef, Preprocessing, QuantizedModel
 from edgeres.benchmark import Pace, summarize, take_turns
+from edgeres.cpu_settings import THREADS
 from edgeres.errors import BackendError
 from edgeres.measurements import Latency
 from edgeres.preprocess import prepare_batch
@@ -113,9 +114,7 @@ def _fastest(
     if times[FLOAT].p50_ms < CLEARLY * times[best].p50_ms:
         best = FLOAT
     if cores() > 1:
-        alone = {
-            f"{name}{ONE_THREAD}": (opened[name][0], {**opened[name][1], cpu.THREADS: "1"}) for name in (best, FP32)
-        }
+        alone = {f"{name}{ONE_THREAD}": (opened[name][0], {**opened[name][1], THREADS: "1"}) for name in (best, FP32)}
         again = _timed(folder, {best: opened[best], FP32: opened[FP32], **alone}, image)
         times = {**times, **again}
         opened.update(alone)

@@ -18,6 +18,7 @@ from edgeres.benchmark import Pace, answer, minding, speedup, summarize, take_tu
 from edgeres.board import Reading, open_board, resident_bytes
 from edgeres.board import summarize as summarize_board
 from edgeres.bundle import Folder, read_manifest, read_verified
+from edgeres.cpu_settings import THREADS
 from edgeres.errors import BackendError, MissingPackageError
 from edgeres.judge import fp32_record
 from edgeres.measurements import Benchmark, BoardState, Latency, Memory
@@ -180,7 +181,7 @@ def _twins(bundle: Folder, engine: LoadedEngine, settings: Settings) -> Dict[str
     if record.backend == "cpu" and record.precision != "fp32":
         from edgeres.backends import cpu
 
-        options = {**cpu.options_for("fp32"), **{k: v for k, v in record.options.items() if k == cpu.THREADS}}
+        options = {**cpu.options_for("fp32"), **{k: v for k, v in record.options.items() if k == THREADS}}
         records = [msgspec.structs.replace(fp32_record(manifest), options=options)]
     found: Dict[str, Callable[[], LoadedEngine]] = {}
     for twin in () if settings.alone else records:

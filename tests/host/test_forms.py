@@ -17,6 +17,7 @@ from edgeres.backends import cpu
 from edgeres.benchmark import summarize
 from edgeres.bundle import verify
 from edgeres.compilation import compile_bundle
+from edgeres.cpu_settings import THREADS
 from edgeres.forms import FLOAT, FP32, INTEGERS, ONE_THREAD, cpu_engine
 from edgeres.measurements import Latency
 from edgeres.preprocess import prepare_batch
@@ -91,7 +92,7 @@ def test_every_weight_is_signed(built: Path) -> None:
 def test_the_fastest_form_is_taken(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {FLOAT: 3.0, INTEGERS: 1.0, FP32: 2.0, INTEGERS + ONE_THREAD: 1.5, FP32 + ONE_THREAD: 2.5}
     engine, said = chosen(built, monkeypatch, times)
-    assert (engine.file.path, engine.options.get(cpu.THREADS), said) == (files.INTEGER_MODEL, None, ())
+    assert (engine.file.path, engine.options.get(THREADS), said) == (files.INTEGER_MODEL, None, ())
     assert engine.measured_ms == times
     float_wins = {**times, FLOAT: 0.5, FLOAT + ONE_THREAD: 0.9}
     engine, said = chosen(built, monkeypatch, float_wins)
@@ -101,7 +102,7 @@ def test_the_fastest_form_is_taken(built: Path, monkeypatch: pytest.MonkeyPatch)
 def test_one_thread_is_taken_where_it_is_faster(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {FLOAT: 3.0, INTEGERS: 1.0, FP32: 2.0, INTEGERS + ONE_THREAD: 0.7, FP32 + ONE_THREAD: 1.9}
     engine, _ = chosen(built, monkeypatch, times)
-    assert engine.options == {**cpu.EXACT, cpu.THREADS: "1"}
+    assert engine.options == {**cpu.EXACT, THREADS: "1"}
 
 
 def test_that_int8_does_not_pay_is_said(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeres.backends.cpu import EXACT, FAST, LEVEL, THREADS, open_engine
+from edgeres.backends.cpu import EXACT, FAST, open_engine
 from edgeres.backends.cpu.wire import reads_other_files
+from edgeres.cpu_settings import LEVEL, THREADS
 from edgeres.errors import BackendError
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeres import bundle as bundle_module
-from edgeres.artifacts import FileRef, Manifest, Preprocessing, to_json
+from edgeres.artifacts import Engine, FileRef, Manifest, Preprocessing, to_json
 from edgeres.bundle import intact, read_manifest, read_verified, unlisted, verify, verify_and_read
 from edgeres.errors import BundleError, IntegrityError
 from edgeres.files import MANIFEST, file_ref, sha256_bytes
@@ -478,3 +478,25 @@ def test_the_same_entry_twice_with_another_hash_is_found(folder: Path) -> None:
     assert "recipe.toml has changed" in problems_of(folder)
     with pytest.raises(IntegrityError):
         verify_and_read(folder, ("recipe.toml",))
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "said"),
+    [
+        ("cpu", {"session.optimized_model_filepath": "x.pth"}, "settings that edgeres does not write: session.opt"),
+        ("cpu", {"threads": "many"}, "threads=many"),
+        ("cpu", {"graph_optimization_level": "all", "session.disable_quant_qdq": "1", "threads": "4"}, ""),
+        ("tensorrt", {"batch": "1,8,32"}, ""),
+    ],
+)
+def test_settings_that_no_build_writes_are_a_contradiction(
+    folder: Path, backend: str, options: Dict[str, str], said: str
+) -> None:
+    manifest = read_manifest(folder)
+    engine = Engine("cpu", backend, "int8", manifest.files[1], {}, options)
+    (folder / MANIFEST).write_bytes(to_json(msgspec.structs.replace(manifest, engines=(engine,))))
+    if said:
+        with pytest.raises(BundleError, match=said):
+            verify(folder)
+    else:
+        verify(folder)

@@ -20,18 +20,14 @@ import onnxruntime as ort
 
 from edgeres.artifacts import Engine, FileRef
 from edgeres.backends.cpu.wire import reads_other_files
+from edgeres.cpu_settings import AS_WRITTEN, LEVEL, THREADS, strange
 from edgeres.errors import BackendError, few, first_line
 
-THREADS = "threads"
-LEVEL = "graph_optimization_level"
-LEVELS = {
+GRAPH_LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-MOST_THREADS = 1024
 AGAIN = "Somebody changed it after it was built: copy it again from where that was done, or there: edgeres build BUNDLE"
-AS_WRITTEN = "session.disable_quant_qdq"
-"""The one entry of ONNX Runtime's configuration that engines have. Others name files to read and to write."""
 EXACT = {AS_WRITTEN: "1", LEVEL: "extended"}
 FAST = {LEVEL: "all"}
 """For models without Q/DQ, whose answers no rounding can flip."""
@@ -96,10 +92,10 @@ def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] 
     Raises:
         BackendError: onnxruntime does not accept the model, it reads other files, or an option is none of edgeres'.
     """
-    strange = [f"{key}={value}"[:100] for key, value in options.items() if not _is_ours(key, value)]
-    if strange:
+    foreign = strange(options)
+    if foreign:
         raise BackendError(
-            f"the CPU engine has options that edgeres does not write: {few(strange)}. onnxruntime would read or write "
+            f"the CPU engine has options that edgeres does not write: {few(foreign)}. onnxruntime would read or write "
             f"files by some of these, so the bundle is not run. {AGAIN}"
         )
     if reads_other_files(content):
@@ -112,7 +108,7 @@ def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] 
     try:
         for key, value in options.items():
             if key == LEVEL:
-                settings.graph_optimization_level = LEVELS[value]
+                settings.graph_optimization_level = GRAPH_LEVELS[value]
             elif key == THREADS:
                 settings.intra_op_num_threads = int(value)
             else:
@@ -122,12 +118,6 @@ def open_engine(content: bytes, options: Dict[str, str], threads: Optional[int] 
         return CpuRunner(ort.InferenceSession(content, settings, providers=["CPUExecutionProvider"]))
     except Exception as problem:  # onnxruntime's exceptions share no base but Exception
         raise BackendError(f"onnxruntime does not accept this model: {first_line(problem)}") from problem
-
-
-def _is_ours(key: str, value: str) -> bool:
-    if key == THREADS:
-        return value.isascii() and value.isdigit() and len(value) < 5 and int(value) <= MOST_THREADS
-    return value in {LEVEL: tuple(LEVELS), AS_WRITTEN: ("0", "1")}.get(key, ())
 
 
 def open_model(path: Path, precision: str, threads: Optional[int] = None) -> CpuRunner:
